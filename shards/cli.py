@@ -1,0 +1,69 @@
+"""Command lines from dataclasses (tyro), with mistakes reported as one plain line and exit code 2."""
+
+import contextlib
+import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import tyro
+
+from shards.errors import InputError
+
+Config = TypeVar("Config")
+
+_BOX = re.compile(r"[╭╮╰╯│─]+")
+
+
+def say(text: str = "") -> None:
+    """Write one line to stdout at once, so that logs of several processes keep their order."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def parse(config_type: type[Config], argv: Sequence[str] | None = None, *, prog: str, default: Config | None = None) -> Config:
+    """Parse `argv` (the process's arguments when None) into a frozen config dataclass.
+
+    Every field is a flag of the same name with dashes, nested dataclasses give `--optim.lr`. A mistake prints one line
+    on stderr and raises SystemExit(2); `--help` prints the help and raises SystemExit(0).
+    """
+    captured = io.StringIO()
+    kwargs = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(config_type, args=argv, prog=prog, **kwargs)  # type: ignore[arg-type]
+    except SystemExit as stop:
+        if stop.code:
+            sys.stderr.write(f"{prog}: {_one_line(captured.getvalue())}\n")
+            raise SystemExit(2) from None
+        raise
+
+
+def _one_line(boxed: str) -> str:
+    """The message of tyro's error box without the box, its wrapping, or the pointer to --help."""
+    rows = [_BOX.sub(" ", row).strip() for row in boxed.splitlines()]
+    text = " ".join(row for row in rows if row)
+    return re.split(r"\s*For full helptext", text)[0].strip() + " (see --help)"
+
+
+@contextlib.contextmanager
+def main_guard(prog: str) -> Iterator[None]:
+    """Turn an InputError into one line on stderr and exit code 2; Ctrl-C into exit code 130; a closed pipe into silence."""
+    if sys.platform != "linux":
+        sys.stderr.write(f"{prog}: shardclip runs on Linux only, this is {sys.platform}\n")
+        raise SystemExit(2)
+    try:
+        yield
+    except InputError as error:
+        sys.stderr.write(f"{prog}: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{prog}: interrupted\n")
+        raise SystemExit(128 + signal.SIGINT) from None
+    except BrokenPipeError:
+        # A reader such as `head` has gone; point stdout elsewhere so that the interpreter's last flush is quiet too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
