@@ -1,0 +1,59 @@
+"""`python -m shards inspect DIR [--sample KEY]`: the manifest in a page of text, or one sample."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from shards.errors import InputError
+from shards.manifest import read_manifest
+from shards.reader import ShardReader
+from shards.schema import LABEL_PREFIX, Manifest
+
+
+def describe(root: Path) -> Iterator[str]:
+    """Lines that say what a data set holds."""
+    manifest = read_manifest(root)
+    image, tokenizer = manifest.image, manifest.tokenizer
+    yield f"shards       {root}  (schema version {manifest.schema_version}, digest {manifest.digest})"
+    yield f"images       {image.height} x {image.width} x {image.channels}, {image.codec} quality {image.quality}"
+    yield f"tokens       {tokenizer.name}, {tokenizer.context} of {tokenizer.vocab_size:,}"
+    yield f"labels       {', '.join(manifest.labels) or 'none'}"
+    yield f"blocks       {manifest.block_rows} rows"
+    for number, source in enumerate(manifest.sources):
+        yield f"source {number:02d}    {source.kind}, {source.rows:,} rows, {source.samples:,} samples"
+    for split in manifest.splits:
+        yield _describe_split(manifest, split)
+
+
+def _describe_split(manifest: Manifest, split: str) -> str:
+    shards = manifest.splits[split]
+    megabytes = sum(info.tar.bytes for info in shards) / 1e6
+    first, end = manifest.groups.get(split, (0, 0))
+    groups = f", {end - first:,} groups" if split in manifest.groups else ""
+    return f"{split:<12} {manifest.rows(split):,} samples in {len(shards)} shards, {megabytes:,.1f} MB{groups}"
+
+
+def show_sample(root: Path, key: str) -> Iterator[str]:
+    """Lines about one sample, its report among them: for the terminal of somebody who may read it."""
+    manifest = read_manifest(root)
+    for shards in manifest.splits.values():
+        for info in shards:
+            with ShardReader(root, manifest, info) as reader:
+                for number, row in enumerate(reader.read_table().to_pylist()):
+                    if row["key"] == key:
+                        yield from _describe_row(reader, manifest, number, row)
+                        return
+    raise InputError(f"no sample {key!r} in {root}; keys look like 00-0000000123")
+
+
+def _describe_row(reader: ShardReader, manifest: Manifest, number: int, row: dict) -> Iterator[str]:
+    labels = {name: row[LABEL_PREFIX + name] for name in manifest.labels}
+    image = os.pread(reader.fd, row["size"], row["offset"])
+    yield f"key          {row['key']}  (shard {reader.info.name}, row {number})"
+    yield f"image        {len(image):,} bytes at offset {row['offset']:,}, xxh3 {row['xxh3']:016x}"
+    yield f"text         {row['text']}"
+    yield f"tokens       {row['token_count']}{', truncated' if row['truncated'] else ''}: {row['tokens'][: row['token_count']]}"
+    yield f"side words   {'yes' if row['side_words'] else 'no'}"
+    yield f"group        {row['group']}"
+    yield f"labels       {json.dumps(labels)}"

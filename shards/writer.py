@@ -1,0 +1,202 @@
+"""Write one shard: tar, index and table together, all three complete or none under its final name.
+
+The tar streams to disk while its digest runs along; index and table are built from the same offsets at the end.
+"""
+
+import io
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest, xxh3_128, xxh3_128_hexdigest
+
+from shards import tar
+from shards.atomic import atomic_file, write_atomic
+from shards.index import Member, encode_index
+from shards.schema import (
+    LABEL_PREFIX,
+    NO_GROUP,
+    FileInfo,
+    ImageSpec,
+    ShardInfo,
+    sample_key,
+    table_schema,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """What the writer takes for one sample."""
+
+    source: int
+    """Index of the source, 0 to 99."""
+    row: int
+    """Row in the source."""
+    image: bytes
+    """Encoded as the image spec says."""
+    text: str
+    """The report, kept exactly."""
+    tokens: NDArray[np.uint16]
+    """(context,) token ids, zero-padded."""
+    token_count: int
+    """Tokens before the padding, start and end included."""
+    truncated: bool
+    """Whether the report had more tokens than the context holds."""
+    side_words: bool
+    """Whether the report names a side, left or right."""
+    group: int = NO_GROUP
+    """Number of the patient, or NO_GROUP."""
+    labels: tuple[float | None, ...] = ()
+    """One value a label column; None for unknown."""
+
+
+def sample_json(labels: dict[str, float | None], row: int, source: int) -> bytes:
+    """Content of KEY.json: labels (null for unknown), source, row. Sorted keys, no spaces, UTF-8."""
+    record = {"labels": labels, "row": row, "source": source}
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def text_bytes(text: str) -> bytes:
+    """Content of KEY.txt."""
+    return text.encode()
+
+
+class ShardWriter:
+    """Context manager that writes the trio of one shard; `info` is there after a clean exit.
+
+    An error inside the block, or a shard without samples, leaves nothing under a final name.
+    """
+
+    info: ShardInfo
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        image: ImageSpec,
+        context: int,
+        labels: tuple[str, ...],
+        block_rows: int,
+        groups: tuple[int, int] | None = None,
+    ) -> None:
+        """`groups` is the half-open range of group numbers that this shard's split owns; None where there are none."""
+        self._folder, self._name = Path(folder), name
+        self._extension, self._labels, self._block_rows, self._groups = image.extension, labels, block_rows, groups
+        self._schema = table_schema(context, labels)
+        self._context = context
+        self._columns: dict[str, list] = {column: [] for column in self._schema.names}
+        self._members: list[tuple[Member, ...]] = []
+        self._stack = ExitStack()
+        self._digest = xxh3_128()
+        self._offset = 0
+
+    def __enter__(self) -> Self:
+        self._tar = self._stack.enter_context(atomic_file(self._folder / f"{self._name}.tar"))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:
+            self.info = self._finish()
+
+    def add(self, sample: Sample) -> None:
+        """Append one sample: three adjacent members and a table row."""
+        self._check(sample)
+        key = sample_key(sample.source, sample.row)
+        labels = dict(zip(self._labels, sample.labels, strict=True))
+        image = self._write_member(key, self._extension, sample.image)
+        text = self._write_member(key, "txt", text_bytes(sample.text))
+        record = self._write_member(key, "json", sample_json(labels, sample.row, sample.source))
+        self._members.append((image, text, record))
+        values = {
+            "key": key,
+            "source": sample.source,
+            "row": sample.row,
+            "offset": image.offset,
+            "size": image.size,
+            "xxh3": xxh3_64_intdigest(sample.image),
+            "text": sample.text,
+            "tokens": sample.tokens,
+            "token_count": sample.token_count,
+            "truncated": sample.truncated,
+            "side_words": sample.side_words,
+            "group": sample.group,
+        }
+        values |= {LABEL_PREFIX + name: value for name, value in labels.items()}
+        for column, value in values.items():
+            self._columns[column].append(value)
+
+    def _check(self, sample: Sample) -> None:
+        if sample.tokens.shape != (self._context,) or sample.tokens.dtype != np.uint16:
+            raise ValueError(f"tokens {sample.tokens.dtype}{sample.tokens.shape} are not uint16({self._context},)")
+        if self._groups is not None and not self._groups[0] <= sample.group < self._groups[1]:
+            raise ValueError(f"group {sample.group} lies outside {self._groups}, the groups of this split: a leak")
+
+    def _write_member(self, key: str, extension: str, content: bytes) -> Member:
+        name = f"{key}.{extension}"
+        offset = self._offset + tar.BLOCK
+        self._write(tar.member(name, content))
+        return Member(extension, offset, len(content), name)
+
+    def _write(self, content: bytes) -> None:
+        self._tar.write(content)
+        self._digest.update(content)
+        self._offset += len(content)
+
+    def _finish(self) -> ShardInfo:
+        if not self._members:
+            raise ValueError(f"shard {self._name} has no samples")
+        self._write(tar.END)
+        index = encode_index(self._members)
+        table = self._table()
+        footer = table[-footer_size(table) :]
+        write_atomic(self._folder / f"{self._name}.idx", index)
+        write_atomic(self._folder / f"{self._name}.parquet", table)
+        return ShardInfo(
+            name=self._name,
+            rows=len(self._members),
+            tar=FileInfo(bytes=self._offset, xxh3=self._digest.hexdigest()),
+            idx=FileInfo(bytes=len(index), xxh3=xxh3_128_hexdigest(index)),
+            parquet=FileInfo(bytes=len(table), xxh3=xxh3_128_hexdigest(table)),
+            footer_bytes=len(footer),
+            footer_xxh3=xxh3_128_hexdigest(footer),
+        )
+
+    def _table(self) -> bytes:
+        columns = dict(self._columns)
+        tokens = pa.array(np.concatenate(columns.pop("tokens")))
+        arrays = {name: pa.array(values, type=self._schema.field(name).type) for name, values in columns.items()}
+        arrays["tokens"] = pa.FixedSizeListArray.from_arrays(tokens, self._context)
+        return encode_table(pa.table([arrays[name] for name in self._schema.names], schema=self._schema), self._block_rows)
+
+
+def encode_table(table: pa.Table, block_rows: int) -> bytes:
+    """The Parquet file: a row group a block, checksummed pages, no statistics (they would repeat texts in the footer)."""
+    sink = io.BytesIO()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=block_rows,
+        compression="zstd",
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
+    return sink.getvalue()
+
+
+def footer_size(parquet_end: bytes) -> int:
+    """Bytes of a Parquet file's footer with its length word and magic, from the file's last 8 bytes or more."""
+    return int.from_bytes(parquet_end[-8:-4], "little") + 8
