@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         if name not in COMMANDS:
             raise InputError(f"unknown command {name!r}; valid: {', '.join(COMMANDS)} (python -m shards verify DIR)")
         config_type, command = COMMANDS[name]
-        command(parse(config_type, rest, prog=f"python -m shards {name}"))  # type: ignore[arg-type, operator]
+        command(parse(config_type, rest, prog=f"python -m shards {name}"))  # type: ignore[operator]
 
 
 if __name__ == "__main__":

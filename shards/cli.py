@@ -24,7 +24,9 @@ def say(text: str = "") -> None:
     sys.stdout.flush()
 
 
-def parse(config_type: type[Config], argv: Sequence[str] | None = None, *, prog: str, default: Config | None = None) -> Config:
+def parse(
+    config_type: type[Config], argv: Sequence[str] | None = None, *, prog: str, default: Config | None = None
+) -> Config:
     """Parse `argv` (the process's arguments when None) into a frozen config dataclass.
 
     Every field is a flag of the same name with dashes, nested dataclasses give `--optim.lr`. A mistake prints one line
@@ -34,7 +36,7 @@ def parse(config_type: type[Config], argv: Sequence[str] | None = None, *, prog:
     kwargs = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(config_type, args=argv, prog=prog, **kwargs)  # type: ignore[arg-type]
+            return tyro.cli(config_type, args=argv, prog=prog, **kwargs)  # type: ignore[call-overload]
     except SystemExit as stop:
         if stop.code:
             sys.stderr.write(f"{prog}: {_one_line(captured.getvalue())}\n")
@@ -51,7 +53,7 @@ def _one_line(boxed: str) -> str:
 
 @contextlib.contextmanager
 def main_guard(prog: str) -> Iterator[None]:
-    """Turn an InputError into one line on stderr and exit code 2; Ctrl-C into exit code 130; a closed pipe into silence."""
+    """Turn an InputError into one line on stderr and exit code 2, Ctrl-C into 130, a closed pipe into silence."""
     if sys.platform != "linux":
         sys.stderr.write(f"{prog}: shardclip runs on Linux only, this is {sys.platform}\n")
         raise SystemExit(2)

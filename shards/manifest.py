@@ -1,5 +1,6 @@
 """`manifest.json`: dataclasses to JSON and back, checked on the way in because a manifest may come from anywhere."""
 
+import itertools
 import json
 import re
 from dataclasses import asdict
@@ -44,7 +45,9 @@ def read_manifest(root: Path) -> Manifest:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"no shards here: cannot read {path} ({error.strerror}); make them with python -m ingest") from None
+        raise InputError(
+            f"no shards here: cannot read {path} ({error.strerror}); make them with python -m ingest"
+        ) from None
     try:
         fields = json.loads(content)
         version = fields["schema_version"]
@@ -114,6 +117,6 @@ def _digest(value: Any) -> str:
 def _check_groups(manifest: Manifest) -> None:
     """Ranges of group numbers must be disjoint: a group in two splits is a leak."""
     ranges = sorted(manifest.groups.values())
-    for (_, end), (first, _) in zip(ranges, ranges[1:], strict=False):
+    for (_, end), (first, _) in itertools.pairwise(ranges):
         if first < end:
             raise ValueError(f"group ranges {ranges} of the splits overlap")

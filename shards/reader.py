@@ -1,7 +1,7 @@
 """Read one shard: open and check its trio, hand out the rows of a block. Reading image bytes is the pipeline's work.
 
-Opening checks what can be checked without reading the data: sizes, and the digest of the Parquet footer, which binds every
-page's place and length to the manifest. Pages carry checksums, images the xxh3 in their row.
+Opening checks what can be checked without reading the data: sizes, and the digest of the Parquet footer, which binds
+every page's place and length to the manifest. Pages carry checksums, images the xxh3 in their row.
 """
 
 import os
@@ -57,7 +57,7 @@ TRAINING_COLUMNS = ("source", "row", "offset", "size", "xxh3", "tokens", "token_
 
 
 class ShardReader:
-    """One open shard. InputError, naming the shard, where a file is missing or is not the one the manifest describes."""
+    """One open shard. InputError, naming it, where a file is missing or is not the one the manifest describes."""
 
     def __init__(self, root: Path, manifest: Manifest, info: ShardInfo) -> None:
         self.info = info
@@ -134,7 +134,9 @@ class ShardReader:
 
     def _damaged(self, what: str, error: Exception) -> InputError:
         reason = " ".join(str(error).split())[:120]
-        return InputError(f"shard {self.info.name}: {what} of its Parquet file cannot be read ({reason}); restore the file")
+        return InputError(
+            f"shard {self.info.name}: {what} of its Parquet file cannot be read ({reason}); restore the file"
+        )
 
     def _check_rows(self, block: int, rows: Rows) -> None:
         first, end = self.block_span(block)
@@ -142,7 +144,9 @@ class ShardReader:
         if len(rows) != end - first or not inside.all():
             raise InputError(f"shard {self.info.name}: block {block} has rows that do not fit its tar; ingest again")
         if self._groups and not ((rows.group >= self._groups[0]) & (rows.group < self._groups[1])).all():
-            raise InputError(f"shard {self.info.name}: block {block} holds a group of another split (leak); ingest again")
+            raise InputError(
+                f"shard {self.info.name}: block {block} holds a group of another split (leak); ingest again"
+            )
 
 
 def check_file(path: Path, expected: FileInfo) -> None:
@@ -163,7 +167,9 @@ def _check_footer(path: Path, info: ShardInfo) -> None:
         file.seek(-min(info.footer_bytes, info.parquet.bytes), os.SEEK_END)
         footer = file.read()
     if xxh3_128_hexdigest(footer) != info.footer_xxh3:
-        raise InputError(f"shard {info.name}: the footer of {path.name} changed after ingest; restore it or ingest again")
+        raise InputError(
+            f"shard {info.name}: the footer of {path.name} changed after ingest; restore it or ingest again"
+        )
 
 
 def _open_table(path: Path, manifest: Manifest, info: ShardInfo) -> pq.ParquetFile:
@@ -173,7 +179,9 @@ def _open_table(path: Path, manifest: Manifest, info: ShardInfo) -> pq.ParquetFi
         raise InputError(f"shard {info.name}: {path.name} is not a Parquet file ({error})") from None
     expected = table_schema(manifest.tokenizer.context, manifest.labels)
     if not table.schema_arrow.equals(expected) or table.metadata.num_rows != info.rows:
-        raise InputError(f"shard {info.name}: {path.name} has other columns or rows than the manifest says; ingest again")
+        raise InputError(
+            f"shard {info.name}: {path.name} has other columns or rows than the manifest says; ingest again"
+        )
     return table
 
 

@@ -1,7 +1,7 @@
 """Plain USTAR: the header of a regular file, byte for byte, and nothing else.
 
-IEEE Std 1003.1-1988, as GNU tar and Python's `tarfile` read it. Owner, group and time are zero, so that the same samples give
-the same bytes on any host at any time.
+IEEE Std 1003.1-1988, as GNU tar and Python's `tarfile` read it. Owner, group and time are zero, so that the same
+samples give the same bytes on any host at any time.
 """
 
 BLOCK = 512

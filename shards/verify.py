@@ -1,7 +1,7 @@
 """`python -m shards verify DIR`: every byte of everything.
 
-A tar is not parsed: its bytes are made anew from the table and compared, so nothing can hide in a header, in padding, or between
-members. Digests bind the three files to the manifest.
+A tar is not parsed: its bytes are made anew from the table and compared, so nothing can hide in a header, in padding,
+or between members. Digests bind the three files to the manifest.
 """
 
 from collections.abc import Iterator

@@ -179,11 +179,13 @@ class ShardWriter:
         tokens = pa.array(np.concatenate(columns.pop("tokens")))
         arrays = {name: pa.array(values, type=self._schema.field(name).type) for name, values in columns.items()}
         arrays["tokens"] = pa.FixedSizeListArray.from_arrays(tokens, self._context)
-        return encode_table(pa.table([arrays[name] for name in self._schema.names], schema=self._schema), self._block_rows)
+        return encode_table(
+            pa.table([arrays[name] for name in self._schema.names], schema=self._schema), self._block_rows
+        )
 
 
 def encode_table(table: pa.Table, block_rows: int) -> bytes:
-    """The Parquet file: a row group a block, checksummed pages, no statistics (they would repeat texts in the footer)."""
+    """The Parquet file: a row group a block, checksummed pages, no statistics (they would copy texts to the footer)."""
     sink = io.BytesIO()
     pq.write_table(
         table,
