@@ -1,0 +1,1 @@
+"""HDF5 films and CSV reports to verified shards: sources, checks, encoding, tokens, splits."""
