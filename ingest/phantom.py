@@ -1,0 +1,183 @@
+"""`python -m ingest.phantom`: a data set of drawn chest films with reports, laid out as CheXzero writes real ones.
+
+    OUT/cxr.h5        dataset `cxr`, float32 (samples, 320, 320), contiguous, whole numbers 0..255
+    OUT/reports.csv   Path, impression, patient, then a column per finding: 1 stated, 0 denied, -1 hedged, empty not mentioned
+
+For demos and tests: nobody's data, learnable, and the same films for the same seed whatever the worker count. Workers
+write their films straight into the file at the dataset's offset, so memory is flat at any size.
+"""
+
+import contextlib
+import csv
+import io
+import multiprocessing
+import os
+import shutil
+import signal
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+from ingest.phantom_case import LABELS, Case, make_case, patient_of_film
+from ingest.phantom_film import SIZE, draw_film
+from ingest.phantom_report import write_report
+from shards.atomic import TEMPORARY_PREFIX, atomic_file, sync_folder
+from shards.cli import main_guard, parse, say
+from shards.errors import InputError
+
+PROG = "python -m ingest.phantom"
+DATASET = "cxr"
+COLUMNS = ("Path", "impression", "patient", *LABELS)
+VERSION = 1
+"""Grows whenever the same seed would draw other films or reports."""
+
+_ROW_BYTES = SIZE * SIZE * 4
+_CHUNK = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhantomConfig:
+    """A phantom data set to draw."""
+
+    out: Path
+    """Folder to write cxr.h5 and reports.csv into."""
+    samples: int = 4000
+    """Number of films."""
+    seed: int = 0
+    """Same seed, same films and reports."""
+    workers: int | None = None
+    """Processes; by default one per CPU this process may use."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise InputError(f"--samples is {self.samples}: at least 1 film")
+        if self.workers is not None and self.workers < 1:
+            raise InputError(f"--workers is {self.workers}: at least 1 process")
+
+
+def make_phantom(config: PhantomConfig) -> None:
+    """Draw the data set and write both files, each complete or absent. A folder that holds it already is left as it is."""
+    images, reports = config.out / "cxr.h5", config.out / "reports.csv"
+    if _already_there(images, reports, config):
+        return
+    config.out.mkdir(parents=True, exist_ok=True)
+    _check_space(config)
+    with _atomic_images(images, config) as (temporary, offset), atomic_file(reports) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(COLUMNS)
+        with tqdm(total=config.samples, unit="film", desc="phantom", mininterval=1.0, disable=None) as bar:
+            for rows in _draw_all(config, temporary, offset):
+                table.writerows(rows)
+                bar.update(len(rows))
+        text.detach()
+
+
+def _already_there(images: Path, reports: Path, config: PhantomConfig) -> bool:
+    """Whether the folder holds this very data set; InputError if it holds another."""
+    if not images.exists() and not reports.exists():
+        return False
+    with contextlib.suppress(OSError, KeyError):
+        with h5py.File(images) as file:
+            if dict(file[DATASET].attrs) == _fingerprint(config) and reports.exists():
+                return True
+    raise InputError(f"{config.out} already holds cxr.h5 or reports.csv, and not this phantom data set: choose another --out, or delete them")
+
+
+def _fingerprint(config: PhantomConfig) -> dict[str, int]:
+    return {"phantom_version": VERSION, "phantom_seed": config.seed, "phantom_samples": config.samples}
+
+
+def _check_space(config: PhantomConfig) -> None:
+    need, free = config.samples * (_ROW_BYTES + 1024), shutil.disk_usage(config.out).free
+    if need > free:
+        raise InputError(f"{config.out} has {free / 1e9:.1f} GB free, {config.samples} films need {need / 1e9:.1f} GB: free some, or fewer --samples")
+
+
+@contextlib.contextmanager
+def _atomic_images(path: Path, config: PhantomConfig) -> Iterator[tuple[Path, int]]:
+    """A temporary HDF5 file with its dataset allocated, and the dataset's byte offset; renamed on success."""
+    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    try:
+        yield temporary, _allocate(temporary, config)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _allocate(path: Path, config: PhantomConfig) -> int:
+    """Create the file with an unwritten contiguous dataset; its offset in bytes."""
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_layout(h5py.h5d.CONTIGUOUS)
+    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    with h5py.File(path, "w") as file:
+        space = h5py.h5s.create_simple((config.samples, SIZE, SIZE))
+        data = h5py.Dataset(h5py.h5d.create(file.id, DATASET.encode(), h5py.h5t.IEEE_F32LE, space, layout))
+        for name, value in _fingerprint(config).items():
+            data.attrs[name] = value
+        return data.id.get_offset()
+
+
+def _draw_all(config: PhantomConfig, path: Path, offset: int) -> Iterator[list[list]]:
+    """Draw every chunk on the workers, few ahead of the reader; CSV rows of each chunk in order."""
+    workers = config.workers or len(os.sched_getaffinity(0))
+    patients = patient_of_film(config.samples, config.seed)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_leave_interrupts_to_parent) as pool:
+        waiting: deque[Future[list[list]]] = deque()
+        for start in range(0, config.samples, _CHUNK):
+            waiting.append(pool.submit(_draw_chunk, config.seed, start, patients[start : start + _CHUNK].tolist(), path, offset))
+            if len(waiting) > 4 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _leave_interrupts_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _draw_chunk(seed: int, start: int, patients: list[int], path: Path, offset: int) -> list[list]:
+    """Draw films `start`, `start` + 1, ... into the file; their CSV rows."""
+    cases = [make_case(seed, start + i, patient) for i, patient in enumerate(patients)]
+    films = np.stack([draw_film(case) for case in cases]).astype("<f4")
+    handle = os.open(path, os.O_WRONLY)
+    try:
+        written = os.pwrite(handle, films.data.cast("B"), offset + start * _ROW_BYTES)
+    finally:
+        os.close(handle)
+    if written != films.nbytes:
+        raise OSError(f"{path}: {written} of {films.nbytes} bytes written, the disk may be full")
+    return [_csv_row(case.index, case.patient_index, *_told(case)) for case in cases]
+
+
+def _told(case: Case) -> tuple[str, list]:
+    report = write_report(case)
+    return report.text, ["" if report.labels[label] is None else report.labels[label] for label in LABELS]
+
+
+def _csv_row(index: int, patient: int, text: str, labels: list) -> list:
+    return [f"phantom/patient{patient:05d}/study{index:06d}/view1_frontal.jpg", text, f"p{patient:05d}", *labels]
+
+
+def main() -> None:
+    """Parse, draw, say where the files are."""
+    with main_guard(PROG):
+        config = parse(PhantomConfig, prog=PROG)
+        make_phantom(config)
+        say(f"{config.samples} films: {config.out / 'cxr.h5'}, {config.out / 'reports.csv'}")
+
+
+if __name__ == "__main__":
+    main()
