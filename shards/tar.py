@@ -29,7 +29,7 @@ def header(name: str, size: int) -> bytes:
         bytes(100),  # link name
         b"ustar\0" + b"00",
         bytes(32 + 32),  # owner and group names
-        b"0000000\0" * 2,  # device numbers
+        bytes(8 + 8),  # device numbers: none
         bytes(155 + 12),  # prefix, padding
     ]
     block = bytearray(b"".join(fields))
