@@ -1,0 +1,58 @@
+"""What a loader hands to the trainer, where it hands it, and the digest that proves which samples it was."""
+
+from dataclasses import dataclass
+
+import torch
+from xxhash import xxh3_64_intdigest
+
+DIGEST_MODULUS = 1 << 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """Where one rank stands. Passed in by whoever started the processes; nothing in `pipeline` looks it up."""
+
+    rank: int = 0
+    """This process, 0 <= rank < size."""
+    size: int = 1
+    """Processes that share every global batch."""
+    device: torch.device | str = "cpu"
+    """Where the tensors of a batch have to be."""
+    local_size: int | None = None
+    """Processes on this machine, which share its CPUs; None: all of them."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"rank {self.rank} is outside a world of {self.size}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """One rank's share of a global batch. Valid until the next `next()` of its loader: the image buffers are reused."""
+
+    images: torch.Tensor
+    """(B, 3, H, W) normalised, in the loader's dtype, channels_last, on the device."""
+    tokens: torch.Tensor
+    """(B, context) int64 on the device: start token, text, end token, zeros."""
+    labels: torch.Tensor
+    """(B, labels) float32 on the device: 1 present, 0 absent, -1 uncertain, NaN unknown."""
+    samples: torch.Tensor
+    """(B, 2) int64 on the CPU: shard number and row in the shard."""
+    position: int
+    """First position of the *global* batch; sample i of rank r of R stands at position + r + i * R."""
+    text_length: int
+    """Most tokens any report of this rank's batch has, known without asking the device; 0 in an empty batch."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def digest_batch(batch: Batch, world: World) -> int:
+    """Sum modulo 2^64 of xxh3_64(position, shard, row) over the samples of one rank's batch.
+
+    Each is hashed as three little-endian 64-bit words. Sums of all ranks and batches, modulo 2^64, give the run's
+    order digest: it does not depend on the number of ranks or the batch size, only on what was delivered where.
+    """
+    positions = batch.position + world.rank + world.size * torch.arange(len(batch))
+    words = torch.cat([positions[:, None], batch.samples], dim=1).numpy().astype("<i8").tobytes()
+    return sum(xxh3_64_intdigest(words[at : at + 24]) for at in range(0, len(words), 24)) % DIGEST_MODULUS

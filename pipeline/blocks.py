@@ -1,0 +1,272 @@
+"""Read blocks ahead: threads load whole visits, in the order of need, into reused buffers within a memory limit.
+
+    visits -> (claim, when memory allows) -> rows, bytes, xxh3 -> handed out in order -> released, buffer reused
+
+A visit that the consumer waits for is always admitted, whatever the limit, so the limit can delay but never block.
+"""
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.order import Visit
+from pipeline.read import OpenShard, ReadStats
+from shards.errors import InputError
+from shards.reader import Rows, ShardReader
+from shards.schema import Manifest, ShardInfo
+
+READ_THREADS = 4
+"""Enough to keep several requests on the way to a parallel file system; they cost next to no CPU."""
+MAX_OPEN_SHARDS = 256
+"""Kept open at once, two file descriptors each."""
+ROUND = 64 << 10
+"""Buffers are this many bytes, times a whole number, so that blocks of about one size share them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """A visit with its data, all in the visit's order of use. The images are views of a buffer: release it after use."""
+
+    visit: Visit
+    images: list[NDArray[np.uint8]]
+    """n encoded images."""
+    rows: Rows
+    """Their rows."""
+    shard_rows: NDArray[np.int64]
+    """(n,) their rows in the shard."""
+    buffer: NDArray[np.uint8]
+
+
+class Buffers:
+    """Byte buffers that are used again. Not locked: BlockReader calls it under its own lock."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.total = 0
+        self._free: list[NDArray[np.uint8]] = []
+
+    @property
+    def used(self) -> int:
+        """Bytes in buffers that are out."""
+        return self.total - sum(buffer.nbytes for buffer in self._free)
+
+    def take(self, size: int) -> NDArray[np.uint8]:
+        """A buffer of at least `size` bytes: the smallest free one that will do, else a new one."""
+        fitting = [buffer for buffer in self._free if buffer.nbytes >= size]
+        if fitting:
+            chosen = min(fitting, key=lambda buffer: buffer.nbytes)
+            self._free = [buffer for buffer in self._free if buffer is not chosen]
+            return chosen
+        fresh = np.empty(-(-size // ROUND) * ROUND, dtype=np.uint8)
+        self.total += fresh.nbytes
+        self._trim()
+        return fresh
+
+    def give(self, buffer: NDArray[np.uint8]) -> None:
+        """Take a buffer back."""
+        self._free.append(buffer)
+        self._trim()
+
+    def _trim(self) -> None:
+        """Drop the smallest free buffers while there is more than the limit."""
+        self._free.sort(key=lambda buffer: -buffer.nbytes)
+        while self._free and self.total > self.limit:
+            self.total -= self._free.pop().nbytes
+
+
+class _Slot:
+    """A visit on its way: planned, then claimed by a thread, then done or failed."""
+
+    def __init__(self, visit: Visit, estimate: int) -> None:
+        self.visit = visit
+        self.estimate = estimate
+        self.claimed = False
+        self.result: Loaded | BaseException | None = None
+
+
+class BlockReader:
+    """Hands out the visits of an iterator in its order, read ahead by threads. One consumer."""
+
+    def __init__(
+        self, root: Path, manifest: Manifest, shards: tuple[ShardInfo, ...], visits: Iterator[Visit], memory: int
+    ) -> None:
+        self.stats = ReadStats()
+        self._root, self._manifest, self._shards = root, manifest, shards
+        self._visits = visits
+        self._open: OrderedDict[int, tuple[OpenShard, int]] = OrderedDict()
+        self._slots: deque[_Slot] = deque()
+        self._buffers = Buffers(memory)
+        self._pending = 0
+        self._waiting = self._ended = self._closed = False
+        self._changed = threading.Condition()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"shardclip-read-{number}", daemon=True)
+            for number in range(READ_THREADS)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes in all buffers, free ones included."""
+        return self._buffers.total
+
+    def next_first(self) -> int | None:
+        """First position of the visit that `get` hands out next; None after the last."""
+        with self._changed:
+            self._plan_until(1)
+            return self._slots[0].visit.first if self._slots else None
+
+    def get(self) -> Loaded:
+        """The next visit, waited for. Raises what its reading raised."""
+        with self._changed:
+            self._plan_until(1)
+            slot = self._slots[0]
+            self._waiting = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: slot.result is not None or self._closed)
+            self._waiting = False
+            if isinstance(slot.result, BaseException):
+                raise slot.result
+            if slot.result is None:
+                raise RuntimeError("the block reader was closed")
+            self._slots.popleft()
+            return slot.result
+
+    def release(self, loaded: Loaded) -> None:
+        """Give the buffer of a visit back; its images are no longer valid."""
+        with self._changed:
+            self._buffers.give(loaded.buffer)
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Begin to close: whoever waits in `get` is let go with an error."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop the threads and close the files."""
+        self.stop()
+        for thread in self._threads:
+            thread.join()
+        for shard, _ in self._open.values():
+            shard.close()
+        self._open.clear()
+
+    def _work(self) -> None:
+        while (slot := self._claim()) is not None:
+            try:
+                result: Loaded | BaseException = self._load(slot)
+            except BaseException as error:  # handed to the consumer, who raises it
+                result = error
+            with self._changed:
+                slot.result = result
+                self._changed.notify_all()
+
+    def _claim(self) -> _Slot | None:
+        with self._changed:
+            while not self._closed:
+                slot = next((slot for slot in self._slots if not slot.claimed), None) or self._plan()
+                if slot is not None and self._admit(slot):
+                    slot.claimed = True
+                    self._pending += slot.estimate
+                    return slot
+                self._changed.wait()
+            return None
+
+    def _admit(self, slot: _Slot) -> bool:
+        wanted_now = self._waiting and slot is self._slots[0]
+        return wanted_now or self._buffers.used + self._pending + slot.estimate <= self._buffers.limit
+
+    def _plan(self) -> _Slot | None:
+        if self._ended:
+            return None
+        visit = next(self._visits, None)
+        if visit is None:
+            self._ended = True
+            return None
+        self._slots.append(_Slot(visit, block_bytes(self._manifest, self._shards[visit.shard])))
+        return self._slots[-1]
+
+    def _plan_until(self, count: int) -> None:
+        while len(self._slots) < count and self._plan() is not None:
+            pass
+
+    def _load(self, slot: _Slot) -> Loaded:
+        visit = slot.visit
+        shard = self._borrow(visit.shard)
+        try:
+            rows = _pick(shard.read_rows(visit.block), visit.rows)
+            begin, end = int(rows.offset.min()), int((rows.offset + rows.size).max())
+            with self._changed:
+                buffer = self._buffers.take(end - begin)
+                self._pending -= slot.estimate
+                slot.estimate = 0
+            try:
+                shard.read_into(buffer[: end - begin], begin)
+                images = _views(buffer, rows.offset - begin, rows.size)
+                for row, image in enumerate(images):
+                    shard.check_image(image, rows, row)
+            except BaseException:
+                with self._changed:
+                    self._buffers.give(buffer)
+                raise
+        finally:
+            with self._changed:
+                self._pending -= slot.estimate
+                slot.estimate = 0
+            self._hand_back(visit.shard)
+        shard_rows = visit.rows + visit.block * self._manifest.block_rows
+        return Loaded(visit=visit, images=images, rows=rows, shard_rows=shard_rows, buffer=buffer)
+
+    def _borrow(self, number: int) -> OpenShard:
+        """The shard, opened if need be, and kept from being closed until handed back."""
+        with self._changed:
+            shard, users = self._open.get(number) or (self._open_shard(number), 0)
+            self._open[number] = shard, users + 1
+            self._open.move_to_end(number)
+            return shard
+
+    def _hand_back(self, number: int) -> None:
+        with self._changed:
+            shard, users = self._open[number]
+            self._open[number] = shard, users - 1
+            idle = [each for each, (_, users) in self._open.items() if not users]
+            for each in idle[: max(0, len(self._open) - MAX_OPEN_SHARDS)]:
+                self._open.pop(each)[0].close()
+
+    def _open_shard(self, number: int) -> OpenShard:
+        return OpenShard(ShardReader(self._root, self._manifest, self._shards[number]), self.stats)
+
+
+def block_bytes(manifest: Manifest, shard: ShardInfo) -> int:
+    """About how many bytes of the tar one block takes: a tenth over the shard's mean."""
+    rows = min(manifest.block_rows, shard.rows)
+    return int(1.1 * shard.tar.bytes * rows / shard.rows)
+
+
+def check_memory(manifest: Manifest, shards: tuple[ShardInfo, ...], memory: int, streams: int) -> None:
+    """InputError where `streams` live blocks and one being read do not fit `memory` bytes."""
+    block = max(block_bytes(manifest, shard) for shard in shards)
+    blocks = min(streams, sum(shard.rows for shard in shards)) + 1
+    if blocks * block > memory:
+        raise InputError(
+            f"memory_mb {memory >> 20} is too little: {blocks - 1} streams of this rank and one block ahead are "
+            f"{blocks} x {block / 2**20:.1f} MiB = {blocks * block / 2**20:.0f} MiB; raise memory_mb or use fewer streams"
+        )
+
+
+def _pick(rows: Rows, chosen: NDArray[np.int64]) -> Rows:
+    fields = {name: getattr(rows, name)[chosen] for name in Rows.__slots__}
+    return replace(rows, **fields)
+
+
+def _views(buffer: NDArray[np.uint8], offset: NDArray[np.int64], size: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+    ends = (offset + size).tolist()
+    return [buffer[begin:end] for begin, end in zip(offset.tolist(), ends, strict=True)]

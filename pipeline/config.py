@@ -1,0 +1,105 @@
+"""Settings of a loader, checked where they are made."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.batch import World
+from shards.errors import InputError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+BACKENDS = ("auto", "cpu", "dali", "hdf5", "hdf5-tuned")
+MODES = ("train", "eval")
+DTYPES = ("float32", "float16", "bfloat16")
+DEFAULT_STREAMS = 48
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoaderConfig:
+    """What to load, in which order, how augmented, and by which backend."""
+
+    shards: Path
+    """Folder of the data set (holds manifest.json)."""
+    split: str = "train"
+    """train, val or test."""
+    mode: str = "train"
+    """train: shuffled, augmented, without end. eval: every row once in row order, not augmented."""
+    backend: str = "auto"
+    """cpu, dali, hdf5, hdf5-tuned; auto: dali where the device is a GPU, else cpu."""
+    batch_size: int = 64
+    """Samples in the global batch, over all ranks."""
+    seed: int = 0
+    """Seed of order and augmentation."""
+    streams: int | None = None
+    """Streams the order interleaves; None: 48, or the next multiple of the ranks. Part of a run's fingerprint."""
+    threads: int | None = None
+    """Threads (hdf5: worker processes) that decode; None: the CPUs this process may use, shared by the ranks here."""
+    memory_mb: int = 256
+    """MiB of encoded blocks held at once, read-ahead included."""
+    ahead: int = 2
+    """Batches prepared while the trainer works."""
+    image_size: int = 224
+    """Height and width of the images handed out, pixels."""
+    scale: tuple[float, float] = (0.9, 1.0)
+    """Range of the crop's share of the image's area."""
+    flip: float = 0.5
+    """Probability of a left-right flip."""
+    flip_guard: bool = False
+    """Leave unflipped the images whose report names a side."""
+    mean: tuple[float, float, float] = CLIP_MEAN
+    """Subtracted from each channel; of 1, not of 255."""
+    std: tuple[float, float, float] = CLIP_STD
+    """Divides each channel; of 1, not of 255."""
+    dtype: str = "float32"
+    """float32, float16 or bfloat16."""
+    h5: Path | None = None
+    """The HDF5 file the shards were made from; the hdf5 backends alone read it."""
+
+    def __post_init__(self) -> None:
+        _one_of("backend", self.backend, BACKENDS)
+        _one_of("mode", self.mode, MODES)
+        _one_of("dtype", self.dtype, DTYPES)
+        for name in ("batch_size", "streams", "threads", "memory_mb", "ahead", "image_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; it has to be at least 1")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise InputError(f"crop scale {self.scale} is not a range within (0, 1]")
+        if not 0 <= self.flip <= 1 or min(self.std) <= 0:
+            raise InputError(f"flip {self.flip} has to lie in [0, 1] and std {self.std} above 0")
+        if self.backend.startswith("hdf5") and self.h5 is None:
+            raise InputError(f"backend {self.backend} reads the HDF5 file itself; give its path with --h5")
+
+
+def _one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise InputError(f"unknown {name} {value!r}; valid: {', '.join(valid)}")
+
+
+def available_cpus() -> int:
+    """CPUs this process may run on: its affinity mask, which a batch system sets, not the machine's count."""
+    return len(os.sched_getaffinity(0))
+
+
+def thread_count(config: LoaderConfig, world: World) -> int:
+    """Threads (or worker processes) for decoding on this rank, at least 1."""
+    return config.threads or max(1, available_cpus() // (world.local_size or world.size))
+
+
+def stream_count(config: LoaderConfig, world: World) -> int:
+    """Streams of the training order. InputError, with the arithmetic, where batch, ranks and streams do not fit."""
+    ranks = world.size
+    streams = config.streams or -(-DEFAULT_STREAMS // ranks) * ranks
+    _divisible(f"batch size {config.batch_size}", config.batch_size, ranks)
+    _divisible(f"{streams} streams", streams, ranks)
+    return streams
+
+
+def _divisible(what: str, value: int, ranks: int) -> None:
+    whole, rest = divmod(value, ranks)
+    if rest:
+        choices = f"{whole * ranks} or {(whole + 1) * ranks}" if whole else f"{ranks}"
+        raise InputError(
+            f"{what} cannot be shared by {ranks} ranks: {value} = {whole} x {ranks} + {rest}; use {choices}"
+        )

@@ -1,0 +1,194 @@
+"""The `cpu` backend: threads over libjpeg-turbo and torch's uint8 bicubic kernel into reused buffers.
+
+    feeder thread: EncodedBatches -> a free slot -> tasks of a few images
+    decoding threads: task -> ImageKernel -> the slot's buffer
+    trainer: the oldest slot, once all of its tasks are done; it goes back to the feeder at the next `next()`
+
+C code does the work and releases the GIL, so threads are enough, and nothing is copied between processes. The slots
+bound what is prepared ahead and are pinned where the device is a GPU.
+"""
+
+import queue
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.batch import Batch, World
+from pipeline.config import LoaderConfig, thread_count
+from pipeline.encoded import Encoded, EncodedBatches
+from pipeline.kernels import ImageKernel, Normalise
+from shards.errors import InputError
+from shards.schema import Manifest
+
+TASK_IMAGES = 8
+"""Images a task has: small enough to share a batch of 64 between eight threads, large enough to make queues cheap."""
+
+
+class _Slot:
+    """A reused image buffer and the batch that it is filled with."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> None:
+        self.images = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+        self.encoded: Encoded | None = None
+        self.error: BaseException | None = None
+        self.done = threading.Event()
+        self.copied: torch.cuda.Event | None = None
+        self._open_tasks = 0
+        self._lock = threading.Lock()
+
+    def start(self, encoded: Encoded, tasks: int) -> None:
+        """Begin a batch of so many tasks."""
+        self.encoded, self.error, self._open_tasks = encoded, None, tasks
+        self.done.clear()
+        if not tasks:
+            self.done.set()
+
+    def finish_task(self, error: BaseException | None) -> None:
+        """Note that one task is over; the first error of a batch is kept."""
+        with self._lock:
+            self.error = self.error or error
+            self._open_tasks -= 1
+            if not self._open_tasks:
+                self.done.set()
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Images first .. first + count - 1 of a slot's batch."""
+
+    slot: _Slot
+    first: int
+    count: int
+
+
+class CpuBackend:
+    """Decodes one rank's batches on its CPUs."""
+
+    def __init__(self, config: LoaderConfig, manifest: Manifest, world: World, batches: EncodedBatches) -> None:
+        self._config, self._manifest, self._batches = config, manifest, batches
+        self._device = torch.device(world.device)
+        self._normalise = Normalise(config.mean, config.std)
+        self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[_Slot | BaseException] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._held: _Slot | None = None
+        self._failed: BaseException | None = None
+        shape = (config.batch_size // world.size, config.image_size, config.image_size, 3)
+        for _ in range(config.ahead + 1):
+            self._free.put(_Slot(shape, getattr(torch, config.dtype), self._device.type == "cuda"))
+        self.threads = thread_count(config, world)
+        self._feeder = threading.Thread(target=self._feed, name="shardclip-feed", daemon=True)
+        self._decoders = start_single_threaded(self._decode, self.threads)
+        self._feeder.start()
+
+    def next(self) -> Batch:
+        """The next batch; ends the one before. StopIteration after the last, InputError for a bad image."""
+        if self._failed is not None:
+            raise self._failed
+        self._give_back()
+        slot = self._ready.get()
+        if isinstance(slot, BaseException):
+            self._failed = slot
+            raise slot
+        slot.done.wait()
+        self._held = slot
+        encoded = slot.encoded
+        assert encoded is not None
+        if slot.error is not None:
+            self._failed = slot.error
+            raise slot.error
+        self._batches.release(encoded)
+        return self._batch(slot, encoded)
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._free.put(None)
+        self._feeder.join()
+        for _ in self._decoders:
+            self._tasks.put(None)
+        for thread in self._decoders:
+            thread.join()
+
+    def _give_back(self) -> None:
+        if self._held is not None:
+            if self._held.copied is not None:
+                self._held.copied.synchronize()
+            self._free.put(self._held)
+            self._held = None
+
+    def _batch(self, slot: _Slot, encoded: Encoded) -> Batch:
+        images = slot.images[: len(encoded)].permute(0, 3, 1, 2).to(self._device, non_blocking=True)
+        tokens = torch.from_numpy(encoded.tokens).to(self._device, non_blocking=True)
+        labels = torch.from_numpy(encoded.labels).to(self._device, non_blocking=True)
+        if self._device.type == "cuda":
+            slot.copied = torch.cuda.Event()
+            slot.copied.record(torch.cuda.current_stream(self._device))
+        return encoded.batch(images, tokens, labels)
+
+    def _feed(self) -> None:
+        try:
+            while (slot := self._free.get()) is not None:
+                encoded = next(self._batches)
+                size = max(1, min(TASK_IMAGES, -(-len(encoded) // self.threads)))
+                tasks = [_Task(slot, first, min(size, len(encoded) - first)) for first in range(0, len(encoded), size)]
+                slot.start(encoded, len(tasks))
+                self._ready.put(slot)
+                for task in tasks:
+                    self._tasks.put(task)
+        except BaseException as error:  # raised by next(), where the trainer sees it
+            self._ready.put(error)
+
+    def _decode(self) -> None:
+        image = self._manifest.image
+        kernel = ImageKernel(
+            height=image.height, width=image.width, size=self._config.image_size, normalise=self._normalise
+        )
+        while (task := self._tasks.get()) is not None:
+            try:
+                self._run(kernel, task)
+            except BaseException as error:
+                task.slot.finish_task(error)
+            else:
+                task.slot.finish_task(None)
+
+    def _run(self, kernel: ImageKernel, task: _Task) -> None:
+        encoded = task.slot.encoded
+        assert encoded is not None
+        some = slice(task.first, task.first + task.count)
+        boxes, flipped = encoded.fate.boxes[some].tolist(), encoded.fate.flipped[some].tolist()
+        out = task.slot.images[some].unbind()
+        for image, box, flip, into in zip(encoded.images[some], boxes, flipped, out, strict=True):
+            try:
+                kernel.run(image, box, flip, into)
+            except ValueError as error:
+                raise undecodable(encoded, image, self._config.split, error) from None
+
+
+def undecodable(encoded: Encoded, image: object, split: str, error: Exception) -> InputError:
+    """The error for an image whose bytes are those of ingest and which is no image all the same."""
+    index = next(number for number, each in enumerate(encoded.images) if each is image)
+    return InputError(f"{encoded.describe(index, split)} cannot be decoded ({error}); ingest again")
+
+
+def start_single_threaded(target, count: int) -> list[threading.Thread]:  # type: ignore[no-untyped-def]
+    """Start threads whose torch operators stay in them, and leave the caller's intra-op setting as it was.
+
+    torch.set_num_threads sets two things: the calling thread's own count, and what threads get that use torch for the
+    first time later. The workers set theirs to 1 one after another; then the caller's count is set again, for later ones.
+    """
+    before = torch.get_num_threads()
+    ready = threading.Barrier(count + 1)
+
+    def work() -> None:
+        torch.get_num_threads()  # takes the default first, or it would be taken later and undo the next line
+        torch.set_num_threads(1)
+        ready.wait()
+        target()
+
+    threads = [threading.Thread(target=work, name=f"shardclip-decode-{number}", daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    torch.set_num_threads(before)
+    return threads

@@ -1,0 +1,175 @@
+"""One rank's batches before decoding: encoded images with everything that decides what becomes of them.
+
+    order -> visits -> BlockReader -> EncodedBatches -> a backend decodes
+
+A visit's rows stand `step` positions apart and a rank's batch is a range of positions `world` apart, so a visit fills a
+batch by plain slices: no loop over samples.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.augment import crop_boxes, flips, guard_flips, whole_boxes
+from pipeline.batch import Batch, World
+from pipeline.blocks import BlockReader, Loaded
+from pipeline.config import LoaderConfig
+from shards.schema import Manifest, sample_key, shard_name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fate:
+    """What becomes of n images."""
+
+    boxes: NDArray[np.int64]
+    """(n, 4) crop boxes: y, x, h, w in pixels."""
+    flipped: NDArray[np.bool_]
+    """(n,) left to right after the crop."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """n samples of one rank's batch. `images` are views that end with `EncodedBatches.release`."""
+
+    position: int
+    """First position of the global batch."""
+    images: list[NDArray[np.uint8]]
+    """n encoded images."""
+    fate: Fate
+    """Crops and flips."""
+    samples: NDArray[np.int64]
+    """(n, 2) shard, row."""
+    sources: NDArray[np.int64]
+    """(n, 2) source, row in it: the sample's opaque key."""
+    tokens: NDArray[np.int64]
+    """(n, context)."""
+    token_count: NDArray[np.int64]
+    """(n,)."""
+    labels: NDArray[np.float32]
+    """(n, labels)."""
+    finished: list[Loaded]
+    """Visits that end in this batch."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def describe(self, index: int, split: str) -> str:
+        """Shard and opaque key of a sample, for an error message."""
+        (shard, row), (source, source_row) = self.samples[index].tolist(), self.sources[index].tolist()
+        return f"shard {shard_name(split, shard)}: image {sample_key(source, source_row)} (row {row})"
+
+    def batch(self, images: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor) -> Batch:
+        """The decoded batch, with these tensors on the device."""
+        return Batch(
+            images=images,
+            tokens=tokens,
+            labels=labels,
+            samples=torch.from_numpy(self.samples),
+            position=self.position,
+            text_length=int(self.token_count.max(initial=0)),
+        )
+
+
+def decide(config: LoaderConfig, manifest: Manifest, positions: NDArray[np.int64], side: NDArray[np.bool_]) -> Fate:
+    """Crops and flips of positions (n,) whose reports name a side or not (n,), as the config asks."""
+    size = {"height": manifest.image.height, "width": manifest.image.width}
+    if config.mode == "eval":
+        return Fate(boxes=whole_boxes(len(positions), **size), flipped=np.zeros(len(positions), dtype=bool))
+    flipped = flips(config.seed, positions, probability=config.flip)
+    boxes = crop_boxes(config.seed, positions, **size, scale=config.scale)
+    return Fate(boxes=boxes, flipped=guard_flips(flipped, side) if config.flip_guard else flipped)
+
+
+def rank_positions(position: int, end: int, world: World) -> NDArray[np.int64]:
+    """A rank's positions within the global positions [position, end), where `position` is a multiple of the world's size."""
+    return np.arange(position + world.rank, end, world.size, dtype=np.int64)
+
+
+class EncodedBatches:
+    """Iterates over one rank's batches from a position on; in evaluation mode until every row was there."""
+
+    def __init__(
+        self, config: LoaderConfig, manifest: Manifest, world: World, reader: BlockReader, position: int
+    ) -> None:
+        self._config, self._manifest, self._world, self._reader = config, manifest, world, reader
+        self._position = position
+        self._end = manifest.rows(config.split) if config.mode == "eval" else None
+        self._live: list[Loaded] = []
+
+    def __iter__(self) -> "EncodedBatches":
+        return self
+
+    def __next__(self) -> Encoded:
+        """The next batch; may be empty on a rank at the end of an evaluation."""
+        if self._end is not None and self._position >= self._end:
+            raise StopIteration
+        begin, end = self._position, self._position + self._config.batch_size
+        self._position = end
+        positions = rank_positions(begin, min(end, self._end or end), self._world)
+        self._gather(end)
+        columns = _Columns(len(positions), self._manifest)
+        for loaded in self._live:
+            columns.fill(loaded, positions, self._world.size)
+        fate = decide(self._config, self._manifest, positions, columns.side_words)
+        finished = [loaded for loaded in self._live if loaded.visit.last < end]
+        self._live = [loaded for loaded in self._live if loaded.visit.last >= end]
+        return Encoded(
+            position=begin,
+            images=columns.images,
+            fate=fate,
+            samples=columns.samples,
+            sources=columns.sources,
+            tokens=columns.tokens,
+            token_count=columns.token_count,
+            labels=columns.labels,
+            finished=finished,
+        )
+
+    def release(self, encoded: Encoded) -> None:
+        """Give back what ended with this batch. In the batches' order: earlier ones may have used the same visits."""
+        for loaded in encoded.finished:
+            self._reader.release(loaded)
+        encoded.finished.clear()
+
+    def _gather(self, end: int) -> None:
+        """Take the visits that start before a position."""
+        while (first := self._reader.next_first()) is not None and first < end:
+            self._live.append(self._reader.get())
+
+
+class _Columns:
+    """The arrays of one batch while visits fill them."""
+
+    def __init__(self, count: int, manifest: Manifest) -> None:
+        self.images: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * count
+        self.samples = np.empty((count, 2), dtype=np.int64)
+        self.sources = np.empty((count, 2), dtype=np.int64)
+        self.tokens = np.empty((count, manifest.tokenizer.context), dtype=np.int64)
+        self.token_count = np.empty(count, dtype=np.int64)
+        self.side_words = np.empty(count, dtype=bool)
+        self.labels = np.empty((count, len(manifest.labels)), dtype=np.float32)
+
+    def fill(self, loaded: Loaded, positions: NDArray[np.int64], ranks: int) -> None:
+        """Copy the visit's rows that belong to these positions of a rank."""
+        visit = loaded.visit
+        if not len(positions) or visit.first > positions[-1]:
+            return
+        skipped = max(0, -(-(int(positions[0]) - visit.first) // visit.step))
+        first = visit.first + skipped * visit.step
+        count = min(len(visit.rows) - skipped, (int(positions[-1]) - first) // visit.step + 1)
+        if count <= 0:
+            return
+        begin, stride = (first - int(positions[0])) // ranks, visit.step // ranks
+        into = slice(begin, begin + (count - 1) * stride + 1, stride)
+        of = slice(skipped, skipped + count)
+        self.images[into] = loaded.images[of]
+        self.samples[into, 0] = visit.shard
+        self.samples[into, 1] = loaded.shard_rows[of]
+        self.sources[into, 0] = loaded.rows.source[of]
+        self.sources[into, 1] = loaded.rows.source_row[of]
+        self.tokens[into] = loaded.rows.tokens[of]
+        self.token_count[into] = loaded.rows.token_count[of]
+        self.side_words[into] = loaded.rows.side_words[of]
+        self.labels[into] = loaded.rows.labels[of]

@@ -1,0 +1,156 @@
+"""The one door: `build_loader(config, world)` gives batches, whatever the backend.
+
+    manifest -> order -> block reader -> encoded batches -> backend -> Batch
+
+A loader's whole state is one integer, `position`: build it with `position=p` and it goes on from there, without replay.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+
+from pipeline.batch import Batch, World
+from pipeline.blocks import BlockReader, check_memory
+from pipeline.config import LoaderConfig, stream_count
+from pipeline.encoded import EncodedBatches
+from pipeline.order import Layout, Order, RowOrder, ShuffledOrder
+from shards.errors import InputError
+from shards.manifest import read_manifest
+from shards.schema import Manifest
+
+
+class Backend(Protocol):
+    """What decodes. `next` ends the batch before it and raises StopIteration after the last."""
+
+    def next(self) -> Batch:
+        """The next batch."""
+        ...
+
+    def close(self) -> None:
+        """Stop threads and processes."""
+        ...
+
+
+class Loader(Iterator[Batch]):
+    """Batches of one rank, from a position on."""
+
+    def __init__(
+        self, *, config: LoaderConfig, samples: int, streams: int, position: int, backend: Backend,
+        reader: BlockReader | None,
+    ) -> None:  # fmt: skip
+        self.config = config
+        self.samples = samples
+        """Rows in the split."""
+        self.streams = streams
+        """Streams of the training order."""
+        self.position = position
+        """Where the next batch starts: the loader's whole state."""
+        self._backend, self._reader = backend, reader
+        self._batches = self._images = 0
+        self._wait_s = 0.0
+        self._closed = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        begin = time.perf_counter()
+        batch = self._backend.next()
+        self._wait_s += time.perf_counter() - begin
+        self._batches += 1
+        self._images += len(batch)
+        self.position = batch.position + self.config.batch_size
+        return batch
+
+    def stats(self) -> dict[str, float]:
+        """Counts so far: batches, images, seconds the trainer waited here; blocks and bytes read, reads retried."""
+        stats: dict[str, float] = {"batches": self._batches, "images": self._images, "wait_s": self._wait_s}
+        if self._reader is not None:
+            read = self._reader.stats
+            stats |= {"blocks": read.blocks, "bytes": read.bytes, "retries": read.retries}
+            stats["buffer_bytes"] = self._reader.buffer_bytes
+        return stats
+
+    def close(self) -> None:
+        """Stop everything and close all files. The last batch is no longer valid."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._reader is not None:
+            self._reader.stop()
+        self._backend.close()
+        if self._reader is not None:
+            self._reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def build_loader(config: LoaderConfig, world: World, *, position: int = 0) -> Loader:
+    """A loader that starts at a position (a multiple of the batch size). InputError for what cannot work."""
+    streams = stream_count(config, world)
+    if position < 0 or position % config.batch_size:
+        raise InputError(f"position {position} is not a multiple of the batch size {config.batch_size}")
+    manifest = read_manifest(config.shards)
+    order = make_order(config, manifest, streams)
+    backend_name = resolve_backend(config, world)
+    settings = {"config": config, "samples": order.samples, "streams": streams, "position": position}
+    if backend_name.startswith("hdf5"):
+        from pipeline.hdf5 import Hdf5Backend
+
+        tuned = backend_name == "hdf5-tuned"
+        return Loader(**settings, backend=Hdf5Backend(config, manifest, world, order, position, tuned), reader=None)
+    reader = _make_reader(config, manifest, world, order, streams, position)
+    batches = EncodedBatches(config, manifest, world, reader, position)
+    try:
+        return Loader(**settings, backend=_make_backend(backend_name, config, manifest, world, batches), reader=reader)
+    except BaseException:
+        reader.close()
+        raise
+
+
+def make_order(config: LoaderConfig, manifest: Manifest, streams: int) -> Order:
+    """The order that the config asks for. InputError where the split is absent."""
+    shards = manifest.splits.get(config.split)
+    if not shards:
+        present = ", ".join(manifest.splits) or "none"
+        raise InputError(f"{config.shards} has no split {config.split!r}; it has: {present}")
+    layout = Layout(tuple(shard.rows for shard in shards), manifest.block_rows)
+    return RowOrder(layout) if config.mode == "eval" else ShuffledOrder(layout, seed=config.seed, streams=streams)
+
+
+def resolve_backend(config: LoaderConfig, world: World) -> str:
+    """The backend's name, `auto` decided: dali where the device is a GPU, else cpu."""
+    if config.backend != "auto":
+        return config.backend
+    return "dali" if torch.device(world.device).type == "cuda" else "cpu"
+
+
+def _make_reader(
+    config: LoaderConfig, manifest: Manifest, world: World, order: Order, streams: int, position: int
+) -> BlockReader:
+    shards = manifest.splits[config.split]
+    memory = config.memory_mb << 20
+    check_memory(manifest, shards, memory, 1 if config.mode == "eval" else streams // world.size)
+    return BlockReader(Path(config.shards), manifest, shards, order.visits(position, world), memory)
+
+
+def _make_backend(
+    name: str, config: LoaderConfig, manifest: Manifest, world: World, batches: EncodedBatches
+) -> Backend:
+    if name == "dali":
+        from pipeline.dali import DaliBackend
+
+        return DaliBackend(config, manifest, world, batches)
+    from pipeline.cpu import CpuBackend
+
+    return CpuBackend(config, manifest, world, batches)

@@ -1,0 +1,223 @@
+"""Order as a pure function: position -> (epoch, shard, row), for positions 0, 1, 2, ... without end.
+
+The construction of DESIGN.md. An epoch's blocks are permuted by seed and laid end to end; that list of N rows is cut
+into C nearly equal spans, the streams (the first N mod C are one row longer). Position p of an epoch is item p div C of
+stream p mod C. The rows of a block are permuted by (seed, epoch, block) before the cut. So every epoch is exactly a
+permutation of the split, any position is found in O(log blocks) with O(blocks) memory, and at any time one block a
+stream is live: B blocks cost at most B + C - 1 block reads an epoch, for any number of ranks, because rank r of R takes
+the positions p = r mod R and R divides C, which gives it whole streams.
+
+A *visit* is one stay of one stream in one block: what the reader reads, and in which order its rows are used.
+"""
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.batch import World
+from shards.counter import permutation
+
+Ints = NDArray[np.int64]
+
+# First words after the seed: they keep the random numbers of different uses apart (pipeline.augment has 16 and up).
+_BLOCK_WORD, _ROW_WORD = 1, 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """Where n positions lie. All int64 (n,)."""
+
+    epoch: Ints
+    """Epoch, from 0."""
+    shard: Ints
+    """Number of the shard in its split."""
+    row: Ints
+    """Row in the shard."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Visit:
+    """The rows that one rank takes from one block in one go, in order of use."""
+
+    first: int
+    """Position of the first of them."""
+    step: int
+    """Positions from one to the next."""
+    shard: int
+    """Number of the shard in its split."""
+    block: int
+    """Number of the block in the shard."""
+    rows: Ints
+    """(n,) rows within the block, n >= 1."""
+
+    @property
+    def last(self) -> int:
+        """Position of the last row."""
+        return self.first + (len(self.rows) - 1) * self.step
+
+
+class Order(Protocol):
+    """What the loader needs to know of an order."""
+
+    samples: int
+
+    def locate(self, positions: Ints) -> Places:
+        """Places of positions (n,) int64 >= 0."""
+        ...
+
+    def visits(self, position: int, world: World) -> Iterator[Visit]:
+        """The rank's visits from a position on, by the position of their first row."""
+        ...
+
+
+class Layout:
+    """How rows lie in shards and blocks. Blocks are numbered through the split, `block_rows` each, the last of a shard short."""
+
+    def __init__(self, shard_rows: tuple[int, ...], block_rows: int) -> None:
+        self.rows = np.asarray(shard_rows, dtype=np.int64)
+        self.block_rows = block_rows
+        self.first_row = np.concatenate([[0], np.cumsum(self.rows)])
+        self.first_block = np.concatenate([[0], np.cumsum(-(-self.rows // block_rows))])
+        self.samples = int(self.first_row[-1])
+        self.blocks = int(self.first_block[-1])
+
+    def shard_of(self, block: Ints) -> tuple[Ints, Ints]:
+        """Shard and number within it of blocks (n,)."""
+        shard = np.searchsorted(self.first_block, block, side="right") - 1
+        return shard, block - self.first_block[shard]
+
+    def length(self, block: Ints) -> Ints:
+        """Rows of blocks (n,)."""
+        shard, within = self.shard_of(block)
+        return np.minimum(self.block_rows, self.rows[shard] - within * self.block_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Epoch:
+    """The blocks of one epoch laid end to end: 12 bytes a block."""
+
+    block: NDArray[np.int32]
+    """(blocks,) in order."""
+    start: Ints
+    """(blocks + 1,) rows before each."""
+
+    def find(self, row: int | Ints) -> Ints:
+        """Index in the list of the block that holds each row of the epoch."""
+        return np.searchsorted(self.start, row, side="right") - 1
+
+
+class ShuffledOrder:
+    """The training order of one split. Safe to share between threads."""
+
+    def __init__(self, layout: Layout, *, seed: int, streams: int) -> None:
+        self.layout = layout
+        self.samples = layout.samples
+        self.seed = seed
+        self.streams = streams
+        self._epochs: dict[int, _Epoch] = {}
+
+    def locate(self, positions: Ints) -> Places:
+        """Places of positions (n,) int64 >= 0, in any order."""
+        positions = np.asarray(positions, dtype=np.int64)
+        epochs, within = np.divmod(positions, self.samples)
+        item, stream = np.divmod(within, self.streams)
+        places = Places(epoch=epochs, shard=np.empty_like(positions), row=np.empty_like(positions))
+        for epoch in np.unique(epochs):
+            here = np.flatnonzero(epochs == epoch)
+            self._locate_rows(int(epoch), self._span_start(stream[here]) + item[here], here, places)
+        return places
+
+    def visits(self, position: int, world: World) -> Iterator[Visit]:
+        """The rank's visits from a position on, endless, by the position of their first row."""
+        epoch = position // self.samples
+        while True:
+            start = epoch * self.samples
+            mine = range((world.rank - start) % world.size, min(self.streams, self.samples), world.size)
+            spans = [self._stream_visits(epoch, stream, max(position - start, 0)) for stream in mine]
+            yield from heapq.merge(*spans, key=lambda visit: visit.first)
+            epoch += 1
+
+    def _span_start(self, stream: int | Ints) -> Ints:
+        short, longer = divmod(self.samples, self.streams)
+        return stream * short + np.minimum(stream, longer)
+
+    def _locate_rows(self, epoch: int, rows: Ints, here: Ints, places: Places) -> None:
+        """Fill in the places of rows of the epoch's list."""
+        table = self._epoch(epoch)
+        index = table.find(rows)
+        block = table.block[index].astype(np.int64)
+        places.shard[here], within = self.layout.shard_of(block)
+        for one in np.unique(block):
+            mine = np.flatnonzero(block == one)
+            order = self._row_order(epoch, int(one))
+            places.row[here[mine]] = within[mine] * self.layout.block_rows + order[(rows - table.start[index])[mine]]
+
+    def _stream_visits(self, epoch: int, stream: int, within: int) -> Iterator[Visit]:
+        """Visits of one stream from the first of its items at or after a position within the epoch."""
+        table = self._epoch(epoch)
+        start, end = int(self._span_start(stream)), int(self._span_start(stream + 1))
+        item = max(0, -(-(within - stream) // self.streams))
+        index = int(table.find(start + item))
+        while start + item < end:
+            block, begin = int(table.block[index]), int(table.start[index])
+            stop = min(int(table.start[index + 1]), end)
+            shard, number = self.layout.shard_of(np.int64(block))
+            yield Visit(
+                first=epoch * self.samples + item * self.streams + stream,
+                step=self.streams,
+                shard=int(shard),
+                block=int(number),
+                rows=self._row_order(epoch, block)[start + item - begin : stop - begin],
+            )
+            item, index = stop - start, index + 1
+
+    def _row_order(self, epoch: int, block: int) -> Ints:
+        return permutation(int(self.layout.length(np.int64(block))), self.seed, _ROW_WORD, epoch, block)
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        """The epoch's table; this epoch's and the one before are kept, because batches and read-ahead span two."""
+        table = self._epochs.get(epoch)
+        if table is None:
+            block = permutation(self.layout.blocks, self.seed, _BLOCK_WORD, epoch)
+            start = np.concatenate([[0], np.cumsum(self.layout.length(block))])
+            table = _Epoch(block.astype(np.int32), start)
+            self._epochs = dict([*sorted(self._epochs.items())[-1:], (epoch, table)])
+        return table
+
+
+class RowOrder:
+    """The evaluation order: shard by shard, row by row, once; rank r of R takes the rows r mod R."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.samples = layout.samples
+
+    def locate(self, positions: Ints) -> Places:
+        """Places of positions (n,) int64 in [0, samples)."""
+        positions = np.asarray(positions, dtype=np.int64)
+        shard = np.searchsorted(self.layout.first_row, positions, side="right") - 1
+        return Places(epoch=np.zeros_like(positions), shard=shard, row=positions - self.layout.first_row[shard])
+
+    def visits(self, position: int, world: World) -> Iterator[Visit]:
+        """The rank's visits from a position on, one a block that holds rows of its, until the last row."""
+        layout = self.layout
+        for block in range(self._block_of(position), layout.blocks):
+            shard, number = (int(each) for each in layout.shard_of(np.int64(block)))
+            begin = int(layout.first_row[shard]) + number * layout.block_rows
+            end = begin + int(layout.length(np.int64(block)))
+            first = max(begin, position)
+            first += (world.rank - first) % world.size
+            if first < end:
+                rows = np.arange(first - begin, end - begin, world.size)
+                yield Visit(first=first, step=world.size, shard=shard, block=number, rows=rows)
+
+    def _block_of(self, position: int) -> int:
+        if position >= self.samples:
+            return self.layout.blocks
+        shard = int(np.searchsorted(self.layout.first_row, position, side="right")) - 1
+        within = position - int(self.layout.first_row[shard])
+        return int(self.layout.first_block[shard]) + within // self.layout.block_rows
