@@ -79,7 +79,7 @@ def _header(path: Path) -> list[str]:
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error):
-        raise InputError(f"the header of {path} is not CSV in UTF-8; convert the file") from None
+        raise InputError(f"the header of {path} is not CSV in UTF-8; convert it (iconv -t UTF-8)") from None
     if not header:
         raise InputError(f"{path} is empty; it needs a header line")
     if len(set(header)) != len(header):

@@ -67,7 +67,7 @@ def _check_same(out: Path, work: Path, inputs: dict[str, Any]) -> None:
     if changed:
         raise InputError(
             f"{out} holds an interrupted ingest with another {', '.join(changed)}; "
-            "run it with what it was started with, or choose another folder"
+            "run it with what it was started with, or empty the folder to begin anew"
         )
 
 

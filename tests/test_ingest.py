@@ -1,0 +1,318 @@
+"""Ingest end to end: what goes in comes out, the same bytes however it ran, and every mistake is one line."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import (
+    FINDINGS,
+    REPOSITORY,
+    assert_refused,
+    made_up_images,
+    run_module,
+    write_csv,
+    write_h5,
+    write_source,
+)
+from PIL import Image
+
+from ingest.text import ClipTokenizer, names_side
+from shards.manifest import read_manifest
+from shards.reader import ShardReader
+from shards.verify import verify
+
+
+def tree(root: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(root.iterdir())}
+
+
+def rows_of(root: Path, split: str) -> list[dict]:
+    manifest = read_manifest(root)
+    rows = []
+    for info in manifest.splits.get(split, ()):
+        with ShardReader(root, manifest, info) as reader:
+            for row in reader.read_table().to_pylist():
+                rows.append(row | {"jpeg": os.pread(reader.fd, row["size"], row["offset"])})
+    return rows
+
+
+def arguments(out: Path, source: tuple[Path, Path], *more: str) -> list[str | Path]:
+    h5, table = source
+    labels = ["--label-columns", *FINDINGS, "--group-column", "patient"]
+    return ["ingest", "--to-shards", out, "--h5", h5, "--csv", table, *labels, "--val-fraction", "0.2", *more]
+
+
+def test_what_goes_in_comes_out(source: tuple[Path, Path], shards_dir: Path) -> None:
+    images = h5py.File(source[0])["cxr"][:]
+    table = list(csv.DictReader(open(source[1], newline="", encoding="utf-8")))
+    everything = {split: rows_of(shards_dir, split) for split in ("train", "val", "test")}
+    rows = [row for part in everything.values() for row in part]
+    assert sorted(row["row"] for row in rows) == list(range(96))
+    tokenizer = ClipTokenizer()
+    for row in rows:
+        given = table[row["row"]]
+        assert row["text"] == given["impression"]
+        assert [row[f"label:{name}"] for name in FINDINGS] == [float(given[n]) if given[n] else None for n in FINDINGS]
+        assert row["side_words"] == ("left" in row["text"] or "right" in row["text"])
+        assert row["tokens"] == tokenizer(row["text"])[0].tolist()
+        decoded = np.asarray(Image.open(io.BytesIO(row["jpeg"])))
+        assert np.abs(decoded - images[row["row"]]).mean() < 2.5
+    patients = {split: {table[row["row"]]["patient"] for row in part} for split, part in everything.items()}
+    assert not patients["train"] & patients["val"] and not patients["train"] & patients["test"]
+    groups = {split: {row["group"] for row in part} for split, part in everything.items()}
+    assert {split: len(found) for split, found in groups.items()} == {split: len(p) for split, p in patients.items()}
+    assert abs(len(everything["val"]) - 0.2 * 96) <= 3 and abs(len(everything["test"]) - 0.15 * 96) <= 3
+    # The shuffle is global: reading forward is not reading the source in order.
+    order = [row["row"] for row in everything["train"]]
+    assert order != sorted(order) and abs(np.corrcoef(order, range(len(order)))[0, 1]) < 0.4
+
+
+def test_tokens_are_open_clips() -> None:
+    from open_clip import get_tokenizer
+
+    texts = ["No acute process.", "Größe: 3 µm — \ufffd, left; RIGHT", "word " * 200, "x"]
+    theirs = get_tokenizer("ViT-B-32-quickgelu")(texts).numpy()
+    ours = ClipTokenizer()
+    for text, expected in zip(texts, theirs, strict=True):
+        tokens, count, truncated = ours(text)
+        assert tokens.tolist() == expected.tolist()
+        assert count == int(expected.argmax()) + 1
+        assert truncated == (text == texts[2])
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Small left effusion", True),
+        ("RLL pneumonia", True),
+        ("Right-sided line", True),
+        ("Lt. base opacity", True),
+        ("Clear lungs, upright film", False),
+        ("Leftover contrast", False),
+        ("Normal heart", False),
+    ],
+)
+def test_sides(text: str, found: bool) -> None:
+    assert names_side(text) == found
+
+
+def test_same_bytes_whatever_happens(source: tuple[Path, Path], tmp_path: Path) -> None:
+    """Workers, locale, clock zone, hash seed, umask: none of them enters. A rerun after kills ends the same."""
+    first, second, third = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    done = run_module(*arguments(first, source, "--workers", "1"))
+    assert done.returncode == 0, done.stderr
+    done = run_module(*arguments(second, source, "--workers", "2"), TZ="Asia/Tokyo", LC_ALL="C", PYTHONHASHSEED="7")
+    assert done.returncode == 0, done.stderr
+    assert tree(first) == tree(second)
+    for seconds in (0.3, 1.0, 2.0, 3.0):
+        _kill_after(seconds, arguments(third, source, "--workers", "1"))
+    done = run_module(*arguments(third, source, "--workers", "1"))
+    # A kill can come after the last rename; then the rerun has nothing to do and says so.
+    assert done.returncode == 0 or "finished data set" in done.stderr
+    assert tree(third) == tree(first)
+
+
+def _kill_after(seconds: float, command: list[str | Path]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", *map(str, command)], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_finished_shards_are_kept(source: tuple[Path, Path], tmp_path: Path) -> None:
+    """With everything done but the manifest, a rerun rewrites nothing; with one shard damaged in size, only that."""
+    from ingest.config import IngestConfig
+    from ingest.run import ingest
+
+    config = IngestConfig(to_shards=tmp_path / "set", h5=source[0], csv=(source[1],), workers=1, shard_mb=0.5)
+    import ingest.run as run
+
+    kept = run.remove_work
+    try:
+        run.remove_work = lambda _: None
+        ingest(config)
+    finally:
+        run.remove_work = kept
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").glob("train-*.tar")}
+    (tmp_path / "set" / "manifest.json").unlink()
+    lost = min(before)
+    os.truncate(lost, 100)
+    ingest(config)
+    rewritten = [path for path, stamp in before.items() if path.stat().st_mtime_ns != stamp]
+    assert rewritten == [lost]
+    assert [problem for _, problem in verify(tmp_path / "set") if problem] == []
+
+
+def test_rejects(tmp_path: Path) -> None:
+    images = made_up_images(40).astype(np.float32)
+    images[3], images[7], images[11] = 0, 93, 0
+    texts = [f"Film {i}" for i in range(40)]
+    texts[5], texts[9], texts[11] = "  ", "No impression", ""
+    h5 = write_h5(tmp_path / "a.h5", images)
+    table = write_csv(tmp_path / "a.csv", ["impression"], [[text] for text in texts])
+    done = run_module("ingest", "--to-shards", tmp_path / "out", "--h5", h5, "--csv", table, "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert "35 samples" in done.stdout and "PSNR" in done.stdout
+    assert (tmp_path / "out" / "rejects.csv").read_text() == (
+        "source,row,reason\n0,3,film is all zero\n0,5,report is empty\n0,7,film is constant\n"
+        "0,9,report is missing\n0,11,report is empty; film is all zero\n"
+    )
+    assert sorted(row["row"] for row in rows_of(tmp_path / "out", "train")) == [
+        row for row in range(40) if row not in (3, 5, 7, 9, 11)
+    ]
+
+
+def test_text_is_kept_exactly(tmp_path: Path) -> None:
+    texts = [
+        "NA",
+        "None",
+        " lead and trail ",
+        "two\nlines",
+        "crlf\r\nline",
+        '=cmd("x")',
+        "שלום 🫁 \u202e",
+        "nul\0byte",
+        "x" * 100_000,
+    ]
+    h5 = write_h5(tmp_path / "a.h5", made_up_images(len(texts)).astype(np.float32))
+    table = write_csv(tmp_path / "a.csv", ["id", "impression"], [[i, text] for i, text in enumerate(texts)])
+    table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes())
+    done = run_module("ingest", "--to-shards", tmp_path / "out", "--h5", h5, "--csv", table, "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert {row["row"]: row["text"] for row in rows_of(tmp_path / "out", "train")} == dict(enumerate(texts))
+
+
+def test_chexzero(real_data: Path, tmp_path: Path) -> None:
+    folder = real_data / "chexzero"
+    command = ["ingest", "--to-shards", tmp_path / "out", "--h5", folder / "cxr.h5"]
+    command += ["--csv", folder / "cxr_paths.csv", folder / "impressions.csv", "--val-fraction", "0.2"]
+    done = run_module(*command)
+    assert done.returncode == 0, done.stderr
+    assert "92 samples" in done.stdout
+    rejects = list(csv.DictReader(open(tmp_path / "out" / "rejects.csv")))
+    assert {int(row["row"]): row["reason"] for row in rejects} == {
+        5: "report is empty",
+        17: "film is all zero",
+        40: "report is missing",
+        60: "report is missing; film is all zero",
+    }
+    assert [problem for _, problem in verify(tmp_path / "out") if problem] == []
+    # Nothing of the paths or the patients in them gets into names, manifest or messages.
+    leaked = b"".join(path.read_bytes() for path in (tmp_path / "out").glob("*.json")) + done.stdout.encode()
+    assert b"p000" not in leaked and b"files/" not in leaked and b"jkms" not in leaked
+
+
+class TestMistakes:
+    """Each ends with exit code 2, one line that says what and where, and no file under a final name."""
+
+    @pytest.fixture
+    def refused(self, tmp_path: Path, source: tuple[Path, Path]):
+        def check(*words: str, h5: Path = source[0], table: Path = source[1], more: tuple[str, ...] = ()) -> None:
+            out = tmp_path / "out"
+            shutil.rmtree(out, ignore_errors=True)
+            done = run_module("ingest", "--to-shards", out, "--h5", h5, "--csv", table, "--workers", "1", *more)
+            assert_refused(done, *words)
+            assert not out.exists() or not [path for path in out.iterdir() if not path.name.startswith(".")]
+
+        return check
+
+    def test_files_and_columns(self, refused, tmp_path: Path) -> None:
+        refused("no HDF5 file", "nothing.h5", h5=tmp_path / "nothing.h5")
+        refused("cannot read", "nothing.csv", table=tmp_path / "nothing.csv")
+        refused("no column 'findings'", "impression", more=("--text-column", "findings"))
+        refused("no dataset 'images'", "'cxr'", more=("--dataset", "images"))
+        refused("label column 'Path'", "row 0", more=("--label-columns", "Path"))
+        refused("--val-fraction", "1.5", more=("--val-fraction", "1.5"))
+        refused("--frob", more=("--frob", "1"))
+        text = tmp_path / "text.h5"
+        text.write_text("not HDF5")
+        refused("cannot be opened as HDF5", h5=text)
+
+    def test_row_counts(self, refused, tmp_path: Path) -> None:
+        refused("96 films", "2 rows", table=write_csv(tmp_path / "b.csv", ["impression"], [["a"], ["b"]]))
+        short = write_csv(tmp_path / "c.csv", ["impression"], [["a"]] * 95)
+        other = write_csv(tmp_path / "d.csv", ["Path"], [["a"]] * 96)
+        refused("c.csv has 95", "d.csv has 96", table=short, more=("--csv", str(short), str(other)))
+        torn = tmp_path / "e.csv"
+        torn.write_text("a,impression\n1,x\n\n2,y\n")
+        refused("row 1", "blank", table=torn)
+        torn.write_text("a,impression\n1,x\n2,y,z\n")
+        refused("row 1", "3 fields", table=torn)
+        torn.write_bytes(b"impression\ncaf\xe9\n")
+        refused("UTF-8", "iconv", table=torn)
+
+    def test_pixels(self, refused, tmp_path: Path) -> None:
+        images = made_up_images(96).astype(np.float32)
+        refused("dtype float64", h5=write_h5(tmp_path / "a.h5", images.astype(np.float64)))
+        refused("shape (96, 320)", h5=write_h5(tmp_path / "b.h5", images[:, 0]))
+        refused("shape (0, 320, 320)", h5=write_h5(tmp_path / "c.h5", images[:0]))
+        for number, (row, value) in enumerate([(37, np.nan), (64, np.inf), (2, 0.5), (95, 256.0), (1, -1.0)]):
+            bad = images.copy()
+            bad[row, 5, 5] = value
+            refused(f"row {row} of", h5=write_h5(tmp_path / f"d{number}.h5", bad))
+
+    def test_data_from_elsewhere(self, refused, tmp_path: Path) -> None:
+        other = write_h5(tmp_path / "other.h5", made_up_images(96))
+        for name, link in (("x.h5", h5py.ExternalLink("other.h5", "/cxr")), ("s.h5", h5py.SoftLink("/real"))):
+            with h5py.File(tmp_path / name, "w") as file:
+                file["cxr"] = link
+            refused("link", h5=tmp_path / name)
+        layout = h5py.VirtualLayout(shape=(96, 320, 320), dtype="u1")
+        layout[:] = h5py.VirtualSource(str(other), "cxr", shape=(96, 320, 320))
+        with h5py.File(tmp_path / "v.h5", "w") as file:
+            file.create_virtual_dataset("cxr", layout)
+        refused("virtual", h5=tmp_path / "v.h5")
+        with h5py.File(tmp_path / "e.h5", "w") as file:
+            file.create_dataset("cxr", (96, 320, 320), "u1", external=[("/etc/hostname", 0, 96 * 320 * 320)])
+        refused("external", h5=tmp_path / "e.h5")
+        with h5py.File(tmp_path / "bomb.h5", "w") as file:
+            file.create_dataset("cxr", (10**9, 320, 320), "f4", chunks=(1, 320, 320))
+        refused("films but the CSV has 96", h5=tmp_path / "bomb.h5")
+
+    def test_output_folder(self, source: tuple[Path, Path], shards_dir: Path, tmp_path: Path) -> None:
+        before = tree(shards_dir)
+        assert_refused(run_module(*arguments(shards_dir, source)), "already holds a finished data set of 96 samples")
+        assert tree(shards_dir) == before
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "thesis.tex").write_text("precious")
+        assert_refused(run_module(*arguments(tmp_path / "full", source)), "is not empty")
+        assert os.listdir(tmp_path / "full") == ["thesis.tex"]
+        # An interrupted ingest goes on only as what it was.
+        out = tmp_path / "out"
+        (out / ".ingest").mkdir(parents=True)
+        assert run_module(*arguments(out, source, "--seed", "0", "--workers", "1")).returncode == 0
+        shutil.rmtree(out)
+        (out / ".ingest").mkdir(parents=True)
+        (out / ".ingest" / "inputs.json").write_text(json.dumps({"seed": 1}))
+        assert_refused(run_module(*arguments(out, source)), "interrupted ingest with another", "seed")
+
+    def test_impossible_splits(self, refused, tmp_path: Path) -> None:
+        refused("split 'val' stays empty", "96 rows", more=("--val-fraction", "0.001"))
+        one = write_csv(tmp_path / "one.csv", ["impression", "patient"], [["x", "same"]] * 96)
+        refused("stays empty", "1 groups", table=one, more=("--group-column", "patient", "--val-fraction", "0.2"))
+        gaps = write_csv(tmp_path / "gaps.csv", ["impression", "patient"], [["x", "p" * (i != 4)] for i in range(96)])
+        refused("1 rows have no 'patient'", "row 4", table=gaps, more=("--group-column", "patient"))
+
+
+def test_uint8_and_float32_make_the_same_images(tmp_path: Path) -> None:
+    h5, table = write_source(tmp_path / "f", 24)
+    write_h5(tmp_path / "u.h5", made_up_images(24))
+    sets = []
+    for number, path in enumerate((h5, tmp_path / "u.h5")):
+        out = tmp_path / f"out{number}"
+        assert run_module("ingest", "--to-shards", out, "--h5", path, "--csv", table, "--workers", "1").returncode == 0
+        sets.append(tree(out))
+    assert sets[0] == sets[1]
