@@ -30,7 +30,7 @@ ROUND = 64 << 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loaded:
-    """A visit with its data, all in the visit's order of use. The images are views of a buffer: release it after use."""
+    """A visit with its data, all in its order of use. The images are views of a buffer: release it after use."""
 
     visit: Visit
     images: list[NDArray[np.uint8]]
@@ -258,7 +258,8 @@ def check_memory(manifest: Manifest, shards: tuple[ShardInfo, ...], memory: int,
     if blocks * block > memory:
         raise InputError(
             f"memory_mb {memory >> 20} is too little: {blocks - 1} streams of this rank and one block ahead are "
-            f"{blocks} x {block / 2**20:.1f} MiB = {blocks * block / 2**20:.0f} MiB; raise memory_mb or use fewer streams"
+            f"{blocks} x {block / 2**20:.1f} MiB = {blocks * block / 2**20:.0f} MiB; "
+            "raise memory_mb or use fewer streams"
         )
 
 

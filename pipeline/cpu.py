@@ -10,6 +10,7 @@ bound what is prepared ahead and are pinned where the device is a GPU.
 
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -171,11 +172,11 @@ def undecodable(encoded: Encoded, image: object, split: str, error: Exception) -
     return InputError(f"{encoded.describe(index, split)} cannot be decoded ({error}); ingest again")
 
 
-def start_single_threaded(target, count: int) -> list[threading.Thread]:  # type: ignore[no-untyped-def]
+def start_single_threaded(target: Callable[[], None], count: int) -> list[threading.Thread]:
     """Start threads whose torch operators stay in them, and leave the caller's intra-op setting as it was.
 
     torch.set_num_threads sets two things: the calling thread's own count, and what threads get that use torch for the
-    first time later. The workers set theirs to 1 one after another; then the caller's count is set again, for later ones.
+    first time later. The workers set theirs to 1; then the caller's count is set again, for the later ones.
     """
     before = torch.get_num_threads()
     ready = threading.Barrier(count + 1)

@@ -1,0 +1,205 @@
+"""The `dali` backend: one graph that runs on the GPU or on the CPU, a function of what is fed to it.
+
+    encoded bytes, crop box, flip -> decode (GRAY) -> slice -> cubic resize with antialias (uint8)
+        -> three channels -> flip, normalise -> HWC, seen from torch as NCHW channels_last, no copy
+
+Read-ahead, order and augmentation stay outside, so DALI holds no state worth saving. GRAY throughout, because grey JPEG
+with ANY_DATA crashes DALI's CPU decoder; slice before resize, because a region of interest reads outside the box at its
+border; uint8 after the resize, because cubic overshoots 0..255 by up to 20 otherwise (measured, DALI 2.4).
+"""
+
+import queue
+import threading
+from collections import deque
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+
+from pipeline.batch import Batch, World
+from pipeline.config import LoaderConfig, thread_count
+from pipeline.encoded import Encoded, EncodedBatches
+from shards.errors import InputError
+from shards.schema import ImageSpec, Manifest, shard_name
+
+DALI_DTYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "FLOAT"}
+"""Loader dtype -> DALI's; it has no bfloat16, which torch makes from FLOAT."""
+
+
+def build_graph(config: LoaderConfig, source: Any, *, batch_size: int, threads: int, device: torch.device) -> Any:
+    """A DALI pipeline with one output (H, W, 3) for what `source()` returns, in batches.
+
+    `source` gives lists or arrays over n samples: encoded bytes (uint8, 1-D), box start y, x (int32), box size h, w
+    (int32), flip 0 or 1 (int32).
+    """
+    try:
+        from nvidia.dali import fn, pipeline_def, types
+    except ImportError as error:
+        raise InputError(
+            f"backend dali needs the package nvidia-dali-cuda120 ({error}); install it or use --backend cpu"
+        ) from None
+    gpu = device.type == "cuda"
+
+    @pipeline_def(
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=(device.index or 0) if gpu else None,
+        prefetch_queue_depth=config.ahead,
+    )
+    def graph() -> Any:
+        encoded, start, size, flip = fn.external_source(
+            source=source,
+            num_outputs=4,
+            dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
+            ndim=[1, 1, 1, 0],
+        )
+        pixels = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.GRAY)
+        crop = fn.slice(pixels, start, size, axes=(0, 1))
+        small = fn.resize(
+            crop,
+            size=(config.image_size, config.image_size),
+            interp_type=types.INTERP_CUBIC,
+            antialias=True,
+            dtype=types.UINT8,
+        )
+        return fn.crop_mirror_normalize(
+            fn.cat(small, small, small, axis=2),
+            mirror=flip,
+            mean=[255 * each for each in config.mean],
+            std=[255 * each for each in config.std],
+            output_layout="HWC",
+            dtype=getattr(types, DALI_DTYPES[config.dtype]),
+        )
+
+    built = graph()
+    built.build()
+    return built
+
+
+class DaliBackend:
+    """Feeds the graph and takes its outputs. A thread gathers batches, so that the trainer never waits for a disk."""
+
+    def __init__(self, config: LoaderConfig, manifest: Manifest, world: World, batches: EncodedBatches) -> None:
+        self._config, self._image, self._batches = config, manifest.image, batches
+        self._device = torch.device(world.device)
+        self._gathered: queue.Queue[Encoded | BaseException] = queue.Queue(maxsize=config.ahead)
+        self._fed: deque[Encoded] = deque()
+        self._last_fed: Encoded | None = None
+        self._empty: Encoded | None = None
+        self._closed = threading.Event()
+        self._failed: BaseException | None = None
+        self._graph = build_graph(
+            config,
+            self._source,
+            batch_size=config.batch_size // world.size,
+            threads=thread_count(config, world),
+            device=self._device,
+        )
+        self._gatherer = threading.Thread(target=self._gather, name="shardclip-gather", daemon=True)
+        self._gatherer.start()
+
+    def next(self) -> Batch:
+        """The next batch; ends the one before. StopIteration after the last, InputError for a bad image."""
+        if self._failed is not None:
+            raise self._failed
+        try:
+            images = self._run()
+        except StopIteration:
+            if self._empty is None:
+                raise
+            encoded, self._empty = self._empty, None
+            return self._batch(encoded, torch.empty(0, self._config.image_size, self._config.image_size, 3))
+        except BaseException as error:
+            self._failed = error
+            raise
+        return self._batch(self._fed.popleft(), images)
+
+    def close(self) -> None:
+        """Stop the thread and drop the graph."""
+        self._closed.set()
+        while self._gatherer.is_alive():
+            self._drain()
+            self._gatherer.join(timeout=0.01)
+        self._graph = None
+
+    def _run(self) -> torch.Tensor:
+        """(n, H, W, 3) of the oldest batch that was fed, on the device."""
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        try:
+            # Bound to the trainer's stream: DALI's memory is then free again only after the work queued there.
+            (output,) = self._graph.run(stream)
+        except RuntimeError as error:
+            if isinstance(self._failed, InputError):
+                raise self._failed from None
+            if "decoders" not in str(error):
+                raise
+            raise self._undecodable(error) from None
+        return torch.from_dlpack(output.as_tensor())
+
+    def _batch(self, encoded: Encoded, images: torch.Tensor) -> Batch:
+        dtype = getattr(torch, self._config.dtype)
+        return encoded.batch(
+            images.to(self._device, dtype).permute(0, 3, 1, 2),
+            torch.from_numpy(encoded.tokens).to(self._device, non_blocking=True),
+            torch.from_numpy(encoded.labels).to(self._device, non_blocking=True),
+        )
+
+    def _source(self) -> tuple[Any, ...]:
+        """Called by the graph for each batch that it starts; what it was given before has been copied by now."""
+        if self._last_fed is not None:
+            self._batches.release(self._last_fed)
+            self._last_fed = None
+        encoded = self._gathered.get()
+        if isinstance(encoded, BaseException):
+            self._gathered.put(encoded)
+            self._failed = None if isinstance(encoded, StopIteration) else encoded
+            raise encoded
+        if not len(encoded):
+            self._empty = encoded
+            raise StopIteration
+        self._last_fed = encoded
+        self._fed.append(encoded)
+        start, size = (np.ascontiguousarray(half, dtype=np.int32) for half in np.split(encoded.fate.boxes, 2, axis=1))
+        return encoded.images, start, size, encoded.fate.flipped.astype(np.int32)
+
+    def _gather(self) -> None:
+        try:
+            for encoded in self._batches:
+                check_headers(encoded, self._image, self._config.split)
+                self._put(encoded)
+            self._put(StopIteration())
+        except BaseException as error:  # raised by next(), where the trainer sees it
+            self._put(error)
+
+    def _put(self, item: Encoded | BaseException) -> None:
+        while not self._closed.is_set():
+            try:
+                return self._gathered.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _drain(self) -> None:
+        while not self._gathered.empty():
+            self._gathered.get_nowait()
+
+    def _undecodable(self, error: RuntimeError) -> InputError:
+        """DALI fails a batch as a whole and does not say which sample: name the shards it came from."""
+        shards = np.unique(self._fed[0].samples[:, 0]).tolist() if self._fed else []
+        names = ", ".join(shard_name(self._config.split, shard) for shard in shards)
+        reason = next((line for line in str(error).splitlines() if line.startswith("Error")), "")[:160]
+        return InputError(f"DALI cannot decode a batch of shards {names} ({reason}); --backend cpu names the image")
+
+
+def check_headers(encoded: Encoded, spec: ImageSpec, split: str) -> None:
+    """InputError where an image is no JPEG of the data set's size: inside DALI it would cost the batch its name."""
+    for index, image in enumerate(encoded.images):
+        try:
+            height, width, *_ = simplejpeg.decode_jpeg_header(image)
+        except ValueError as error:
+            raise InputError(f"{encoded.describe(index, split)} is not a JPEG ({error}); ingest again") from None
+        if (height, width) != (spec.height, spec.width):
+            raise InputError(
+                f"{encoded.describe(index, split)} is {height}x{width}, the manifest says {spec.height}x{spec.width}; "
+                "ingest again"
+            )
