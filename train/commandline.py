@@ -1,0 +1,94 @@
+"""From arguments to a config, and a config to JSON and back.
+
+`--preset NAME` or `--config FILE` is read first and gives every value; the other flags then change single ones.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shards.cli import parse
+from shards.errors import InputError
+from train.config import TrainConfig
+from train.presets import PRESETS
+
+Config = TypeVar("Config")
+
+
+def parse_config(prog: str, argv: Sequence[str] | None = None) -> TrainConfig:
+    """The run's config from the command line. InputError for a mistake; `--help` prints and ends the process."""
+    first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset", default=None)
+    first.add_argument("--config", type=Path, default=None)
+    try:
+        known, rest = first.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from None
+    if known.preset and known.config:
+        raise InputError("--preset and --config both give every value; name one of them")
+    default = read_config(known.config) if known.config else preset(known.preset or "tiny")
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return parse(TrainConfig, rest, prog=prog, default=default)
+    except SystemExit as stop:
+        if stop.code:
+            raise InputError(captured.getvalue().removeprefix(f"{prog}: ")) from None
+        raise
+
+
+def preset(name: str) -> TrainConfig:
+    """The preset's config. InputError, with the valid names, for another name."""
+    if name not in PRESETS:
+        raise InputError(f"unknown preset {name!r}; valid: {', '.join(PRESETS)}")
+    return PRESETS[name]()
+
+
+def read_config(path: Path) -> TrainConfig:
+    """A resolved config back from the JSON that `config_json` wrote. InputError names the file and the setting."""
+    try:
+        return from_fields(TrainConfig, json.loads(path.read_bytes()))
+    except OSError as error:
+        raise InputError(f"cannot read the config {path} ({error.strerror})") from None
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is not a config of this program ({error})") from None
+
+
+def config_json(config: Any) -> str:
+    """A config dataclass as JSON, one setting a line, in the order of its fields."""
+    return json.dumps(to_fields(config), indent=1) + "\n"
+
+
+def to_fields(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain JSON values: paths as strings, tuples as lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_fields(kind: type[Config], fields: dict[str, Any]) -> Config:
+    """The dataclass from plain values. ValueError for an unknown setting, so that a typing error cannot pass."""
+    hints = typing.get_type_hints(kind)
+    unknown = [name for name in fields if name not in hints]
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no setting {unknown[0]!r}")
+    return kind(**{name: _decode(hints[name], value) for name, value in fields.items()})
+
+
+def _decode(hint: Any, value: Any) -> Any:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        if value is None:
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return from_fields(typing.cast(type, hint), value)
+    if typing.get_origin(hint) is tuple:
+        return tuple(value)
+    if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
+        raise ValueError(f"{value!r} is none of {', '.join(map(str, typing.get_args(hint)))}")
+    return Path(value) if hint is Path else value

@@ -1,0 +1,126 @@
+"""Settings of a run, checked where they are made. What people type often stands at the top, the rest nests."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pipeline.config import CLIP_MEAN, CLIP_STD, LoaderConfig
+from shards.errors import InputError
+from train.model import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """How samples are read and augmented; what `pipeline.config.LoaderConfig` has beyond the top settings."""
+
+    streams: int | None = None
+    """Streams the order interleaves; none: 48, or the next multiple of the ranks."""
+    threads: int | None = None
+    """Threads that decode on each rank; none: the CPUs this process may use, shared by the ranks on this machine."""
+    memory_mb: int = 256
+    """MiB of encoded blocks each rank holds at once."""
+    image_size: int = 224
+    """Height and width the model sees, pixels."""
+    scale: tuple[float, float] = (0.9, 1.0)
+    """Range of the crop's share of the image's area."""
+    flip: float = 0.5
+    """Probability of a left-right flip."""
+    flip_guard: bool = False
+    """Leave unflipped the images whose report names a side."""
+    mean: tuple[float, float, float] = CLIP_MEAN
+    """Subtracted from each channel; of 1, not of 255."""
+    std: tuple[float, float, float] = CLIP_STD
+    """Divides each channel; of 1, not of 255."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW and its learning rate over the steps."""
+
+    lr: float = 5e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """After the warm-up: stay at the peak, or fall to zero along half a cosine by the last step."""
+    warmup: int = 50
+    """Steps of linear rise from zero to the peak."""
+    weight_decay: float = 0.1
+    """Decay of weights with two dimensions or more; biases, norms and the logit scale have none."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay rates of AdamW's two moments."""
+    eps: float = 1e-6
+    """Added to AdamW's denominator."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.warmup < 0 or self.weight_decay < 0:
+            raise InputError(f"lr {self.lr} has to be above 0, warmup {self.warmup} and weight decay at least 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Train an image-text model on shards."""
+
+    shards: Path
+    """Folder of the data set (holds manifest.json)."""
+    out: Path
+    """Folder of the run: checkpoints, metrics, curves."""
+    h5: Path | None = None
+    """The HDF5 file the shards were made from; the hdf5 backends alone read it."""
+    preset: str = "tiny"
+    """Named set of values for everything else; read before the other flags, which change single values of it."""
+    steps: int = 500
+    """Optimizer steps in the whole run."""
+    batch_size: int = 64
+    """Samples in a global batch, over all ranks."""
+    backend: Literal["auto", "cpu", "dali", "hdf5", "hdf5-tuned"] = "auto"
+    """Loader; auto: dali where the device is a GPU, else cpu."""
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+    resume: Literal["never", "auto"] = "never"
+    """auto: go on from the newest good checkpoint of the run, or start where there is none."""
+    stop_at: int | None = None
+    """Save and end after this step as a preemption would: exit code 0 and a file `requeue` in the run's folder."""
+    log_every: int = 10
+    """Steps between rows of metrics.jsonl."""
+    validate_every: int = 100
+    """Steps between validations on the val split; 0: never."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Newest good checkpoints to keep; the best is kept besides."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on a GPU that has it, else fp16 with a scaler; fp32 on a CPU."""
+    threads: int | None = None
+    """Threads of a rank's arithmetic; none: the CPUs this process may use, shared by the ranks on this machine."""
+    shuffle_reports: bool = False
+    """A control, not a way to train: reports change places within the batch, so that nothing can be learnt."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Reading and augmentation."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The two towers."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and learning rate."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "save_every", "keep", "stop_at", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; it has to be at least 1")
+        if self.validate_every < 0:
+            raise InputError(f"validate_every is {self.validate_every}; it has to be at least 0")
+
+
+def loader_config(config: TrainConfig, *, split: str, mode: str) -> LoaderConfig:
+    """The loader's settings for training or for embedding a split."""
+    data = {name: getattr(config.data, name) for name in DataConfig.__slots__}
+    return LoaderConfig(
+        shards=config.shards,
+        split=split,
+        mode=mode,
+        backend=config.backend,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        h5=config.h5,
+        **data,
+    )

@@ -1,0 +1,123 @@
+"""Who takes part: the processes of one run and the few things they say to each other on the host.
+
+Gradients and features travel by DDP and the objective. What passes here are small CPU tensors over gloo, also on a GPU
+machine, so that asking "does anyone want to stop?" never waits for a device.
+"""
+
+import contextlib
+import datetime
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pipeline.batch import World
+from shards.errors import InputError
+
+Result = TypeVar("Result")
+
+TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """This process among those of the run. With `size` 1 no process group is needed, and every method is local."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Number on this machine; chooses the GPU."""
+    local_size: int = 1
+    """Processes on this machine; they share its CPUs."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which alone writes files and talks."""
+        return self.rank == 0
+
+    def world(self, device: torch.device) -> World:
+        """What the loader has to know of it."""
+        return World(rank=self.rank, size=self.size, device=device, local_size=self.local_size)
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over the ranks, in float64."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on any rank; the same answer on all."""
+        return self.sums([float(flag)])[0] > 0
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensor of every rank, in rank order. Shape and dtype have to be the same on all."""
+        if self.size == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return parts
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """A small picklable value of every rank, in rank order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.sums([0.0])
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """Join the processes that torchrun started (they find each other by its environment), or be alone without it."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks()
+        return
+    ranks = Ranks(
+        rank=int(os.environ["RANK"]),
+        size=size,
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        local_size=int(os.environ["LOCAL_WORLD_SIZE"]),
+    )
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        yield ranks
+    except RuntimeError as error:
+        # The other rank's own message says why it went; a traceback of ours would bury it.
+        if "gloo" not in str(error) or "peer" not in str(error):
+            raise
+        sys.stderr.write(f"rank {ranks.rank}: another rank ended, so this one stops; its message says why\n")
+        raise SystemExit(1) from None
+    dist.destroy_process_group()
+
+
+def together(ranks: Ranks, prog: str, build: Callable[[], Result]) -> Result:
+    """Run `build`, which must not talk to other ranks, on every rank.
+
+    An InputError on any of them is printed once, by rank 0, and ends all with exit code 2: torchrun kills the others as
+    soon as one is gone, so that the line would be lost if each printed its own and left.
+    """
+    result: Result | None = None
+    mistake = None
+    try:
+        result = build()
+    except InputError as error:
+        mistake = " ".join(str(error).split())
+    mistakes = [text for text in ranks.gather_objects(mistake) if text is not None]
+    if mistakes:
+        if ranks.first:
+            sys.stderr.write(f"{prog}: {mistakes[0]}\n")
+            sys.stderr.flush()
+        ranks.barrier()
+        raise SystemExit(2)
+    return result  # type: ignore[return-value]

@@ -1,0 +1,141 @@
+"""What a run is at a step boundary, to a checkpoint's payload and back."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.batch import DIGEST_MODULUS
+from pipeline.config import stream_count
+from shards.errors import InputError
+from shards.schema import Manifest
+from train.commandline import to_fields
+from train.config import TrainConfig, loader_config
+from train.device import Precision
+from train.ranks import Ranks
+
+PATHS = ("shards", "out", "h5")
+"""Settings that stay out of checkpoints: where files lie is nobody's business elsewhere."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """How far a run is. The only thing that the loop itself changes."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    digest: int = 0
+    """This rank's share of the order digest; the sum over the ranks modulo 2^64 is the run's."""
+    best_loss: float | None = None
+    """Lowest validation loss so far."""
+    best_step: int | None = None
+    """Where it was reached."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Learner:
+    """What is trained, and what trains it; all change in place."""
+
+    model: nn.Module
+    """The bare model, without DDP around it."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+
+def fingerprint(config: TrainConfig, manifest: Manifest, ranks: Ranks, precision: Precision) -> dict[str, Any]:
+    """What has to be the same for a checkpoint to go on as if nothing had been, by the names of the settings.
+
+    Not in it: the number of ranks, the backend and the threads, which change no sample; how often to log, validate,
+    save; where things lie.
+    """
+    prints: dict[str, Any] = {"shards": manifest.digest, "tokenizer": manifest.tokenizer.digest}
+    prints |= {name: getattr(config, name) for name in ("seed", "batch_size", "steps", "shuffle_reports")}
+    prints |= {"precision": precision.name}
+    for group in ("data", "model", "optim"):
+        fields = to_fields(getattr(config, group))
+        prints |= {f"{group}.{name}": value for name, value in fields.items()}
+    prints["data.streams"] = stream_count(
+        loader_config(config, split="train", mode="train"), ranks.world(precision.device)
+    )
+    for name in ("data.threads", "data.memory_mb"):
+        del prints[name]
+    return prints
+
+
+def check_fingerprint(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """InputError that names each setting in which a checkpoint differs from this run."""
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if names:
+        listed = "; ".join(f"{name} was {then.get(name)}, is now {now.get(name)}" for name in names)
+        raise InputError(f"the checkpoint is of another run: {listed}; give the same settings, or another --out")
+
+
+def order_digest(progress: Progress, ranks: Ranks) -> str:
+    """The run's order digest over all ranks, 16 hex digits."""
+    # Halves, because a sum of float64 or int64 cannot hold 64 bits.
+    halves = ranks.gather(torch.tensor([progress.digest >> 32, progress.digest & 0xFFFFFFFF]))
+    total = sum((int(high) << 32) + int(low) for high, low in halves)
+    return f"{total % DIGEST_MODULUS:016x}"
+
+
+def capture(
+    config: TrainConfig, prints: dict[str, Any], progress: Progress, learner: Learner, ranks: Ranks
+) -> dict[str, Any]:
+    """A checkpoint's payload, copied to host memory so that training may go on. All ranks have to call it."""
+    digest, random = order_digest(progress, ranks), [rng.clone() for rng in ranks.gather(torch.get_rng_state())]
+    device_random = ranks.gather_objects(_device_rng())
+    if not ranks.first:
+        return {}
+    settings = {name: value for name, value in to_fields(config).items() if name not in PATHS}
+    return {
+        "step": progress.step,
+        "position": progress.step * config.batch_size,
+        "order_digest": digest,
+        "best_loss": progress.best_loss,
+        "best_step": progress.best_step,
+        "config": settings,
+        "fingerprint": prints,
+        "model": to_host(learner.model.state_dict()),
+        "optimizer": to_host(learner.optimizer.state_dict()),
+        "scaler": learner.scaler.state_dict(),
+        "rng": random,
+        "device_rng": device_random,
+    }
+
+
+def restore(payload: dict[str, Any], learner: Learner, ranks: Ranks) -> Progress:
+    """Put a payload back in place; returns the progress. The fingerprint has been checked."""
+    learner.model.load_state_dict(payload["model"])
+    learner.optimizer.load_state_dict(payload["optimizer"])
+    learner.scaler.load_state_dict(payload["scaler"])
+    if len(payload["rng"]) == ranks.size:
+        torch.set_rng_state(payload["rng"][ranks.rank])
+        if torch.cuda.is_available() and payload["device_rng"][ranks.rank] is not None:
+            torch.cuda.set_rng_state(payload["device_rng"][ranks.rank])
+    return Progress(
+        step=payload["step"],
+        digest=int(payload["order_digest"], 16) if ranks.first else 0,
+        best_loss=payload["best_loss"],
+        best_step=payload["best_step"],
+    )
+
+
+def to_host(tree: Any) -> Any:
+    """A copy of nested dicts and lists whose tensors are copies in host memory."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {name: to_host(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [to_host(value) for value in tree]
+    return tree
+
+
+def _device_rng() -> torch.Tensor | None:
+    return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+def placeholder_config(settings: dict[str, Any]) -> dict[str, Any]:
+    """A payload's settings with the paths, which it does not hold, filled in for `from_fields`."""
+    return {**settings, "shards": "", "out": "", "h5": None}
