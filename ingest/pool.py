@@ -49,7 +49,7 @@ class Pool:
                 yield from (future.result() for future in done)
         except BrokenProcessPool:
             raise InputError(
-                "a worker process was killed (out of memory?); run the same command again to go on, or with fewer --workers"
+                "a worker process was killed (out of memory?); run the command again to go on, or with fewer --workers"
             ) from None
 
     def __enter__(self) -> Self:

@@ -1,0 +1,166 @@
+"""`make demo`: the whole path on a made-up data set, each step the command a user would type, and a summary at the end.
+
+phantom -> ingest -> torchrun train.main -> train.evaluate -> bench.loader
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shards.cli import main_guard, parse, say
+from shards.errors import InputError
+
+_MARK = ".shardclip-demo"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """Draw 4,000 films, ingest, train, evaluate, and bench them."""
+
+    out: Path = Path("demo")
+    """Folder for everything the demo makes; an earlier demo in it is removed."""
+    samples: int = 4000
+    """Films to draw."""
+    steps: int | None = None
+    """Training steps; None for the preset's."""
+    seed: int = 0
+    """Seed of films, split and training."""
+    rounds: int = 3
+    """Rounds of the loader bench."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """Where the demo puts things."""
+
+    root: Path
+
+    @property
+    def h5(self) -> Path:
+        """Films."""
+        return self.root / "films" / "cxr.h5"
+
+    @property
+    def csv(self) -> Path:
+        """Reports and labels."""
+        return self.root / "films" / "reports.csv"
+
+    @property
+    def shards(self) -> Path:
+        """Shards."""
+        return self.root / "shards"
+
+    @property
+    def run(self) -> Path:
+        """Checkpoints, metrics, curves, evaluation."""
+        return self.root / "run"
+
+    @property
+    def bench(self) -> Path:
+        """Results of the loader bench."""
+        return self.root / "bench.json"
+
+
+def demo_commands(config: DemoConfig, places: Places) -> list[list[str]]:
+    """The commands, in order, without the interpreter."""
+    from ingest.phantom_case import LABELS
+
+    steps = [] if config.steps is None else ["--steps", str(config.steps)]
+    seed = ["--seed", str(config.seed)]
+    source = ["--h5", str(places.h5), "--csv", str(places.csv)]
+    shards = ["--shards", str(places.shards)]
+    splits = ["--group-column", "patient", "--val-fraction", "0.1", "--test-fraction", "0.1", "--shard-mb", "32"]
+    train = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "train.main", "--preset", "tiny"]
+    return [
+        ["ingest.phantom", "--out", str(places.h5.parent), "--samples", str(config.samples), *seed],
+        ["ingest", "--to-shards", str(places.shards), *source, "--label-columns", *LABELS, *splits, *seed],
+        ["shards", "verify", str(places.shards)],
+        [*train, *shards, "--out", str(places.run), *steps, *seed],
+        ["train.evaluate", "--checkpoint", str(places.run), *shards, "--split", "test"],
+        [
+            "bench.loader",
+            *shards,
+            *source,
+            "--json",
+            str(places.bench),
+            "--rounds",
+            str(config.rounds),
+            "--seconds",
+            "2",
+        ],
+    ]
+
+
+def run_demo(config: DemoConfig) -> None:
+    """Run every command; InputError, naming it, where one fails."""
+    places = Places(root=config.out)
+    _clear(config.out)
+    started = time.monotonic()
+    for command in demo_commands(config, places):
+        shown = "torchrun" if command[0] == "torch.distributed.run" else f"python -m {command[0]}"
+        say(f"\n$ {shown} {' '.join(_quoted(word) for word in command[1:])}")
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "-m", *command])
+        if done.returncode:
+            raise InputError(
+                f"the demo stopped: {command[0]} ended with exit code {done.returncode}, its message stands above"
+            )
+        say(f"({time.monotonic() - began:.0f} s)")
+    say("\n" + "\n".join(summary(places, time.monotonic() - started)))
+
+
+def _quoted(word: str) -> str:
+    return f'"{word}"' if " " in word else word
+
+
+def _clear(out: Path) -> None:
+    """Remove an earlier demo; InputError where the folder holds anything else."""
+    if out.exists() and any(out.iterdir()) and not (out / _MARK).exists():
+        raise InputError(f"{out} is not empty and was not made by the demo; choose another folder with --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / _MARK).touch()
+
+
+def summary(places: Places, seconds: float) -> list[str]:
+    """What came of it: where things are, what the model learnt, how fast the loader is."""
+    rows = [json.loads(line) for line in (places.run / "metrics.jsonl").read_text().splitlines()]
+    validation = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    result = json.loads((places.run / "evaluation-test.json").read_text())
+    (first_step, first), (last_step, last) = validation[0], validation[-1]
+    lines = [
+        f"The demo took {seconds / 60:.1f} minutes.",
+        f"  shards           {places.shards}",
+        f"  checkpoint       {places.run / 'best.pt'}",
+        f"  curves           {places.run / 'curves.png'}",
+        f"  results          {places.run / 'evaluation-test.json'}, {places.bench}",
+        f"  validation loss  {first:.3f} at step {first_step}, {last:.3f} at step {last_step}",
+        "  zero-shot AUROC on held-out patients",
+    ]
+    lines += [f"    {name:<28} {value:.3f}" for name, value in result["auroc"].items() if value is not None]
+    lines.append(f"    {'mean':<28} {result['mean_auroc']:.3f}")
+    return lines + _bench_lines(json.loads(places.bench.read_text()))
+
+
+def _bench_lines(result: dict[str, Any]) -> list[str]:
+    lines = ["  films/s on this machine, loader alone"]
+    for case in result["cases"]:
+        lines.append(
+            f"    {case['name']:<28} {case['images_per_s']:7,.0f}   {case['ratio_to_hdf5']:.2f}x the HDF5 baseline"
+        )
+    return lines
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the demo."""
+    with main_guard("bench.demo"):
+        run_demo(parse(DemoConfig, argv, prog="python -m bench.demo"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""`python -m bench.loader --shards OUT --h5 F --csv F --json F`: every loader that runs here, in turn.
+
+Each round measures every case once, so that what else the machine does falls on all alike; a ratio to the HDF5 baseline
+is taken within a round, and medians over rounds are reported.
+"""
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import LoaderConfig
+from shards.cli import main_guard, parse, say
+from shards.errors import InputError
+
+BASELINE = "hdf5"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoaderBenchConfig:
+    """Measure films per second of our loader on every backend that runs here, against the per-worker HDF5 baseline."""
+
+    shards: Path
+    """Folder of shards."""
+    h5: Path | None = None
+    """HDF5 file that the shards were made from; without it there is no baseline and no ratio."""
+    csv: tuple[Path, ...] = ()
+    """Its CSV files; checked to describe the same rows as the shards, so that nobody compares two data sets."""
+    text_column: str = "impression"
+    """Column of the reports in the CSV."""
+    json: Path | None = None
+    """Where the results go, as JSON."""
+    batch_size: int = 64
+    """Films in a batch."""
+    rounds: int = 5
+    """Rounds; medians are taken over them."""
+    seconds: float = 3.0
+    """Measured stretch of each case in each round."""
+    warmup_batches: int = 8
+    """Batches dropped before it."""
+    threads: int | None = None
+    """Threads, or worker processes of the baselines; None for one a CPU of the affinity mask."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "rounds", "warmup_batches"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is not a positive number")
+        if not self.seconds > 0:
+            raise InputError(f"--seconds {self.seconds} is not positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One loader on one device."""
+
+    name: str
+    backend: str
+    device: str
+
+
+def cases(config: LoaderBenchConfig, *, cuda: bool, dali: bool) -> list[Case]:
+    """What runs here: the baselines where there is an HDF5 file, `cpu`, and `dali` where it is installed."""
+    device = "cuda" if cuda else "cpu"
+    found = [Case(name=name, backend=name, device=device) for name in ("hdf5", "hdf5-tuned") if config.h5]
+    found.append(Case(name="cpu", backend="cpu", device=device))
+    if dali:
+        found.append(Case(name=f"dali ({'GPU' if cuda else 'CPU'})", backend="dali", device=device))
+    return found
+
+
+def run_bench(config: LoaderBenchConfig) -> dict[str, Any]:
+    """Measure everything; the result is what `--json` writes."""
+    import torch
+
+    from bench.environment import environment
+    from bench.measure import Round, measure
+
+    check_pairs(config)
+    found = cases(config, cuda=torch.cuda.is_available(), dali=_has_dali())
+    rounds: dict[str, list[Round]] = {case.name: [] for case in found}
+    for number in range(config.rounds):
+        for case in found:
+            taken = measure(
+                _builder(config, case, number),
+                warmup_batches=config.warmup_batches,
+                seconds=config.seconds,
+                device=torch.device(case.device),
+            )
+            rounds[case.name].append(taken)
+            say(f"round {number + 1}/{config.rounds}  {case.name:<12} {taken.images_per_s:8,.0f} films/s")
+    settings = {"batch_size": config.batch_size, "rounds": config.rounds, "seconds": config.seconds}
+    settings["threads"] = config.threads or environment()["cpus"]
+    return {"environment": environment(), "settings": settings, "cases": [_summary(name, rounds) for name in rounds]}
+
+
+def _summary(name: str, rounds: dict[str, list]) -> dict[str, Any]:
+    rates = [taken.images_per_s for taken in rounds[name]]
+    result: dict[str, Any] = {
+        "name": name,
+        "images_per_s": statistics.median(rates),
+        "lowest": min(rates),
+        "highest": max(rates),
+        "first_batch_s": statistics.median(taken.first_batch_s for taken in rounds[name]),
+        "rounds": [asdict(taken) for taken in rounds[name]],
+    }
+    if BASELINE in rounds:
+        ratios = [rate / base.images_per_s for rate, base in zip(rates, rounds[BASELINE], strict=True)]
+        result |= {
+            "ratio_to_hdf5": statistics.median(ratios),
+            "ratio_lowest": min(ratios),
+            "ratio_highest": max(ratios),
+        }
+    return result
+
+
+def _builder(config: LoaderBenchConfig, case: Case, seed: int) -> Callable[[], Any]:
+    from pipeline.batch import World
+    from pipeline.loader import build_loader
+
+    settings = LoaderConfig(
+        shards=config.shards,
+        h5=config.h5,
+        backend=case.backend,
+        batch_size=config.batch_size,
+        threads=config.threads,
+        seed=seed,
+    )
+    return lambda: build_loader(settings, World(device=case.device))
+
+
+def _has_dali() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+
+
+def check_pairs(config: LoaderBenchConfig) -> None:
+    """InputError where the HDF5 or CSV files are not those that the shards were made from, as far as a look tells."""
+    from ingest.reports import read_columns
+    from ingest.source import H5Source
+    from shards.manifest import read_manifest
+    from shards.reader import ShardReader
+
+    manifest = read_manifest(config.shards)
+    if config.h5:
+        with H5Source(config.h5) as source:
+            _check_rows(f"{config.h5}", source.rows, manifest.sources[0].rows)
+    if config.csv:
+        texts = read_columns(config.csv, (config.text_column,))[config.text_column]
+        _check_rows("the CSV", len(texts), manifest.sources[0].rows)
+        info = next(iter(manifest.splits.values()))[0]
+        with ShardReader(config.shards, manifest, info) as reader:
+            ours, rows = reader.read_text(0), reader.read_rows(0).source_row
+        if ours != texts.take(rows).to_pylist():
+            raise InputError(
+                f"the reports of {info.name} are not those of the CSV; give the files the shards were made from"
+            )
+
+
+def _check_rows(what: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise InputError(
+            f"{what} has {found:,} rows, the shards were made from {expected:,}; give the files they were made from"
+        )
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The results as lines of text."""
+    lines = [f"{'loader':<12} {'films/s':>9} {'range':>15} {'to hdf5':>8} {'range':>13} {'first batch':>12}"]
+    for case in result["cases"]:
+        ratio = case.get("ratio_to_hdf5")
+        ratios = f"{ratio:7.2f}x {case['ratio_lowest']:5.2f} - {case['ratio_highest']:5.2f}" if ratio else ""
+        spread = f"{case['lowest']:,.0f} - {case['highest']:,.0f}"
+        rate = f"{case['images_per_s']:9,.0f} {spread:>15}"
+        lines.append(f"{case['name']:<12} {rate} {ratios:>22} {case['first_batch_s']:10.2f} s")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print a table, write JSON."""
+    with main_guard("bench.loader"):
+        config = parse(LoaderBenchConfig, argv, prog="python -m bench.loader")
+        from bench.environment import one_line
+        from shards.atomic import write_atomic
+
+        result = run_bench(config)
+        say("\n".join(table(result)))
+        say(f"median of {config.rounds} rounds, batch {config.batch_size}, on {one_line(result['environment'])}")
+        if config.json:
+            write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
+            say(f"written to {config.json}")
+
+
+if __name__ == "__main__":
+    main()
