@@ -1,0 +1,105 @@
+"""The project as a whole: who may import whom, what a wheel holds, that every command explains itself."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, assert_refused, run_module
+
+OURS = ("shards", "ingest", "pipeline", "train", "bench")
+ALLOWED = {
+    "shards": set(),
+    "ingest": {"shards"},
+    "pipeline": {"shards", "ingest.source"},
+    "train": {"pipeline", "shards"},
+    "bench": {"shards", "ingest", "pipeline", "train"},
+}
+"""The map of the design."""
+COMMANDS = (
+    "ingest",
+    "ingest.phantom",
+    "train.main",
+    "train.evaluate",
+    "train.controls",
+    "bench.loader",
+    "bench.demo",
+    "bench.gpu",
+)
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a source file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_packages_import_only_what_the_map_allows(package: str) -> None:
+    files = list((REPOSITORY / package).rglob("*.py"))
+    assert files
+    for path in files:
+        for module in imported(path):
+            top = module.split(".")[0]
+            if top in OURS and top != package:
+                allowed = any(module == name or module.startswith(f"{name}.") for name in ALLOWED[package])
+                assert allowed, f"{path.relative_to(REPOSITORY)} imports {module}"
+
+
+def test_shards_need_neither_torch_nor_dali() -> None:
+    modules = sorted(f"shards.{path.stem}" for path in (REPOSITORY / "shards").glob("[a-z]*.py"))
+    code = f"import sys, {', '.join(modules)}; print([m for m in sys.modules if m in ('torch', 'nvidia', 'open_clip')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_ingest_workers_stay_light() -> None:
+    """What a worker process of the ingest imports holds neither torch (700 MB) nor open_clip."""
+    code = "import sys, ingest.encode, ingest.assemble; print('torch' in sys.modules, 'open_clip' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout == "False False\n", done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_explain_themselves_and_refuse_nonsense(command: str) -> None:
+    done = run_module(command, "--help")
+    assert done.returncode == 0 and "--" in done.stdout, done.stderr
+    assert_refused(run_module(command, "--no-such-flag", "1"), "--no-such-flag")
+
+
+def test_a_wheel_holds_all_five_packages_and_no_tests(tmp_path: Path) -> None:
+    """Built, installed outside the repository, and imported from there."""
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, str(REPOSITORY)]
+    done = subprocess.run(build, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("shardclip-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if name.endswith(".py")} == set(OURS)
+    assert "shards/FORMAT.md" in names and any(name.endswith("LICENSE") for name in names)
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel]
+    assert subprocess.run(install, capture_output=True).returncode == 0
+    modules = sorted(name[:-3].replace("/", ".") for name in names if name.endswith(".py") and "__" not in name)
+    code = (
+        f"import importlib, sys; sys.path.insert(0, {str(site)!r})\n"
+        f"for name in {modules!r}: assert importlib.import_module(name).__file__.startswith({str(site)!r}), name"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_names_every_source_file() -> None:
+    """The annotated tree is the reading order; a file that is not in it does not exist for a reader."""
+    readme = (REPOSITORY / "README.md").read_text()
+    for package in OURS:
+        for path in (REPOSITORY / package).glob("*.py"):
+            if path.name != "__init__.py":
+                assert path.name in readme, f"{package}/{path.name} is not in the README's tree"
