@@ -142,7 +142,8 @@ def summary(places: Places, seconds: float) -> list[str]:
         f"  validation loss  {first:.3f} at step {first_step}, {last:.3f} at step {last_step}",
         "  zero-shot AUROC on held-out patients",
     ]
-    lines += [f"    {name:<28} {value:.3f}" for name, value in result["auroc"].items() if value is not None]
+    scores = {name: score["auroc"] for name, score in result["labels"].items()}
+    lines += [f"    {name:<28} {auroc:.3f}" for name, auroc in scores.items() if auroc is not None]
     lines.append(f"    {'mean':<28} {result['mean_auroc']:.3f}")
     return lines + _bench_lines(json.loads(places.bench.read_text()))
 
