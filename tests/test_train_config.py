@@ -1,0 +1,85 @@
+"""Settings: presets, the command line, and a resolved config read back."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from shards.errors import InputError
+from train.commandline import config_json, parse_config, read_config
+from train.config import TrainConfig, loader_config
+from train.metrics import read_rows, trim
+from train.presets import PRESETS
+
+PATHS = ("--shards", "a", "--out", "b")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_whole_but_for_the_paths(name: str) -> None:
+    config = parse_config("x", [*PATHS, "--preset", name])
+    assert config == dataclasses.replace(PRESETS[name](), shards=Path("a"), out=Path("b"))
+    assert config.preset == name
+
+
+def test_flags_change_single_values() -> None:
+    config = parse_config("x", [*PATHS, "--preset=tiny", "--optim.lr", "0.1", "--steps", "7", "--data.streams", "6"])
+    assert (config.optim.lr, config.steps, config.data.streams) == (0.1, 7, 6)
+    assert config.data.flip_guard
+
+
+def test_a_resolved_config_reads_back(tmp_path: Path) -> None:
+    config = parse_config("x", [*PATHS, "--optim.lr", "0.1", "--data.scale", "0.8", "0.9", "--h5", "c.h5"])
+    (tmp_path / "config.json").write_text(config_json(config))
+    assert read_config(tmp_path / "config.json") == config
+    again = parse_config("x", ["--config", str(tmp_path / "config.json"), "--seed", "4"])
+    assert again == dataclasses.replace(config, seed=4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--preset",), "preset"),
+        (("--preset", "nosuch"), "valid: tiny"),
+        (("--preset", "tiny", "--config", "x.json"), "name one of them"),
+        (("--config", "/nosuch.json"), "cannot read the config"),
+        (("--stepz", "3"), "stepz"),
+        (("--resume", "always"), "always"),
+        (("--keep", "0"), "keep is 0"),
+    ],
+)
+def test_mistakes_are_named(arguments: tuple[str, ...], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        parse_config("x", [*PATHS, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"optim": {"lrr": 1}}, "lrr"),
+        ({"resume": "yes"}, "yes"),
+        ({"steps": "ten"}, "x.json"),
+        ({"out": None}, "x.json"),
+    ],
+)
+def test_a_config_file_is_checked(tmp_path: Path, change: dict, words: str) -> None:
+    fields = json.loads(config_json(parse_config("x", list(PATHS))))
+    (tmp_path / "x.json").write_text(json.dumps(fields | change))
+    with pytest.raises(InputError, match=words):
+        read_config(tmp_path / "x.json")
+
+
+def test_every_data_setting_reaches_the_loader() -> None:
+    config = TrainConfig(shards=Path("a"), out=Path("b"), batch_size=6, seed=3, backend="cpu")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, flip=0.1, image_size=64, streams=2))
+    loader = loader_config(config, split="val", mode="eval")
+    assert (loader.batch_size, loader.seed, loader.split, loader.mode, loader.backend) == (6, 3, "val", "eval", "cpu")
+    assert (loader.flip, loader.image_size, loader.streams) == (0.1, 64, 2)
+
+
+def test_metrics_are_cut_back_to_a_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
+    trim(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -1,0 +1,112 @@
+"""The objective: its loss by hand, the exact cut of texts, the control that breaks the pairing."""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.batch import Batch
+from train.model import ModelConfig, build_model
+from train.objective import Contrastive, cut_tokens, shuffle_reports
+from train.ranks import Ranks
+
+START, END, CONTEXT = 49406, 49407, 77
+
+
+def reports(lengths: list[int], seed: int = 0) -> torch.Tensor:
+    """Token ids (n, 77) of made-up reports of so many tokens, start and end included."""
+    rng = np.random.default_rng(seed)
+    tokens = torch.zeros(len(lengths), CONTEXT, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        tokens[row, 0], tokens[row, length - 1] = START, END
+        tokens[row, 1 : length - 1] = torch.from_numpy(rng.integers(0, 40000, length - 2))
+    return tokens
+
+
+def batch_of(tokens: torch.Tensor, position: int = 0) -> Batch:
+    """A batch with these reports and random images."""
+    count = len(tokens)
+    return Batch(
+        images=torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1)),
+        tokens=tokens,
+        labels=torch.zeros(count, 0),
+        samples=torch.zeros(count, 2, dtype=torch.int64),
+        position=position,
+        text_length=int(tokens.argmax(dim=1).max()) + 1,
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    """The tiny model."""
+    torch.manual_seed(0)
+    return build_model(ModelConfig(), vocab_size=49408, context=CONTEXT).eval()
+
+
+@pytest.mark.parametrize(
+    ("length", "width"), [(0, 16), (2, 16), (16, 16), (17, 32), (64, 64), (65, 77), (76, 77), (77, 77)]
+)
+def test_texts_are_cut_in_steps(length: int, width: int) -> None:
+    assert cut_tokens(torch.zeros(3, CONTEXT), length).shape == (3, width)
+
+
+@pytest.mark.parametrize("longest", [2, 15, 16, 17, 40, 64, 77])
+def test_the_cut_is_exact(model: torch.nn.Module, longest: int) -> None:
+    tokens = reports([2, max(2, longest - 1), longest])
+    with torch.inference_mode():
+        whole, cut = model.encode_text(tokens), model.encode_text(cut_tokens(tokens, longest))
+    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_is_symmetric_infonce(model: torch.nn.Module) -> None:
+    batch = batch_of(reports([5, 9, 20, 33]))
+    output = Contrastive(Ranks())(model, batch)
+    image, text, scale = model(batch.images, batch.tokens)
+    logits, right = scale * image @ text.T, torch.arange(4)
+    expected = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(output.metrics["logit_scale"], torch.tensor(1 / 0.07))
+
+
+@dataclasses.dataclass(frozen=True)
+class _FakeRanks:
+    """Two ranks played one after the other."""
+
+    rank: int
+    parts: list[torch.Tensor]
+
+    @property
+    def size(self) -> int:
+        return len(self.parts)
+
+    def gather(self, _: torch.Tensor) -> list[torch.Tensor]:
+        return self.parts
+
+
+def test_shuffling_permutes_the_global_batch_alike_on_any_ranks() -> None:
+    tokens = reports(list(range(3, 15)))
+    one = shuffle_reports(batch_of(tokens, position=24), Ranks(), seed=5)
+    parts = [tokens[0::2], tokens[1::2]]
+    two = [
+        shuffle_reports(batch_of(parts[rank], position=24), _FakeRanks(rank, parts), seed=5)  # type: ignore[arg-type]
+        for rank in (0, 1)
+    ]
+    assert torch.stack([two[0].tokens, two[1].tokens], dim=1).flatten(0, 1).equal(one.tokens)
+    assert sorted(map(tuple, one.tokens.tolist())) == sorted(map(tuple, tokens.tolist()))
+    assert two[0].text_length == int(two[0].tokens.argmax(1).max()) + 1
+    other = shuffle_reports(batch_of(tokens, position=36), Ranks(), seed=5)
+    assert not other.tokens.equal(one.tokens)
+
+
+def test_shuffling_prefers_no_report() -> None:
+    """Every image meets every report of the batch equally often, its own too: nothing is left to learn."""
+    tokens = reports([3, 4, 5, 6])
+    met = Counter()
+    for position in range(0, 4000, 4):
+        shuffled = shuffle_reports(batch_of(tokens, position=position), Ranks(), seed=1).tokens
+        met.update((image, int(length)) for image, length in enumerate(shuffled.argmax(1)))
+    assert len(met) == 16
+    assert all(190 < count < 310 for count in met.values()), met  # 250 expected, standard deviation 14

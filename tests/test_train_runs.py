@@ -1,0 +1,271 @@
+"""Whole training runs, on real processes where several ranks are needed: what was promised about resuming them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from shards.manifest import read_manifest
+from train.checkpoint import list_checkpoints, read_checkpoint
+from train.main import main
+
+SMALL = (
+    *("--steps", "60", "--batch-size", "8", "--data.image-size", "32", "--device", "cpu", "--threads", "1"),
+    *("--log-every", "1", "--validate-every", "20", "--save-every", "20", "--optim.warmup", "5", "--optim.lr", "1e-4"),
+)
+
+pytestmark = pytest.mark.slow
+
+
+def command(ranks: int, shards: Path, out: Path, *more: str) -> list[str]:
+    """The command line of a run on so many ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *launcher, "-m", "train.main", "--shards", str(shards), "--out", str(out), *SMALL, *more]
+
+
+def start(arguments: list[str], **more) -> subprocess.Popen:
+    """A process of its own, as a user starts it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        arguments, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
+    )
+
+
+def train(ranks: int, shards: Path, out: Path, *more: str) -> tuple[int, str]:
+    """Run to the end; exit code and stderr."""
+    process = start(command(ranks, shards, out, *more))
+    _, errors = process.communicate(timeout=180)
+    return process.returncode, errors
+
+
+def rows(out: Path) -> list[dict]:
+    """The rows of a run's metrics."""
+    path = out / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def column(out: Path, name: str) -> dict[int, float]:
+    """One figure by step."""
+    return {row["step"]: row[name] for row in rows(out) if name in row}
+
+
+def wait_for_rows(process: subprocess.Popen, out: Path, count: int) -> None:
+    """Return as soon as a run has written so many rows."""
+    deadline = time.monotonic() + 90
+    while len(rows(out)) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no rows"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def pair(shards_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 steps on two ranks, never interrupted. Read only."""
+    out = tmp_path_factory.mktemp("runs") / "pair"
+    code, errors = train(2, shards_dir, out)
+    assert code == 0, errors
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(shards_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 steps on one rank, never interrupted. Read only."""
+    out = tmp_path_factory.mktemp("runs") / "alone"
+    main(["--shards", str(shards_dir), "--out", str(out), *SMALL])
+    return out
+
+
+@pytest.fixture(scope="module")
+def stopped(shards_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks, stopped after step 30 of 60. Read only: copy before going on."""
+    out = tmp_path_factory.mktemp("runs") / "stopped"
+    code, errors = train(2, shards_dir, out, "--stop-at", "30")
+    assert code == 0, errors
+    return out
+
+
+def copy(run: Path, tmp_path: Path) -> Path:
+    """A copy of a run to go on with."""
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def go_on(shards: Path, out: Path, *more: str) -> None:
+    """Resume on one rank, in this process."""
+    main(["--shards", str(shards), "--out", str(out), *SMALL, "--resume", "auto", *more])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a mistake gets, after exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main([*SMALL, *arguments])
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_a_run_leaves_what_it_promises(pair: Path) -> None:
+    assert [row["step"] for row in rows(pair)] == list(range(1, 61))
+    for row in rows(pair):
+        assert {"loss", "lr", "images_per_s", "loader_wait_ms", "step_ms", "memory_mb", "order_digest"} <= row.keys()
+        assert 0 <= row["loader_wait_ms"] <= row["step_ms"]
+    validated = column(pair, "val_loss")
+    assert list(validated) == [20, 40, 60]
+    assert [step for step, _ in list_checkpoints(pair / "checkpoints")] == [60, 40]
+    assert read_checkpoint(pair / "best.pt")["step"] == min(validated, key=lambda step: validated[step])
+    assert (pair / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (pair / "config.json").exists() and (pair / "versions.json").exists()
+    assert any((pair / "tensorboard").iterdir()) and not (pair / "requeue").exists()
+
+
+def test_stopped_and_resumed_equals_uninterrupted_bit_by_bit(
+    pair: Path, stopped: Path, shards_dir: Path, tmp_path: Path
+) -> None:
+    assert (stopped / "requeue").exists() and rows(stopped)[-1]["step"] == 30
+    run = copy(stopped, tmp_path)
+    code, errors = train(2, shards_dir, run, "--resume", "auto")
+    assert code == 0, errors
+    assert not (run / "requeue").exists()
+    for name in ("loss", "val_loss", "order_digest", "logit_scale", "lr"):
+        assert column(run, name) == column(pair, name), name
+    first, second = read_checkpoint(pair / "best.pt"), read_checkpoint(run / "best.pt")
+    assert first["step"] == second["step"]
+    assert all(first["model"][name].equal(second["model"][name]) for name in first["model"])
+
+
+def test_one_rank_and_two_train_on_the_same_samples(pair: Path, alone: Path) -> None:
+    assert column(alone, "order_digest") == column(pair, "order_digest")
+    assert column(alone, "loss") == pytest.approx(column(pair, "loss"), rel=1e-5)
+    assert column(alone, "val_loss") == pytest.approx(column(pair, "val_loss"), rel=1e-5)
+
+
+def test_resumed_on_another_number_of_ranks(pair: Path, stopped: Path, shards_dir: Path, tmp_path: Path) -> None:
+    run = copy(stopped, tmp_path)
+    go_on(shards_dir, run)
+    assert column(run, "order_digest") == column(pair, "order_digest")
+    assert column(run, "loss") == pytest.approx(column(pair, "loss"), rel=1e-5)
+
+
+def test_three_ranks_resume_bit_by_bit(shards_dir: Path, tmp_path: Path) -> None:
+    """DDP rebuilds its buckets after the first step; without the warm-up this differs by 1e-7 at step 5."""
+    more = ("--steps", "6", "--batch-size", "12", "--validate-every", "0", "--save-every", "3")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    code, errors = train(3, shards_dir, whole, *more)
+    assert code == 0, errors
+    shutil.copytree(whole, cut)
+    (cut / "checkpoints/step-0000006.pt").unlink()
+    code, errors = train(3, shards_dir, cut, *more, "--resume", "auto")
+    assert code == 0 and "going on after step 3" in errors, errors
+    assert len(rows(cut)) == 6 and column(cut, "loss") == column(whole, "loss")
+    last = [read_checkpoint(run / "checkpoints/step-0000006.pt")["model"] for run in (whole, cut)]
+    assert all(last[0][name].equal(last[1][name]) for name in last[0])
+
+
+def test_sigterm_saves_and_asks_for_the_rest(shards_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(command(2, shards_dir, out, "--steps", "100000", "--validate-every", "0"))
+    wait_for_rows(process, out, 3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    done = rows(out)[-1]["step"]
+    assert (out / "requeue").read_text() == f"{done}\n"
+    assert read_checkpoint(list_checkpoints(out / "checkpoints")[0][1])["step"] == done
+
+
+def test_sigkill_loses_no_sample(alone: Path, shards_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(command(1, shards_dir, out, "--save-every", "2"))
+    wait_for_rows(process, out, 5)
+    process.kill()
+    process.communicate(timeout=60)
+    assert rows(out)[-1]["step"] < 60
+    go_on(shards_dir, out)
+    for name in ("loss", "val_loss", "order_digest"):
+        assert column(out, name) == column(alone, name), name
+
+
+def test_a_damaged_newest_checkpoint_falls_back(
+    alone: Path, shards_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy(alone, tmp_path)
+    newest = list_checkpoints(run / "checkpoints")[0][1]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    go_on(shards_dir, run)
+    errors = capsys.readouterr().err
+    assert "warning" in errors and newest.name in errors and "going on after step 40" in errors
+    assert column(run, "loss") == column(alone, "loss")
+    assert read_checkpoint(newest)["step"] == 60
+
+
+def test_no_good_checkpoint_is_refused(
+    alone: Path, shards_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy(alone, tmp_path)
+    for _, path in list_checkpoints(run / "checkpoints"):
+        path.write_bytes(b"")
+    line = refused(capsys, "--shards", str(shards_dir), "--out", str(run), "--resume", "auto")
+    assert "none of the 2 checkpoints" in line
+    assert rows(run) == rows(alone)
+
+
+def test_settings_that_differ_are_named(
+    alone: Path, shards_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--shards", str(shards_dir), "--out", str(alone), "--resume", "auto")
+    line = refused(capsys, *arguments, "--seed", "7", "--batch-size", "4", "--data.flip", "0.25")
+    assert "seed was 0, is now 7" in line and "batch_size was 8, is now 4" in line and "data.flip was 0.5" in line
+    other = Path(shutil.copytree(shards_dir, tmp_path / "set"))
+    manifest = (other / "manifest.json").read_text()
+    (other / "manifest.json").write_text(manifest.replace('"seed": 0', '"seed": 1'))
+    line = refused(capsys, "--shards", str(other), "--out", str(alone), "--resume", "auto")
+    assert f"shards was {read_manifest(shards_dir).digest}, is now {read_manifest(other).digest}" in line
+
+
+def test_mistakes_are_one_line(
+    alone: Path, shards_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, out = ("--shards", str(shards_dir)), ("--out", str(tmp_path / "run"))
+    assert "holds a run already" in refused(capsys, *shards, "--out", str(alone))
+    assert "no shards here" in refused(capsys, "--shards", str(tmp_path), *out)
+    assert "--shards" in refused(capsys, *out)
+    assert "warp" in refused(capsys, *shards, *out, "--backend", "warp")
+    assert "unknown preset 'huge'; valid: tiny" in refused(capsys, *shards, *out, "--preset", "huge")
+    assert "--steps" in refused(capsys, *shards, *out, "--steps", "many")
+    assert "steps is 0" in refused(capsys, *shards, *out, "--steps", "0")
+    assert "--h5" in refused(capsys, *shards, *out, "--backend", "hdf5")
+    assert "is at step 60 already" in refused(
+        capsys, *shards, "--out", str(alone), "--resume", "auto", "--stop-at", "20"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_validation_split_is_named(
+    shards_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = Path(shutil.copytree(shards_dir, tmp_path / "set"))
+    fields = json.loads((bare / "manifest.json").read_text())
+    del fields["splits"]["val"]
+    (bare / "manifest.json").write_text(json.dumps(fields))
+    assert "no val split" in refused(capsys, "--shards", str(bare), "--out", str(tmp_path / "run"))
+
+
+def test_a_mistake_on_two_ranks_is_said_once(shards_dir: Path, tmp_path: Path) -> None:
+    code, errors = train(2, shards_dir, tmp_path / "run", "--batch-size", "9")
+    said = [line for line in errors.splitlines() if line.startswith("train.main: ")]
+    assert code != 0 and len(said) == 1 and "9 = 4 x 2 + 1" in said[0], errors
+    assert "InputError" not in errors and "train/" not in errors  # torchrun's own summary follows the line
+
+
+def test_shuffled_reports_change_the_loss(shards_dir: Path, tmp_path: Path, alone: Path) -> None:
+    main(["--shards", str(shards_dir), "--out", str(tmp_path), *SMALL, "--steps", "4", "--shuffle-reports"])
+    losses = column(tmp_path, "loss")
+    assert len(losses) == 4 and all(abs(losses[step] - column(alone, "loss")[step]) > 1e-4 for step in losses)
