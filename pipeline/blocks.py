@@ -202,7 +202,7 @@ class BlockReader:
         visit = slot.visit
         shard = self._borrow(visit.shard)
         try:
-            rows = _pick(shard.read_rows(visit.block), visit.rows)
+            rows = pick_rows(shard.read_rows(visit.block), visit.rows)
             begin, end = int(rows.offset.min()), int((rows.offset + rows.size).max())
             with self._changed:
                 buffer = self._buffers.take(end - begin)
@@ -263,7 +263,8 @@ def check_memory(manifest: Manifest, shards: tuple[ShardInfo, ...], memory: int,
         )
 
 
-def _pick(rows: Rows, chosen: NDArray[np.int64]) -> Rows:
+def pick_rows(rows: Rows, chosen: NDArray[np.int64]) -> Rows:
+    """The chosen rows, in the order of `chosen`."""
     fields = {name: getattr(rows, name)[chosen] for name in Rows.__slots__}
     return replace(rows, **fields)
 

@@ -83,7 +83,7 @@ def decide(config: LoaderConfig, manifest: Manifest, positions: NDArray[np.int64
 
 
 def rank_positions(position: int, end: int, world: World) -> NDArray[np.int64]:
-    """A rank's positions in the global batch [position, end), n of them; `position` is a multiple of the world's size."""
+    """A rank's positions in the global batch [position, end), (n,); `position` is a multiple of the world's size."""
     return np.arange(position + world.rank, end, world.size, dtype=np.int64)
 
 

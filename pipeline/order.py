@@ -75,7 +75,7 @@ class Order(Protocol):
 
 
 class Layout:
-    """How rows lie in shards and blocks: blocks of `block_rows`, numbered through the split, the last of a shard short."""
+    """How rows lie in shards and blocks of `block_rows`, numbered through the split; a shard's last may be short."""
 
     def __init__(self, shard_rows: tuple[int, ...], block_rows: int) -> None:
         self.rows = np.asarray(shard_rows, dtype=np.int64)
