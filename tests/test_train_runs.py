@@ -258,6 +258,18 @@ def test_missing_validation_split_is_named(
     assert "no val split" in refused(capsys, "--shards", str(bare), "--out", str(tmp_path / "run"))
 
 
+def test_a_shard_damaged_after_ingest_is_named(
+    shards_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = Path(shutil.copytree(shards_dir, tmp_path / "set"))
+    tar = damaged / "train-000001.tar"
+    content = bytearray(tar.read_bytes())
+    content[1000] ^= 1
+    tar.write_bytes(content)
+    line = refused(capsys, "--shards", str(damaged), "--out", str(tmp_path / "run"), "--validate-every", "0")
+    assert "train-000001" in line and "damaged" in line
+
+
 def test_a_mistake_on_two_ranks_is_said_once(shards_dir: Path, tmp_path: Path) -> None:
     code, errors = train(2, shards_dir, tmp_path / "run", "--batch-size", "9")
     said = [line for line in errors.splitlines() if line.startswith("train.main: ")]

@@ -57,7 +57,10 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Train an image-text model on shards."""
+    """Train an image-text model on shards.
+
+    --preset NAME or --config FILE (RUN/config.json of an earlier run) gives every value; other flags change single ones.
+    """
 
     shards: Path
     """Folder of the data set (holds manifest.json)."""

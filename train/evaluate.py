@@ -152,7 +152,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if payload["fingerprint"]["tokenizer"] != manifest.tokenizer.digest:
         raise InputError(f"{config.checkpoint} was trained on tokens of another tokenizer than {config.shards} has")
     device = choose_device(config.device, Ranks())
-    trained = from_fields(TrainConfig, placeholder_config(payload["config"]))
+    trained = trained_config(config.checkpoint, payload)
     model = build_model(trained.model, vocab_size=manifest.tokenizer.vocab_size, context=manifest.tokenizer.context)
     model.load_state_dict(payload["model"])
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -166,6 +166,14 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
     say(f"{path}")
     return result
+
+
+def trained_config(path: Path, payload: dict[str, Any]) -> TrainConfig:
+    """The settings a checkpoint was trained with; its paths are placeholders."""
+    try:
+        return from_fields(TrainConfig, placeholder_config(payload["config"]))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} has settings that this version does not know ({error})") from None
 
 
 def find_payload(path: Path) -> tuple[Path, dict[str, Any]]:
