@@ -33,12 +33,7 @@ def build_graph(config: LoaderConfig, source: Any, *, batch_size: int, threads: 
     `source` gives lists or arrays over n samples: encoded bytes (uint8, 1-D), box start y, x (int32), box size h, w
     (int32), flip 0 or 1 (int32).
     """
-    try:
-        from nvidia.dali import fn, pipeline_def, types
-    except ImportError as error:
-        raise InputError(
-            f"backend dali needs the package nvidia-dali-cuda120 ({error}); install it or use --backend cpu"
-        ) from None
+    fn, pipeline_def, types = _import_dali()
     gpu = device.type == "cuda"
 
     @pipeline_def(
@@ -75,6 +70,17 @@ def build_graph(config: LoaderConfig, source: Any, *, batch_size: int, threads: 
     built = graph()
     built.build()
     return built
+
+
+def _import_dali() -> tuple[Any, Any, Any]:
+    """fn, pipeline_def, types: Any, because DALI's stubs do not know the values its types get at run time."""
+    try:
+        from nvidia.dali import fn, pipeline_def, types
+    except ImportError as error:
+        raise InputError(
+            f"backend dali needs the package nvidia-dali-cuda120 ({error}); install it or use --backend cpu"
+        ) from None
+    return fn, pipeline_def, types
 
 
 class DaliBackend:

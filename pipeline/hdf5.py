@@ -10,8 +10,9 @@ an item at a time.
   resized, flipped and normalised by torchvision. Its batches stay in the NCHW layout that comes out of this: turning
   them would charge it for a copy its users do not make.
 - `hdf5-tuned` is what a good engineer makes of that without changing the file: grey levels to uint8 (a quarter of the
-  bytes, and torchvision's fastest resize), one channel through crop, resize and flip, one channel between processes,
-  and normalisation and expansion last, into a reused channels_last buffer.
+  bytes, and torchvision's fastest resize), one channel through crop, resize and flip, normalisation and expansion last
+  and in one pass, straight to channels_last. In the workers: done by the trainer's process, after one channel between
+  processes, the same step cost more time than it saved, for there it competes with the workers and the trainer.
 """
 
 from collections import deque
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
@@ -46,10 +47,11 @@ class FilmDataset(Dataset):
 
     def __init__(self, path: Path, config: LoaderConfig, *, tuned: bool) -> None:
         self._path, self._config, self._tuned = path, config, tuned
+        self._normalise = Normalise(config.mean, config.std)
         self._source: H5Source | None = None
 
     def __getitem__(self, item: Item) -> torch.Tensor:
-        """(3, S, S) float32 normalised, or, tuned, (S, S) uint8."""
+        """(3, S, S) float32 normalised; tuned: (S, S, 3), so that collation copies it as it lies."""
         row, (y, x, h, w), flipped = item
         if self._source is None:
             self._source = H5Source(self._path)
@@ -63,8 +65,13 @@ class FilmDataset(Dataset):
         if flipped:
             image = transforms.horizontal_flip(image)
         if self._tuned:
-            return image[0]
+            return self._normalise_and_expand(image[0])
         return transforms.normalize(image, list(self._config.mean), list(self._config.std), inplace=True)
+
+    def _normalise_and_expand(self, grey: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(*grey.shape, 3)
+        self._normalise.write(grey.float(), out)
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +93,14 @@ class Hdf5Backend:
         check_file(Path(config.h5), manifest)
         self._config, self._manifest, self._world, self._order = config, manifest, world, order
         self._device = torch.device(world.device)
+        self._tuned = tuned
         self._table = read_split(config, manifest)
         self._first_row = np.concatenate([[0], np.cumsum([shard.rows for shard in manifest.splits[config.split]])])
         self._plans: deque[_Plan] = deque()
-        self._normalise = Normalise(config.mean, config.std)
-        self._buffer: torch.Tensor | None = self._make_buffer(world) if tuned else None
         workers = thread_count(config, world)
         loader = DataLoader(
             FilmDataset(Path(config.h5), config, tuned=tuned),
-            batch_sampler=self._plan_batches(position),  # type: ignore[arg-type]
+            batch_sampler=self._plan_batches(position),
             num_workers=workers,
             prefetch_factor=max(2, -(-config.ahead // workers)),
             persistent_workers=True,
@@ -112,8 +118,8 @@ class Hdf5Backend:
         plan = self._plans.popleft()
         if not len(plan.samples):
             images = torch.empty(0, 3, self._config.image_size, self._config.image_size)
-        elif self._buffer is not None:
-            images = self._expand(images, self._buffer[: len(images)])
+        elif self._tuned:
+            images = images.permute(0, 3, 1, 2)
         images = images.to(self._device, getattr(torch, self._config.dtype), non_blocking=True)
         return Batch(
             images=images,
@@ -128,16 +134,6 @@ class Hdf5Backend:
         """Stop the workers."""
         if (shutdown := getattr(self._images, "_shutdown_workers", None)) is not None:
             shutdown()
-
-    def _make_buffer(self, world: World) -> torch.Tensor:
-        size = self._config.image_size
-        return torch.empty(self._config.batch_size // world.size, size, size, 3)
-
-    def _expand(self, grey: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """(n, S, S) uint8 -> (n, 3, S, S) float32, channels_last, a view of `out`."""
-        for image, into in zip(grey.to(self._device).unbind(), out.unbind(), strict=True):
-            self._normalise.write(image.float(), into)
-        return out.permute(0, 3, 1, 2)
 
     def _plan_batches(self, position: int) -> Iterator[list[Item]]:
         """Items of the rank's batches from a position on; each batch's plan is queued for `next`."""
@@ -178,4 +174,4 @@ def read_split(config: LoaderConfig, manifest: Manifest) -> Rows:
 
 
 def _stack(images: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(images) if images else torch.empty(0)  # a rank may have no row in an evaluation's last batch
+    return default_collate(images) if images else torch.empty(0)  # a rank may have no row in an evaluation's last batch

@@ -39,9 +39,14 @@ class Loader(Iterator[Batch]):
     """Batches of one rank, from a position on."""
 
     def __init__(
-        self, *, config: LoaderConfig, samples: int, streams: int, position: int, backend: Backend,
-        reader: BlockReader | None,
-    ) -> None:  # fmt: skip
+        self,
+        config: LoaderConfig,
+        samples: int,
+        streams: int,
+        position: int,
+        backend: Backend,
+        reader: BlockReader | None = None,
+    ) -> None:
         self.config = config
         self.samples = samples
         """Rows in the split."""
@@ -102,20 +107,20 @@ def build_loader(config: LoaderConfig, world: World, *, position: int = 0) -> Lo
         raise InputError(f"position {position} is not a multiple of the batch size {config.batch_size}")
     manifest = read_manifest(config.shards)
     order = make_order(config, manifest, streams)
-    backend_name = resolve_backend(config, world)
-    settings = {"config": config, "samples": order.samples, "streams": streams, "position": position}
-    if backend_name.startswith("hdf5"):
+    name = resolve_backend(config, world)
+    if name.startswith("hdf5"):
         from pipeline.hdf5 import Hdf5Backend
 
-        tuned = backend_name == "hdf5-tuned"
-        return Loader(**settings, backend=Hdf5Backend(config, manifest, world, order, position, tuned), reader=None)
+        baseline = Hdf5Backend(config, manifest, world, order, position, tuned=name == "hdf5-tuned")
+        return Loader(config, order.samples, streams, position, baseline)
     reader = _make_reader(config, manifest, world, order, streams, position)
     batches = EncodedBatches(config, manifest, world, reader, position)
     try:
-        return Loader(**settings, backend=_make_backend(backend_name, config, manifest, world, batches), reader=reader)
+        backend = _make_backend(name, config, manifest, world, batches)
     except BaseException:
         reader.close()
         raise
+    return Loader(config, order.samples, streams, position, backend, reader)
 
 
 def make_order(config: LoaderConfig, manifest: Manifest, streams: int) -> Order:

@@ -165,7 +165,7 @@ class ShuffledOrder:
         while start + item < end:
             block, begin = int(table.block[index]), int(table.start[index])
             stop = min(int(table.start[index + 1]), end)
-            shard, number = self.layout.shard_of(np.int64(block))
+            shard, number = self.layout.shard_of(np.array(block))
             yield Visit(
                 first=epoch * self.samples + item * self.streams + stream,
                 step=self.streams,
@@ -176,7 +176,7 @@ class ShuffledOrder:
             item, index = stop - start, index + 1
 
     def _row_order(self, epoch: int, block: int) -> Ints:
-        return permutation(int(self.layout.length(np.int64(block))), self.seed, _ROW_WORD, epoch, block)
+        return permutation(int(self.layout.length(np.array(block))), self.seed, _ROW_WORD, epoch, block)
 
     def _epoch(self, epoch: int) -> _Epoch:
         """The epoch's table; this epoch's and the one before are kept, because batches and read-ahead span two."""
@@ -206,9 +206,9 @@ class RowOrder:
         """The rank's visits from a position on, one a block that holds rows of its, until the last row."""
         layout = self.layout
         for block in range(self._block_of(position), layout.blocks):
-            shard, number = (int(each) for each in layout.shard_of(np.int64(block)))
+            shard, number = (int(each) for each in layout.shard_of(np.array(block)))
             begin = int(layout.first_row[shard]) + number * layout.block_rows
-            end = begin + int(layout.length(np.int64(block)))
+            end = begin + int(layout.length(np.array(block)))
             first = max(begin, position)
             first += (world.rank - first) % world.size
             if first < end:

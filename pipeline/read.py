@@ -66,7 +66,7 @@ class OpenShard:
 
     def read_into(self, buffer: NDArray[np.uint8], offset: int) -> None:
         """Fill a buffer from the tar's bytes at an offset. InputError where that cannot be done, with the reason."""
-        view, done = memoryview(buffer), 0
+        view, done = buffer.data, 0
         for pause in (*BACKOFF_S, None):
             try:
                 while done < len(view):
@@ -87,7 +87,7 @@ class OpenShard:
 
     def check_image(self, image: NDArray[np.uint8], rows: Rows, row: int) -> None:
         """InputError, naming shard, key and offset, where an image's bytes are not those that ingest wrote."""
-        if xxh3_64_intdigest(image) != int(rows.xxh3[row]):
+        if xxh3_64_intdigest(image.data) != int(rows.xxh3[row]):
             raise InputError(
                 f"shard {self.name}: image {rows.keys()[row]} at offset {int(rows.offset[row])} "
                 f"({int(rows.size[row])} bytes) is damaged: its xxh3 differs; find all damage with "
