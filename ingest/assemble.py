@@ -23,14 +23,18 @@ class AssembleTask:
     work: Path
     """Where the spills and the notes on finished shards lie."""
     name: str
-    source_rows: int
-    """Rows of the source, spilled or not."""
+    starts: NDArray[np.int64]
+    """First row of each spill, all sources counted through."""
     image: ImageSpec
     labels: tuple[str, ...]
     block_rows: int
     group_range: tuple[int, int] | None
     rows: NDArray[np.int64]
-    """(n,) source rows."""
+    """(n,) rows, all sources counted through."""
+    sources: NDArray[np.int64]
+    """(n,) source of each row."""
+    source_rows: NDArray[np.int64]
+    """(n,) row in the source."""
     texts: list[str]
     tokens: NDArray[np.uint16]
     """(n, context)"""
@@ -57,7 +61,7 @@ def assemble_shard(task: AssembleTask) -> ShardInfo:
         block_rows=task.block_rows,
         groups=task.group_range,
     )
-    spills = Spills(task.work, task.source_rows)
+    spills = Spills(task.work, task.starts)
     with writer:
         for number in range(len(task.rows)):
             writer.add(_sample(task, spills, number))
@@ -67,11 +71,10 @@ def assemble_shard(task: AssembleTask) -> ShardInfo:
 
 
 def _sample(task: AssembleTask, spills: Spills, number: int) -> Sample:
-    row = int(task.rows[number])
     return Sample(
-        source=0,
-        row=row,
-        image=spills.image(row),
+        source=int(task.sources[number]),
+        row=int(task.source_rows[number]),
+        image=spills.image(int(task.rows[number])),
         text=task.texts[number],
         tokens=task.tokens[number],
         token_count=int(task.token_counts[number]),

@@ -1,65 +1,193 @@
-"""What an ingest needs to know."""
+"""What an ingest needs to know: one source on the command line, or several in a TOML file."""
 
+import dataclasses
 import os
+import re
+import tomllib
+import types
+import typing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from shards.errors import InputError
+from shards.schema import SPLITS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class IngestConfig:
-    """Turn an HDF5 file of films and row-aligned CSV files of reports into verified WebDataset shards."""
+class SourceConfig:
+    """One source: films in HDF5 or in a folder, and CSV files whose row i describes film i."""
+
+    h5: tuple[Path, ...] = ()
+    """HDF5 files of films, (N, H, W), one after the other."""
+    dataset: str = "cxr"
+    """Path of the dataset in the HDF5 files."""
+    value_range: tuple[float, float] | None = None
+    """Values that become black and white, for pixels that are not whole grey levels 0..255; clipped outside."""
+    images: Path | None = None
+    """Folder of image files, instead of HDF5; `path_column` names the file of each row."""
+    path_column: str = "Path"
+    """Column of the image files' paths, relative to the folder."""
+    image_size: int = 320
+    """Image files are fitted into a square of this side, long side first, zero-padded, as CheXzero does."""
+    csv: tuple[Path, ...] = ()
+    """One or more CSV files, row-aligned."""
+    text_column: str = "impression"
+    """Column of the reports."""
+    text_template: str | None = None
+    """Report made from several columns instead: `{Finding Labels}. {View Position} view.`"""
+    text_folder: Path | None = None
+    """Folder of report files (plain text, or the Indiana collection's XML), which `text_column` names."""
+    section: str | None = None
+    """Section to cut out of full reports, e.g. `impression`."""
+    missing_text: str = "NO IMPRESSION"
+    """A report that says only this counts as missing."""
+    label_columns: tuple[str, ...] = ()
+    """Columns of labels: numbers (1, 0, -1) or blank, kept as they are."""
+    label_list_column: str | None = None
+    """Column of findings joined by `|`: a label column for each, 1 where it is named and 0 elsewhere."""
+    group_column: str | None = None
+    """Column of patients: nobody's films are in two splits."""
+    group_regex: str | None = None
+    """Takes the patient out of that column (`p\\d+` out of a path): the first group, or the whole match."""
+    split: Literal["train", "val", "test"] | None = None
+    """All rows of this source go to this split."""
+    split_column: str | None = None
+    """Column that names each row's split; blank for a row that the fractions decide."""
+
+    def check(self) -> None:
+        """InputError where the settings contradict each other."""
+        if bool(self.h5) == bool(self.images):
+            raise InputError("a source needs either --h5 or --images, and only one of them")
+        if not self.csv:
+            raise InputError("--csv names no file; give one or more")
+        if self.split and self.split_column:
+            raise InputError("--split and --split-column contradict each other; give one")
+        if self.group_regex is not None:
+            self._check_regex()
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise InputError(f"--value-range {self.value_range[0]:g} {self.value_range[1]:g} is not a range")
+        if self.image_size < 1:
+            raise InputError(f"--image-size {self.image_size} is not positive")
+        if len(set(self.label_columns)) != len(self.label_columns):
+            raise InputError(f"--label-columns {' '.join(self.label_columns)} names a column twice")
+
+    def _check_regex(self) -> None:
+        if self.group_column is None:
+            raise InputError("--group-regex needs --group-column, the column it takes the patient from")
+        try:
+            re.compile(self.group_regex or "")
+        except re.error as error:
+            raise InputError(f"--group-regex {self.group_regex!r} is not a regular expression ({error})") from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IngestConfig(SourceConfig):
+    """Turn films and reports into verified WebDataset shards."""
 
     to_shards: Path
     """Folder for the shards; made if it is missing, and it must be empty or hold this same ingest, interrupted."""
-    h5: Path
-    """HDF5 file of films, (N, H, W) float32 or uint8 with whole grey levels 0..255."""
-    csv: tuple[Path, ...]
-    """One or more CSV files, row i describing film i."""
-    dataset: str = "cxr"
-    """Path of the dataset in the HDF5 file."""
-    text_column: str = "impression"
-    """Column of the reports."""
-    label_columns: tuple[str, ...] = ()
-    """Columns of labels: numbers (1, 0, -1) or blank, kept as they are."""
-    group_column: str | None = None
-    """Column of patients: nobody's films are in two splits."""
+    sources: Path | None = None
+    """TOML file with a `[[source]]` table for each of several sources, instead of the flags of one."""
     val_fraction: float = 0.0
-    """Share of the rows for validation, in whole groups."""
+    """Share of the rows without a split of their own for validation, in whole groups."""
     test_fraction: float = 0.0
-    """Share of the rows for testing, in whole groups."""
-    missing_text: str = "NO IMPRESSION"
-    """A report that says only this counts as missing."""
+    """Share of them for testing, in whole groups."""
     seed: int = 0
     """Seed of the split and of the global shuffle."""
     workers: int | None = None
     """Encoding processes; None for one a CPU of this job's affinity mask."""
+    encoding: Literal["jpeg", "png", "webp", "jpeg2k", "raw"] = "jpeg"
+    """How images are stored; all but jpeg are lossless."""
     quality: int = 95
     """JPEG quality."""
     shard_mb: float = 256.0
     """Aim for tars of this many megabytes (10^6 bytes)."""
+    max_rejects: float = 0.5
+    """Refuse where more than this share of the rows is rejected: a sign of a wrong column or a broken file."""
+    dry_run: bool = False
+    """Say what would happen, and write nothing."""
 
     def __post_init__(self) -> None:
-        if not self.csv:
-            raise InputError("--csv names no file; give one or more")
-        for name in ("val_fraction", "test_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is not in [0, 1)")
+        for name in ("val_fraction", "test_fraction", "max_rejects"):
+            value = getattr(self, name)
+            if not (0 <= value < 1 or (name == "max_rejects" and value == 1)):
+                raise InputError(f"--{name.replace('_', '-')} {value} is not in [0, 1)")
         if self.val_fraction + self.test_fraction >= 1:
-            raise InputError(
-                f"--val-fraction {self.val_fraction} and --test-fraction {self.test_fraction} leave no training set"
-            )
+            raise InputError(f"fractions {self.val_fraction} for val and {self.test_fraction} for test leave no train")
         if self.workers is not None and self.workers < 1:
             raise InputError(f"--workers {self.workers} is not a positive number")
         if not 1 <= self.quality <= 100:
             raise InputError(f"--quality {self.quality} is not in 1..100")
         if not self.shard_mb > 0:
             raise InputError(f"--shard-mb {self.shard_mb} is not positive")
-        if len(set(self.label_columns)) != len(self.label_columns):
-            raise InputError(f"--label-columns {' '.join(self.label_columns)} names a column twice")
 
     @property
     def worker_count(self) -> int:
         """Encoding processes to start."""
         return self.workers or len(os.sched_getaffinity(0))
+
+    def source_list(self) -> tuple[SourceConfig, ...]:
+        """The sources, checked: those of the TOML file, or the one of the command line."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(SourceConfig)}
+        if self.sources is None:
+            found: tuple[SourceConfig, ...] = (SourceConfig(**fields),)
+        else:
+            defaults = {field.name: field.default for field in dataclasses.fields(SourceConfig)}
+            given = [name for name in fields if fields[name] != defaults[name]]
+            if given:
+                raise InputError(f"--{given[0].replace('_', '-')} belongs into {self.sources}, which lists the sources")
+            found = read_sources(self.sources)
+        for source in found:
+            source.check()
+        return found
+
+
+def read_sources(path: Path) -> tuple[SourceConfig, ...]:
+    """The `[[source]]` tables of a TOML file, in which paths are relative to its folder. InputError for a mistake."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not TOML ({error})") from None
+    tables = content.get("source")
+    if set(content) != {"source"} or not isinstance(tables, list) or not 0 < len(tables) <= 100:
+        raise InputError(f"{path} needs one to 100 [[source]] tables and nothing beside them")
+    return tuple(_read_source(table, path, number) for number, table in enumerate(tables))
+
+
+def _read_source(table: dict[str, Any], path: Path, number: int) -> SourceConfig:
+    hints = typing.get_type_hints(SourceConfig)
+    values = {}
+    for name, value in table.items():
+        if name not in hints:
+            raise InputError(f"source {number} of {path} has no setting {name!r}; valid: {', '.join(hints)}")
+        try:
+            values[name] = _convert(hints[name], value, path.parent)
+        except (TypeError, ValueError):
+            raise InputError(f"source {number} of {path}: {name} = {value!r} is not what it should be") from None
+    return SourceConfig(**values)
+
+
+def _convert(hint: Any, value: Any, folder: Path) -> Any:
+    """A TOML value as a field's type; ValueError or TypeError where it is another."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        values = value if isinstance(value, list) else [value]
+        if kinds[-1] is not Ellipsis and len(values) != len(kinds):
+            raise ValueError(value)
+        return tuple(_convert(kinds[0], item, folder) for item in values)
+    if typing.get_origin(hint) is Literal:
+        if value not in SPLITS:
+            raise ValueError(value)
+        return value
+    if hint is Path:
+        return folder / str(value)
+    if hint is float and isinstance(value, int):
+        return float(value)
+    if not isinstance(value, hint) or isinstance(value, bool):
+        raise TypeError(value)
+    return value

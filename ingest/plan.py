@@ -1,22 +1,22 @@
-"""Which row goes where, decided before a film is read: pure functions of CSV columns, fractions and seed."""
+"""Which row goes where, decided before a film is read: a pure function of the tables, the fractions and the seed.
 
+Rows of all sources are numbered through, source after source; that number is what `row` means here.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ingest.config import IngestConfig
+from ingest.table import SourceTable
 from shards.counter import permutation
 from shards.errors import InputError
 from shards.schema import NO_GROUP, SPLITS
 
 # Words that keep the two uses of the seed apart.
 _SPLIT_STREAM, _SHUFFLE_STREAM = 1, 2
-
-REPORT_EMPTY = "report is empty"
-REPORT_MISSING = "report is missing"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,64 +33,87 @@ class Plan:
     """Split -> its half-open range of patient numbers; empty without a group column."""
 
 
-def make_plan(config: IngestConfig, texts: pa.ChunkedArray, patients: pa.ChunkedArray | None) -> Plan:
+def make_plan(config: IngestConfig, tables: Sequence[SourceTable]) -> Plan:
     """Reject rows without a report, split the others by patient, shuffle each split. InputError if a split is empty."""
-    reasons = _missing_reports(texts, config.missing_text)
-    kept = np.ones(len(texts), dtype=bool)
+    starts = np.concatenate([[0], np.cumsum([table.rows for table in tables])])
+    reasons = {int(start) + row: why for table, start in zip(tables, starts, strict=False)
+               for row, why in table.reasons.items()}  # fmt: skip
+    kept = np.ones(starts[-1], dtype=bool)
     kept[list(reasons)] = False
     rows = np.flatnonzero(kept)
     if not len(rows):
-        raise InputError(f"none of the {len(texts):,} rows has a report in column {config.text_column!r}")
-    codes = _codes(config, patients, len(texts))
-    splits = _split(codes, rows, config)
+        raise InputError(f"none of the {len(kept):,} rows has a report; is it the right column?")
+    codes, known = _codes(tables)
+    splits = _split(codes, _fixed(tables), rows, config)
     order = {
         split: splits[split][permutation(len(splits[split]), config.seed, _SHUFFLE_STREAM, SPLITS.index(split))]
         for split in SPLITS
         if len(splits[split])
     }
-    if patients is None:
-        return Plan(reasons=reasons, order=order, groups=np.full(len(texts), NO_GROUP), ranges={})
+    if not known.any():
+        return Plan(reasons=reasons, order=order, groups=np.full(len(kept), NO_GROUP), ranges={})
     groups, ranges = _number_groups(codes, splits)
     return Plan(reasons=reasons, order=order, groups=groups, ranges=ranges)
 
 
-def _missing_reports(texts: pa.ChunkedArray, missing: str) -> dict[int, str]:
-    stripped = pc.utf8_trim_whitespace(texts)
-    empty = np.flatnonzero(pc.equal(stripped, "").to_numpy())
-    named = np.flatnonzero(pc.equal(pc.utf8_lower(stripped), missing.strip().lower()).to_numpy())
-    reasons = dict.fromkeys(map(int, named), REPORT_MISSING)
-    return reasons | dict.fromkeys(map(int, empty), REPORT_EMPTY)
+def _codes(tables: Sequence[SourceTable]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """(rows,) an integer a patient, and whether the source names any; a row is its own patient where it does not."""
+    parts, known, first = [], [], 0
+    for table in tables:
+        codes = np.arange(table.rows) if table.patients is None else table.patients
+        parts.append(codes + first)
+        known.append(np.full(table.rows, table.patients is not None))
+        first += int(codes.max(initial=-1)) + 1
+    return np.concatenate(parts), np.concatenate(known)
 
 
-def _codes(config: IngestConfig, patients: pa.ChunkedArray | None, rows: int) -> NDArray[np.int64]:
-    """(rows,) an integer a patient, or a row where there are none."""
-    if patients is None:
-        return np.arange(rows)
-    blank = np.flatnonzero(pc.equal(pc.utf8_trim_whitespace(patients), "").to_numpy())
-    if len(blank):
-        raise InputError(f"{len(blank):,} rows have no {config.group_column!r}, row {blank[0]} first; fill them in")
-    return patients.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+def _fixed(tables: Sequence[SourceTable]) -> NDArray[np.int64]:
+    """(rows,) index into SPLITS where a source says so, -1 elsewhere."""
+    return np.concatenate([np.full(table.rows, -1) if table.splits is None else table.splits for table in tables])
 
 
-def _split(codes: NDArray[np.int64], rows: NDArray[np.int64], config: IngestConfig) -> dict[str, NDArray[np.int64]]:
-    """Split -> rows in source order. Shuffled patients fill `test`, then `val`; `train` has the rest."""
+def _split(
+    codes: NDArray[np.int64], fixed: NDArray[np.int64], rows: NDArray[np.int64], config: IngestConfig
+) -> dict[str, NDArray[np.int64]]:
+    """Split -> rows in source order."""
     present, members = np.unique(codes[rows], return_inverse=True)
-    shuffled = permutation(len(present), config.seed, _SPLIT_STREAM)
-    sizes = np.bincount(members, minlength=len(present))[shuffled]
-    # A patient belongs to the split in which the middle of its rows falls, so shares are met within half a patient.
-    middle = (np.cumsum(sizes) - sizes / 2) / len(rows)
-    test, val = config.test_fraction, config.test_fraction + config.val_fraction
-    split_of = np.empty(len(present), dtype=np.int64)
-    split_of[shuffled] = np.where(middle < test, 2, np.where(middle < val, 1, 0))
+    split_of = _fixed_groups(len(present), members, fixed[rows])
+    free = np.flatnonzero(split_of < 0)
+    sizes = np.bincount(members, minlength=len(present))
+    split_of[free] = _by_fraction(sizes[free], config)
     splits = {split: rows[split_of[members] == number] for number, split in enumerate(SPLITS)}
-    wanted = {"train": True, "val": config.val_fraction > 0, "test": config.test_fraction > 0}
-    for split, asked in wanted.items():
-        if asked and not len(splits[split]):
+    asked = {"train": True, "val": config.val_fraction > 0, "test": config.test_fraction > 0}
+    for split, wanted in asked.items():
+        if wanted and not len(splits[split]):
             raise InputError(
                 f"split {split!r} stays empty: {len(rows):,} rows of {len(present):,} groups, "
                 f"fractions val {config.val_fraction}, test {config.test_fraction}; give it a larger share"
             )
     return splits
+
+
+def _fixed_groups(groups: int, members: NDArray[np.int64], fixed: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(groups,) the split that a group's rows name, -1 where none does. InputError for a group in two splits."""
+    split_of = np.full(groups, -1, dtype=np.int64)
+    named = fixed >= 0
+    split_of[members[named]] = fixed[named]
+    torn = np.flatnonzero(named & (split_of[members] != fixed))
+    if len(torn):
+        count = len(np.unique(members[torn]))
+        raise InputError(f"{count:,} groups have rows in two splits, which leaks patients; mend the split column")
+    return split_of
+
+
+def _by_fraction(sizes: NDArray[np.int64], config: IngestConfig) -> NDArray[np.int64]:
+    """(groups,) index into SPLITS for groups of `sizes` rows: shuffled, they fill `test`, then `val`, then `train`."""
+    shuffled = permutation(len(sizes), config.seed, _SPLIT_STREAM)
+    ordered = sizes[shuffled]
+    # A patient belongs to the split in which the middle of its rows falls, so shares are met within half a patient.
+    middle = (np.cumsum(ordered) - ordered / 2) / max(ordered.sum(), 1)
+    test, val = config.test_fraction, config.test_fraction + config.val_fraction
+    split_of = np.empty(len(sizes), dtype=np.int64)
+    split_of[shuffled] = np.where(middle < test, 2, np.where(middle < val, 1, 0))
+    return split_of
 
 
 def _number_groups(

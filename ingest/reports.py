@@ -40,17 +40,10 @@ def read_columns(paths: tuple[Path, ...], names: tuple[str, ...]) -> dict[str, p
     return columns
 
 
-def parse_labels(columns: dict[str, pa.ChunkedArray], names: tuple[str, ...], rows: int) -> NDArray[np.float32]:
-    """Label columns to float32 (rows, labels), blank to NaN. InputError names column and row of anything else."""
-    values = np.empty((rows, len(names)), dtype=np.float32)
-    for number, name in enumerate(names):
-        values[:, number] = _parse_label(name, columns[name])
-    return values
-
-
-def _parse_label(name: str, column: pa.ChunkedArray) -> NDArray[np.float32]:
+def parse_label(name: str, column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """A label column to float32 (rows,), blank to NaN. InputError names column and row of anything else."""
     values = np.empty(len(column), dtype=np.float32)
-    for row, text in enumerate(_strings(column)):
+    for row, text in enumerate(strings(column)):
         values[row] = _label(text, name, row)
     return values
 
@@ -67,7 +60,8 @@ def _label(text: str, name: str, row: int) -> float:
     return value
 
 
-def _strings(column: pa.ChunkedArray) -> Iterator[str]:
+def strings(column: pa.ChunkedArray) -> Iterator[str]:
+    """The values of a column one by one."""
     for chunk in column.chunks:
         yield from chunk.to_pylist()
 

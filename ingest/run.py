@@ -6,24 +6,24 @@ Both phases can be interrupted at any moment; the same command goes on and ends 
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from tqdm import tqdm
 from xxhash import xxh3_128_hexdigest
 
 from ingest.assemble import AssembleTask, assemble_shard
 from ingest.config import IngestConfig
-from ingest.encode import FILM_REASONS, RANGE_ROWS, EncodeTask, Spills, encode_range, spill_path
-from ingest.plan import Plan, make_plan
+from ingest.encode import EncodeTask, Spills, encode_range, spill_path
+from ingest.images import Fault
+from ingest.inputs import Inputs, read_inputs
+from ingest.plan import Plan
 from ingest.pool import Pool
-from ingest.reports import parse_labels, read_columns
-from ingest.source import H5Source
 from ingest.text import Words, read_words
 from ingest.workdir import open_work, remove_work
 from shards.atomic import write_atomic
@@ -42,20 +42,6 @@ from shards.schema import (
 
 _SAMPLE_OVERHEAD = 2500
 """Bytes a sample takes in the tar beside its image: three headers, report, labels, padding. For sizing shards only."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Inputs:
-    """What was read before the first film."""
-
-    rows: int
-    height: int
-    width: int
-    texts: pa.ChunkedArray
-    """(rows,)"""
-    labels: NDArray[np.float32]
-    """(rows, labels)"""
-    plan: Plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,40 +65,29 @@ def ingest(config: IngestConfig) -> Outcome:
     work = open_work(config)
     with Pool(config.worker_count) as pool:
         words = _encode(config, inputs, work, pool)
-        spills = Spills(work, inputs.rows)
-        spills.close()
+        spills = Spills(work, _spill_starts(inputs))
         rejects = _rejects(inputs.plan, spills)
+        _check_rejects(config, inputs, rejects)
         order = _accepted(inputs.plan, rejects)
         manifest = _assemble(config, inputs, words, spills, order, pool, work)
-    _write_rejects(config.to_shards, rejects)
+    _write_rejects(config.to_shards, inputs, rejects)
     write_manifest(config.to_shards, manifest)
     remove_work(config.to_shards)
-    errors = {name: float(np.nanmean(spills.records[name])) for name in ("error", "resized_error")}
-    difference = float(np.nanmean(spills.records["resized_difference"]))
     return Outcome(
         manifest=manifest,
         rejects=rejects,
-        psnr=_psnr(errors["error"]),
-        resized_psnr=_psnr(errors["resized_error"]),
-        resized_difference=difference,
+        psnr=_psnr(_mean(spills.records["error"])),
+        resized_psnr=_psnr(_mean(spills.records["resized_error"])),
+        resized_difference=_mean(spills.records["resized_difference"]),
     )
 
 
-def read_inputs(config: IngestConfig) -> Inputs:
-    """Read the CSV files, look at the HDF5 file, refuse what does not fit, and plan."""
-    with H5Source(config.h5, config.dataset) as source:
-        rows, height, width = source.rows, source.height, source.width
-    group = (config.group_column,) if config.group_column else ()
-    names = tuple(dict.fromkeys((config.text_column, *config.label_columns, *group)))
-    columns = read_columns(config.csv, names)
-    texts = columns[config.text_column]
-    if len(texts) != rows:
-        raise InputError(
-            f"{config.h5} has {rows:,} films but the CSV has {len(texts):,} rows; row i must describe film i"
-        )
-    labels = parse_labels(columns, config.label_columns, rows)
-    plan = make_plan(config, texts, columns[config.group_column] if config.group_column else None)
-    return Inputs(rows=rows, height=height, width=width, texts=texts, labels=labels, plan=plan)
+def _image_spec(config: IngestConfig, inputs: Inputs) -> ImageSpec:
+    return ImageSpec(height=inputs.height, width=inputs.width, codec=config.encoding, quality=config.quality)
+
+
+def _spill_starts(inputs: Inputs) -> NDArray[np.int64]:
+    return np.array([each.start for each in inputs.ranges])
 
 
 def _encode(config: IngestConfig, inputs: Inputs, work: Path, pool: Pool) -> Words:
@@ -121,15 +96,15 @@ def _encode(config: IngestConfig, inputs: Inputs, work: Path, pool: Pool) -> Wor
     wanted[list(inputs.plan.reasons)] = False
     tasks = (
         EncodeTask(
-            h5=config.h5,
-            dataset=config.dataset,
-            first=first,
-            end=min(first + RANGE_ROWS, inputs.rows),
-            wanted=wanted[first : first + RANGE_ROWS],
-            quality=config.quality,
-            spill=spill_path(work, first),
+            source=inputs.sources[each.source],
+            first=each.first,
+            end=each.end,
+            names=tuple(inputs.tables[each.source].names[each.first : each.end]),
+            wanted=wanted[each.start : each.start + each.end - each.first],
+            image=_image_spec(config, inputs),
+            spill=spill_path(work, each.start),
         )
-        for first in range(0, inputs.rows, RANGE_ROWS)
+        for each in inputs.ranges
     )
     with ThreadPoolExecutor(1) as thread:
         words = thread.submit(read_words, inputs.texts, wanted)
@@ -142,9 +117,18 @@ def _encode(config: IngestConfig, inputs: Inputs, work: Path, pool: Pool) -> Wor
 def _rejects(plan: Plan, spills: Spills) -> dict[int, str]:
     """Every row that does not become a sample -> all that is wrong with it."""
     reasons = {row: [reason] for row, reason in plan.reasons.items()}
-    for row in np.flatnonzero(spills.records["reason"]):
-        reasons.setdefault(int(row), []).append(FILM_REASONS[int(spills.records["reason"][row])])
+    for row in np.flatnonzero(spills.records["fault"]):
+        reasons.setdefault(int(row), []).append(Fault(spills.records["fault"][row]).reason)
     return {row: "; ".join(found) for row, found in sorted(reasons.items())}
+
+
+def _check_rejects(config: IngestConfig, inputs: Inputs, rejects: dict[int, str]) -> None:
+    if len(rejects) > config.max_rejects * inputs.rows:
+        why, count = Counter(rejects.values()).most_common(1)[0]
+        raise InputError(
+            f"{len(rejects):,} of {inputs.rows:,} rows are rejected ({count:,}: {why}), more than --max-rejects "
+            f"{config.max_rejects:g}; look at the columns and the films, or allow it"
+        )
 
 
 def _accepted(plan: Plan, rejects: dict[int, str]) -> dict[str, NDArray[np.int64]]:
@@ -169,10 +153,11 @@ def _assemble(
     work: Path,
 ) -> Manifest:
     """Phase two, and the manifest that describes it."""
-    image = ImageSpec(height=inputs.height, width=inputs.width, quality=config.quality)
+    image = _image_spec(config, inputs)
     samples = sum(map(len, order.values()))
     mean_bytes = float(spills.records["size"].sum()) / samples
     block_rows = block_rows_for(samples, mean_bytes)
+    source_of, starts = _numbers(inputs)
 
     def tasks() -> Iterator[AssembleTask]:
         for name, rows in _cut_shards(order, mean_bytes + _SAMPLE_OVERHEAD, config.shard_mb * 1e6):
@@ -180,12 +165,14 @@ def _assemble(
                 folder=config.to_shards,
                 work=work,
                 name=name,
-                source_rows=inputs.rows,
+                starts=_spill_starts(inputs),
                 image=image,
-                labels=config.label_columns,
+                labels=inputs.label_names,
                 block_rows=block_rows,
                 group_range=inputs.plan.ranges.get(name.split("-")[0]),
                 rows=rows,
+                sources=source_of[rows],
+                source_rows=rows - starts[source_of[rows]],
                 texts=inputs.texts.take(rows).to_pylist(),
                 tokens=words.tokens[rows],
                 token_counts=words.counts[rows],
@@ -200,20 +187,36 @@ def _assemble(
         for info in pool.map_unordered(assemble_shard, tasks()):
             infos[info.name] = info
             progress.update(info.rows)
-    source = SourceInfo(
-        kind="hdf5", rows=inputs.rows, samples=samples, digest=xxh3_128_hexdigest(spills.records["pixels"].tobytes())
-    )
-    splits = {split: tuple(infos[name] for name in sorted(infos) if name.startswith(f"{split}-")) for split in order}
     return Manifest(
         schema_version=SCHEMA_VERSION,
         image=image,
         tokenizer=words.spec,
-        labels=config.label_columns,
+        labels=inputs.label_names,
         block_rows=block_rows,
         seed=config.seed,
-        sources=(source,),
-        splits=splits,
+        sources=_source_infos(inputs, spills, order),
+        splits={split: tuple(infos[name] for name in sorted(infos) if name.startswith(f"{split}-")) for split in order},
         groups=inputs.plan.ranges,
+    )
+
+
+def _numbers(inputs: Inputs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(rows,) the source of each row, and (sources + 1,) the first row of each source."""
+    starts = inputs.starts
+    return np.repeat(np.arange(len(inputs.tables)), np.diff(starts)), starts
+
+
+def _source_infos(inputs: Inputs, spills: Spills, order: dict[str, NDArray[np.int64]]) -> tuple[SourceInfo, ...]:
+    source_of, starts = _numbers(inputs)
+    samples = np.bincount(source_of[np.concatenate(list(order.values()))], minlength=len(inputs.tables))
+    return tuple(
+        SourceInfo(
+            kind="images" if source.images else "hdf5",
+            rows=inputs.tables[number].rows,
+            samples=int(samples[number]),
+            digest=xxh3_128_hexdigest(spills.records["pixels"][starts[number] : starts[number + 1]].tobytes()),
+        )
+        for number, source in enumerate(inputs.sources)
     )
 
 
@@ -227,12 +230,20 @@ def _cut_shards(
             yield shard_name(split, number), part
 
 
-def _write_rejects(out: Path, rejects: dict[int, str]) -> None:
+def _write_rejects(out: Path, inputs: Inputs, rejects: dict[int, str]) -> None:
+    source_of, starts = _numbers(inputs)
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["source", "row", "reason"])
-    writer.writerows([0, row, reason] for row, reason in rejects.items())
+    for row, reason in rejects.items():
+        writer.writerow([source_of[row], row - starts[source_of[row]], reason])
     write_atomic(out / REJECTS_NAME, text.getvalue().encode())
+
+
+def _mean(values: NDArray[np.float32]) -> float:
+    """Mean over the rows that were measured; 0 where none was."""
+    measured = values[~np.isnan(values)]
+    return float(measured.mean()) if len(measured) else 0.0
 
 
 def _psnr(mean_squared_error: float) -> float:

@@ -18,16 +18,20 @@ from numpy.typing import NDArray
 
 from shards.errors import InputError
 
-DTYPES = ("float32", "uint8")
+DTYPES = ("float32", "float64", "uint8", "uint16")
+FILTERS = ("gzip", "lzf", "szip")
+"""Compressions that the HDF5 library brings itself."""
+MAX_CHUNK_BYTES = 256 << 20
+"""A chunk is read as a whole; a larger one would not leave a worker its memory."""
 
 
 class H5Source:
-    """A dataset of grey images, (N, H, W) float32 or uint8. One file handle, not to be shared across processes."""
+    """A dataset of grey images, (N, H, W). One file handle, not to be shared across processes."""
 
     def __init__(self, path: Path, dataset: str = "cxr") -> None:
         """InputError where the file or the dataset is missing, unsafe, or of another shape or dtype."""
-        self._file = _open(path)
         self._name = f"dataset {dataset!r} of {path}"
+        self._file = _open(path)
         try:
             self._data = _dataset(self._file, dataset, self._name)
         except BaseException:
@@ -35,19 +39,25 @@ class H5Source:
             raise
         self.rows, self.height, self.width = self._data.shape
         self.dtype = self._data.dtype
+        self.chunk_rows: int = self._data.chunks[0] if self._data.chunks else 1
+        """Rows that are stored, and if compressed can only be read, together."""
 
     def read(self, first: int, end: int) -> NDArray:
         """Rows first..end as stored, (end - first, H, W). InputError where the file cannot be read."""
         try:
             return self._data[first:end]
         except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:160]
             raise InputError(
-                f"rows {first} to {end} of {self._name} cannot be read ({error}); restore the file"
+                f"rows {first} to {end} of {self._name} cannot be read ({reason}); restore the file"
             ) from None
 
-    def read_uint8(self, first: int, end: int) -> NDArray[np.uint8]:
-        """Rows first..end as uint8; InputError naming the first row with a value that is not a whole number 0..255."""
-        return to_uint8(self.read(first, end), first, self._name)
+    def read_uint8(self, first: int, end: int, value_range: tuple[float, float] | None = None) -> NDArray[np.uint8]:
+        """Rows first..end as grey levels: exactly, or scaled from `value_range`. InputError names the first bad row."""
+        images = self.read(first, end)
+        if value_range is None:
+            return to_uint8(images, first, self._name)
+        return scale_to_uint8(images, value_range, first, self._name)
 
     def close(self) -> None:
         """Close the file."""
@@ -63,7 +73,7 @@ class H5Source:
 
 
 def to_uint8(images: NDArray, first_row: int, name: str) -> NDArray[np.uint8]:
-    """(n, H, W) float32 to uint8, exactly. InputError names the first row with another value, be it NaN."""
+    """(n, H, W) to uint8, exactly. InputError names the first row with another value, be it NaN."""
     if images.dtype == np.uint8:
         return images
     with np.errstate(invalid="ignore"):
@@ -74,16 +84,27 @@ def to_uint8(images: NDArray, first_row: int, name: str) -> NDArray[np.uint8]:
         low, high = images[row].min(), images[row].max()
         raise InputError(
             f"row {first_row + row} of {name} has values from {low:g} to {high:g}, not all whole numbers 0..255; "
-            "convert the file to grey levels first"
+            "say with --value-range LO HI which values are black and white"
         )
     return exact
+
+
+def scale_to_uint8(images: NDArray, value_range: tuple[float, float], first_row: int, name: str) -> NDArray[np.uint8]:
+    """(n, H, W) to uint8: LO becomes 0, HI 255, rounded to the nearest level, clipped. InputError for NaN."""
+    low, high = value_range
+    unknown = np.isnan(images).any(axis=(1, 2))
+    if unknown.any():
+        raise InputError(f"row {first_row + int(unknown.argmax())} of {name} has pixels that are no number (NaN)")
+    with np.errstate(over="ignore"):
+        scaled = (images.astype(np.float64) - low) * (255 / (high - low))
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
 def _open(path: Path) -> h5py.File:
     if not Path(path).is_file():
         raise InputError(f"no HDF5 file at {path}")
     try:
-        return h5py.File(path, "r")
+        return h5py.File(path, "r", rdcc_nbytes=MAX_CHUNK_BYTES)
     except OSError as error:
         raise InputError(f"{path} cannot be opened as HDF5 ({' '.join(str(error).split())[:160]})") from None
 
@@ -92,7 +113,7 @@ def _dataset(file: h5py.File, dataset: str, name: str) -> h5py.Dataset:
     group: h5py.Group = file
     parts = [part for part in dataset.split("/") if part]
     for part in parts:
-        if not isinstance(group, h5py.Group) or part not in group:
+        if not isinstance(group, h5py.Group) or group.get(part, getlink=True) is None:
             raise InputError(f"no {name}; it holds {', '.join(map(repr, list(group)[:8])) or 'nothing'}")
         if not isinstance(group.get(part, getlink=True), h5py.HardLink):
             raise InputError(f"{name} is reached through a link, which may lead to another file; copy the data in")
@@ -107,9 +128,35 @@ def _check_dataset(data: h5py.Dataset, name: str) -> None:
     if data.is_virtual or data.external:
         raise InputError(f"{name} takes its data from other files (virtual or external storage); copy the data in")
     if data.dtype.name not in DTYPES:
-        raise InputError(f"{name} has dtype {data.dtype}, not {' or '.join(DTYPES)}; convert it first")
+        raise InputError(f"{name} has dtype {data.dtype}, not {', '.join(DTYPES)}; convert it first")
     if data.ndim != 3 or 0 in data.shape:
         raise InputError(f"{name} has shape {data.shape}, not (films, height, width); convert it first")
+    if data.chunks is None:
+        _check_contiguous(data, name)
+    else:
+        _check_chunks(data, name)
+
+
+def _check_contiguous(data: h5py.Dataset, name: str) -> None:
     # A contiguous dataset cannot hold less than its shape says unless the file is cut short or the shape is a lie.
-    if data.chunks is None and data.id.get_storage_size() != data.size * data.dtype.itemsize:
-        raise InputError(f"{name} declares {data.size * data.dtype.itemsize:,} bytes but stores less; restore the file")
+    size = data.size * data.dtype.itemsize
+    if data.id.get_storage_size() != size:
+        raise InputError(f"{name} declares {size:,} bytes but stores less; restore the file")
+
+
+def _check_chunks(data: h5py.Dataset, name: str) -> None:
+    unknown = [number for number in range(data.id.get_create_plist().get_nfilters())
+               if data.id.get_create_plist().get_filter(number)[0] > h5py.h5z.FILTER_SCALEOFFSET]  # fmt: skip
+    if unknown or (data.compression not in (None, *FILTERS)):
+        raise InputError(f"{name} is compressed by a filter that HDF5 does not bring itself; repack it (h5repack)")
+    chunk_bytes = int(np.prod(data.chunks)) * data.dtype.itemsize
+    if chunk_bytes > MAX_CHUNK_BYTES or data.chunks[1:] != data.shape[1:]:
+        raise InputError(
+            f"{name} has chunks of {data.chunks}, {chunk_bytes:,} bytes: films must not be cut, and a chunk must not "
+            f"exceed {MAX_CHUNK_BYTES:,} bytes; repack it (h5repack -l cxr:CHUNK=32x{data.shape[1]}x{data.shape[2]})"
+        )
+    # A chunk costs the file some bytes, however well it is compressed; a shape far beyond the file is a lie.
+    stored = data.id.get_num_chunks()
+    wanted = -(-data.shape[0] // data.chunks[0])
+    if stored < wanted:
+        raise InputError(f"{name} declares {wanted:,} chunks but stores {stored:,}; restore the file")

@@ -4,16 +4,16 @@
 goes when the manifest is written.
 """
 
+import dataclasses
 import json
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from xxhash import xxh3_128
 
-from ingest.config import IngestConfig
+from ingest.config import IngestConfig, SourceConfig
 from shards.atomic import write_atomic
 from shards.errors import InputError
 from shards.manifest import read_manifest
@@ -21,16 +21,36 @@ from shards.schema import MANIFEST_NAME, SCHEMA_VERSION
 
 WORK_NAME = ".ingest"
 _INPUTS = "inputs.json"
-_NOT_INPUTS = ("to_shards", "h5", "csv", "workers")
+_NOT_INPUTS = ("to_shards", "workers", "dry_run", "max_rejects", "sources")
+_PATHS = ("h5", "csv", "images", "text_folder")
 
 
 def fingerprint(config: IngestConfig) -> dict[str, Any]:
-    """What decides the bytes of the result: settings, digests of the CSV files, size and time of the HDF5 file."""
-    settings = {name: value for name, value in asdict(config).items() if name not in _NOT_INPUTS}
-    stat = config.h5.stat()
-    files = {f"csv file {number}": _digest(path) for number, path in enumerate(config.csv)}
-    inputs = {"schema version": SCHEMA_VERSION, **settings, **files, "h5 file": f"{stat.st_size} {stat.st_mtime_ns}"}
+    """What decides the bytes of the result: settings, digests of the CSV files, size and time of the HDF5 files."""
+    source_fields = {field.name for field in dataclasses.fields(SourceConfig)}
+    settings = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in source_fields and field.name not in _NOT_INPUTS
+    }
+    inputs: dict[str, Any] = {"schema version": SCHEMA_VERSION, **settings}
+    for number, source in enumerate(config.source_list()):
+        inputs |= {f"source {number} {name}": value for name, value in _source_inputs(source).items()}
     return json.loads(json.dumps(inputs))
+
+
+def _source_inputs(source: SourceConfig) -> dict[str, Any]:
+    fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
+    inputs = {name: value for name, value in fields.items() if name not in _PATHS}
+    inputs |= {f"csv file {number}": _digest(path) for number, path in enumerate(source.csv)}
+    inputs |= {f"h5 file {number}": _stamp(path) for number, path in enumerate(source.h5)}
+    return inputs
+
+
+def _stamp(path: Path) -> str:
+    """Size and time of change: a digest of 190 GB would cost as much as the ingest."""
+    stat = path.stat()
+    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 def open_work(config: IngestConfig) -> Path:

@@ -13,7 +13,7 @@ MANIFEST_NAME = "manifest.json"
 REJECTS_NAME = "rejects.csv"
 SPLITS = ("train", "val", "test")
 
-CODEC_EXTENSIONS = {"jpeg": "jpg"}
+CODEC_EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "jpeg2k": "jp2", "raw": "raw"}
 """Image codec -> extension of the image's member in the tar."""
 
 NO_GROUP = -1
@@ -75,7 +75,7 @@ class SourceInfo:
     """One source of samples, without its path."""
 
     kind: str
-    """`hdf5`."""
+    """`hdf5` or `images`."""
     rows: int
     """Rows in the source."""
     samples: int

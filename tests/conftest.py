@@ -108,7 +108,7 @@ def shards_dir(source: tuple[Path, Path], tmp_path_factory: pytest.TempPathFacto
     ingest(
         IngestConfig(
             to_shards=out,
-            h5=h5,
+            h5=(h5,),
             csv=(table,),
             label_columns=FINDINGS,
             group_column="patient",

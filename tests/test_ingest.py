@@ -137,7 +137,7 @@ def test_finished_shards_are_kept(source: tuple[Path, Path], tmp_path: Path) -> 
     from ingest.config import IngestConfig
     from ingest.run import ingest
 
-    config = IngestConfig(to_shards=tmp_path / "set", h5=source[0], csv=(source[1],), workers=1, shard_mb=0.5)
+    config = IngestConfig(to_shards=tmp_path / "set", h5=(source[0],), csv=(source[1],), workers=1, shard_mb=0.5)
     import ingest.run as run
 
     kept = run.remove_work
@@ -256,7 +256,8 @@ class TestMistakes:
 
     def test_pixels(self, refused, tmp_path: Path) -> None:
         images = made_up_images(96).astype(np.float32)
-        refused("dtype float64", h5=write_h5(tmp_path / "a.h5", images.astype(np.float64)))
+        refused("dtype int64", h5=write_h5(tmp_path / "a.h5", images.astype(np.int64)))
+        refused("dtype complex64", h5=write_h5(tmp_path / "x.h5", images.astype(np.complex64)))
         refused("shape (96, 320)", h5=write_h5(tmp_path / "b.h5", images[:, 0]))
         refused("shape (0, 320, 320)", h5=write_h5(tmp_path / "c.h5", images[:0]))
         for number, (row, value) in enumerate([(37, np.nan), (64, np.inf), (2, 0.5), (95, 256.0), (1, -1.0)]):
@@ -280,7 +281,7 @@ class TestMistakes:
         refused("external", h5=tmp_path / "e.h5")
         with h5py.File(tmp_path / "bomb.h5", "w") as file:
             file.create_dataset("cxr", (10**9, 320, 320), "f4", chunks=(1, 320, 320))
-        refused("films but the CSV has 96", h5=tmp_path / "bomb.h5")
+        refused("declares 1,000,000,000 chunks but stores 0", h5=tmp_path / "bomb.h5")
 
     def test_output_folder(self, source: tuple[Path, Path], shards_dir: Path, tmp_path: Path) -> None:
         before = tree(shards_dir)

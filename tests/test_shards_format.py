@@ -154,7 +154,7 @@ def test_a_failed_shard_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_the_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown codec 'gif'; valid: jpeg"):
+    with pytest.raises(ValueError, match=r"unknown codec 'gif'; valid: jpeg, png, webp, jpeg2k, raw"):
         ImageSpec(codec="gif")
     with pytest.raises(ValueError, match="a leak"):
         write(tmp_path, groups=(1, 100))

@@ -1,0 +1,90 @@
+"""Films by row, whatever they lie in: HDF5 files one after the other, or image files. Opened in the workers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ingest.config import SourceConfig
+from ingest.images import Fault, read_film
+from ingest.source import H5Source
+from shards.errors import InputError
+
+Film = NDArray[np.uint8] | Fault
+"""(H, W) grey levels, or why there are none."""
+
+READ_ROWS = 32
+"""Rows read at once out of HDF5: 13 MB of 320 x 320 float32."""
+
+
+class Films(Protocol):
+    """The films of one source."""
+
+    height: int
+    width: int
+
+    def read(self, first: int, end: int) -> Iterator[Film]:
+        """Films first..end of the source, in order."""
+        ...
+
+
+class H5Films:
+    """HDF5 files with one dataset each, seen as one."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        self._stack = ExitStack()
+        self._range = config.value_range
+        self._parts = [self._stack.enter_context(H5Source(path, config.dataset)) for path in config.h5]
+        shapes = {(part.height, part.width) for part in self._parts}
+        if len(shapes) > 1:
+            raise InputError(f"the HDF5 files hold films of different sizes: {', '.join(map(str, sorted(shapes)))}")
+        ((self.height, self.width),) = shapes
+        self._starts = np.concatenate([[0], np.cumsum([part.rows for part in self._parts])])
+        self.rows = int(self._starts[-1])
+
+    def ranges(self, rows: int) -> Iterator[tuple[int, int]]:
+        """Cut the rows into ranges of about `rows` that never cut a chunk or span two files: each is read once."""
+        for part, start in zip(self._parts, self._starts.tolist(), strict=False):
+            step = -(-rows // part.chunk_rows) * part.chunk_rows
+            for first in range(0, part.rows, step):
+                yield start + first, start + min(first + step, part.rows)
+
+    def read(self, first: int, end: int) -> Iterator[Film]:
+        """Films first..end, which lie in one file."""
+        number = int(np.searchsorted(self._starts, first, side="right")) - 1
+        part, start = self._parts[number], int(self._starts[number])
+        step = max(READ_ROWS // part.chunk_rows, 1) * part.chunk_rows
+        for row in range(first - start, end - start, step):
+            yield from part.read_uint8(row, min(row + step, end - start), self._range)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+
+class FolderFilms:
+    """Image files in a folder; `names` are those of the rows from `first` on."""
+
+    def __init__(self, folder: Path, size: int, names: Sequence[str], first: int) -> None:
+        self.height = self.width = size
+        self._folder, self._size, self._names, self._first = folder.resolve(), size, names, first
+
+    def read(self, first: int, end: int) -> Iterator[Film]:
+        """Films first..end."""
+        for row in range(first, end):
+            yield self._read(self._names[row - self._first])
+
+    def _read(self, name: str) -> Film:
+        path = (self._folder / name).resolve()
+        # A name from a CSV may say anything; it may not lead out of the folder, by `..` or by a link.
+        if not name.strip() or "\0" in name or not path.is_relative_to(self._folder):
+            return Fault.MISSING
+        return read_film(path, self._size)

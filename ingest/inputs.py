@@ -1,0 +1,109 @@
+"""Everything that is read before the first film: tables of all sources, what their films look like, the plan."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ingest.config import IngestConfig, SourceConfig
+from ingest.encode import RANGE_ROWS
+from ingest.films import H5Films
+from ingest.plan import Plan, make_plan
+from ingest.table import SourceTable, read_table
+from shards.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Range:
+    """Rows of one source that become one spill."""
+
+    source: int
+    first: int
+    end: int
+    """Rows of the source."""
+    start: int
+    """Number of the first row, all sources counted through."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What was read."""
+
+    sources: tuple[SourceConfig, ...]
+    tables: tuple[SourceTable, ...]
+    height: int
+    width: int
+    ranges: tuple[Range, ...]
+    texts: pa.ChunkedArray
+    """(rows,) of all sources."""
+    label_names: tuple[str, ...]
+    """Of all sources, in order of first appearance."""
+    labels: NDArray[np.float32]
+    """(rows, labels), NaN where unknown or where the source has no such label."""
+    plan: Plan
+
+    @property
+    def rows(self) -> int:
+        """Rows of all sources."""
+        return len(self.texts)
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """(sources + 1,) number of each source's first row, and the number of rows."""
+        return np.concatenate([[0], np.cumsum([table.rows for table in self.tables])])
+
+
+def read_inputs(config: IngestConfig) -> Inputs:
+    """Read the CSV files, look at the films, refuse what does not fit, and plan."""
+    sources = config.source_list()
+    tables = tuple(read_table(source) for source in sources)
+    sizes, ranges = set(), []
+    for number, (source, table) in enumerate(zip(sources, tables, strict=True)):
+        size, spans = _look(source, table)
+        sizes.add(size)
+        start = sum(each.rows for each in tables[:number])
+        ranges += [Range(source=number, first=first, end=end, start=start + first) for first, end in spans]
+    if len(sizes) > 1:
+        raise InputError(f"the sources hold films of different sizes: {', '.join(map(str, sorted(sizes)))}")
+    ((height, width),) = sizes
+    label_names = tuple(dict.fromkeys(name for table in tables for name in table.labels))
+    return Inputs(
+        sources=sources,
+        tables=tables,
+        height=height,
+        width=width,
+        ranges=tuple(ranges),
+        texts=pa.chunked_array([chunk for table in tables for chunk in table.texts.chunks], pa.large_string()),
+        label_names=label_names,
+        labels=_stack_labels(tables, label_names),
+        plan=make_plan(config, tables),
+    )
+
+
+def _look(source: SourceConfig, table: SourceTable) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+    """Height and width of a source's films, and its rows in ranges. InputError where films and rows do not match."""
+    if source.images is not None:
+        if not source.images.is_dir():
+            raise InputError(f"no folder of images at {source.images}")
+        return (source.image_size,) * 2, list(_cut(table.rows))
+    with H5Films(source) as films:
+        if films.rows != table.rows:
+            files = ", ".join(str(path) for path in source.h5)
+            raise InputError(
+                f"{files}: {films.rows:,} films but the CSV has {table.rows:,} rows; row i must describe film i"
+            )
+        return (films.height, films.width), list(films.ranges(RANGE_ROWS))
+
+
+def _cut(rows: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, rows, RANGE_ROWS):
+        yield first, min(first + RANGE_ROWS, rows)
+
+
+def _stack_labels(tables: Sequence[SourceTable], names: tuple[str, ...]) -> NDArray[np.float32]:
+    unknown = {table.rows: np.full(table.rows, np.nan, dtype=np.float32) for table in tables}
+    columns = [np.concatenate([table.labels.get(name, unknown[table.rows]) for table in tables]) for name in names]
+    rows = sum(table.rows for table in tables)
+    return np.stack(columns, axis=1) if columns else np.empty((rows, 0), dtype=np.float32)

@@ -1,0 +1,180 @@
+"""What the CSV files of one source say about its rows: reports, labels, patients, splits, image files."""
+
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from ingest.config import SourceConfig
+from ingest.reports import parse_label, read_columns, strings
+from ingest.sections import cut_section, read_report
+from shards.errors import InputError
+from shards.schema import SPLITS
+
+REPORT_EMPTY = "report is empty"
+REPORT_MISSING = "report is missing"
+NO_SECTION = "report has no such section"
+NO_REPORT_FILE = "report file cannot be read"
+
+_SPLIT_NAMES = {
+    "training": "train",
+    "valid": "val",
+    "validate": "val",
+    "validation": "val",
+    "dev": "val",
+    "testing": "test",
+}
+"""What else data sets call the splits; MIMIC-CXR has `validate`."""
+_FIELD = re.compile(r"\{([^{}]+)\}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceTable:
+    """One source's rows."""
+
+    rows: int
+    texts: pa.ChunkedArray
+    """(rows,) reports; empty where `reasons` says why there is none."""
+    reasons: dict[int, str]
+    """Row -> why its report disqualifies it."""
+    labels: dict[str, NDArray[np.float32]]
+    """Label -> (rows,), NaN for unknown."""
+    patients: NDArray[np.int64] | None
+    """(rows,) an integer a patient, of this source alone; None without a group column."""
+    splits: NDArray[np.int64] | None
+    """(rows,) index into SPLITS, -1 for a row that the fractions decide; None where the source says nothing."""
+    names: list[str] = field(default_factory=list)
+    """(rows,) image files; empty for HDF5."""
+
+
+def read_table(config: SourceConfig) -> SourceTable:
+    """Read the CSV files of a source. InputError for a missing column, a bad label, a patient that cannot be found."""
+    fields = _FIELD.findall(config.text_template) if config.text_template else [config.text_column]
+    if not fields:
+        raise InputError(f"--text-template {config.text_template!r} names no column; write one as {{impression}}")
+    optional = (config.label_list_column, config.group_column, config.split_column)
+    path = (config.path_column,) if config.images else ()
+    names = dict.fromkeys([*fields, *config.label_columns, *(name for name in optional if name), *path])
+    columns = read_columns(config.csv, tuple(names))
+    rows = len(columns[fields[0]])
+    texts, reasons = _texts(config, columns)
+    return SourceTable(
+        rows=rows,
+        texts=texts,
+        reasons=reasons,
+        labels=_labels(config, columns, rows),
+        patients=_patients(config, columns) if config.group_column else None,
+        splits=_splits(config, columns, rows),
+        names=columns[config.path_column].to_pylist() if config.images else [],
+    )
+
+
+def _texts(config: SourceConfig, columns: dict[str, pa.ChunkedArray]) -> tuple[pa.ChunkedArray, dict[int, str]]:
+    """Reports as samples will hold them, and why some rows have none."""
+    reasons: dict[int, str] = {}
+    if config.text_template:
+        texts = _fill_template(config.text_template, columns)
+    else:
+        texts = columns[config.text_column]
+    if config.text_folder or config.section:
+        texts = _extract(config, texts, reasons)
+    stripped = pc.utf8_trim_whitespace(texts)
+    for row in np.flatnonzero(pc.equal(stripped, "").to_numpy()):
+        reasons.setdefault(int(row), REPORT_EMPTY)
+    named = pc.equal(pc.utf8_lower(stripped), config.missing_text.strip().lower())
+    for row in np.flatnonzero(named.to_numpy()):
+        reasons.setdefault(int(row), REPORT_MISSING)
+    return texts, reasons
+
+
+def _fill_template(template: str, columns: dict[str, pa.ChunkedArray]) -> pa.ChunkedArray:
+    """The template with each row's values in it; empty where all of them are blank."""
+    first, *rest = _FIELD.split(template)  # literals and names in turn
+    names, literals = rest[::2], rest[1::2]
+    filled = []
+    for values in zip(*(strings(columns[name]) for name in names), strict=True):
+        text = first + "".join(value + literal for value, literal in zip(values, literals, strict=True))
+        filled.append(text if any(value.strip() for value in values) else "")
+    return pa.chunked_array([pa.array(filled, pa.large_string())])
+
+
+def _extract(config: SourceConfig, texts: pa.ChunkedArray, reasons: dict[int, str]) -> pa.ChunkedArray:
+    """Reports out of files, sections out of reports."""
+    found = []
+    for row, text in enumerate(strings(texts)):
+        report: str | None = text
+        if config.text_folder:
+            report = read_report(config.text_folder, text)
+        if report is None:
+            reasons[row] = NO_REPORT_FILE
+        elif config.section and report.strip():
+            report = cut_section(report, config.section)
+            if not report:
+                reasons[row] = NO_SECTION
+        found.append(report or "")
+    return pa.chunked_array([pa.array(found, pa.large_string())])
+
+
+def _labels(config: SourceConfig, columns: dict[str, pa.ChunkedArray], rows: int) -> dict[str, NDArray[np.float32]]:
+    labels = {name: parse_label(name, columns[name]) for name in config.label_columns}
+    if config.label_list_column:
+        listed = _listed_labels(columns[config.label_list_column], rows)
+        twice = sorted(set(listed) & set(labels))
+        if twice:
+            raise InputError(f"label {twice[0]!r} is a column and stands in {config.label_list_column!r} too")
+        labels |= listed
+    return labels
+
+
+def _listed_labels(column: pa.ChunkedArray, rows: int) -> dict[str, NDArray[np.float32]]:
+    """`a|b` to a column for each finding. A blank field says nothing: NaN in all of them."""
+    found: dict[str, list[int]] = {}
+    blank = []
+    for row, text in enumerate(strings(column)):
+        items = [item.strip() for item in text.split("|") if item.strip()]
+        if not items:
+            blank.append(row)
+        for item in items:
+            found.setdefault(item, []).append(row)
+    if len(found) > 200:
+        raise InputError(f"the label list names {len(found):,} different findings; is it the right column?")
+    labels = {}
+    for name in sorted(found):
+        labels[name] = np.zeros(rows, dtype=np.float32)
+        labels[name][found[name]] = 1
+        labels[name][blank] = np.nan
+    return labels
+
+
+def _patients(config: SourceConfig, columns: dict[str, pa.ChunkedArray]) -> NDArray[np.int64]:
+    column = columns[config.group_column or ""]
+    if config.group_regex:
+        pattern = re.compile(config.group_regex)
+        matches = [pattern.search(text) for text in strings(column)]
+        taken = [match[1] if match and pattern.groups else match[0] if match else "" for match in matches]
+        column = pa.chunked_array([pa.array(taken, pa.large_string())])
+    blank = np.flatnonzero(pc.equal(pc.utf8_trim_whitespace(column), "").to_numpy())
+    if len(blank):
+        raise InputError(f"{len(blank):,} rows have no {config.group_column!r}, row {blank[0]} first; fill them in")
+    return column.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+
+
+def _splits(config: SourceConfig, columns: dict[str, pa.ChunkedArray], rows: int) -> NDArray[np.int64] | None:
+    if config.split:
+        return np.full(rows, SPLITS.index(config.split))
+    if not config.split_column:
+        return None
+    codes = np.full(rows, -1, dtype=np.int64)
+    for row, text in enumerate(strings(columns[config.split_column])):
+        name = text.strip().lower()
+        name = _SPLIT_NAMES.get(name, name)
+        if name and name not in SPLITS:
+            raise InputError(
+                f"row {row} of {config.split_column!r} names no split; valid: {', '.join(SPLITS)}, or blank"
+            )
+        if name:
+            codes[row] = SPLITS.index(name)
+    return codes

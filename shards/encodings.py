@@ -1,0 +1,89 @@
+"""How an image's pixels become bytes: one pair of functions a codec, and the registry that names them.
+
+All but JPEG give back exactly what went in.
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+from shards.schema import ImageSpec
+
+Pixels = NDArray[np.uint8]
+"""(H, W) grey levels."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoding:
+    """One codec."""
+
+    encode: Callable[[Pixels, ImageSpec], bytes]
+    decode: Callable[[bytes, ImageSpec], Pixels]
+    lossless: bool
+
+
+def encode(pixels: Pixels, spec: ImageSpec) -> bytes:
+    """(H, W) grey levels to bytes. ValueError where the shape is not the spec's."""
+    if pixels.shape != (spec.height, spec.width) or pixels.dtype != np.uint8:
+        raise ValueError(f"pixels {pixels.dtype}{pixels.shape} are not uint8({spec.height}, {spec.width})")
+    return ENCODINGS[spec.codec].encode(np.ascontiguousarray(pixels), spec)
+
+
+def decode(content: bytes, spec: ImageSpec) -> Pixels:
+    """Bytes to (H, W) grey levels. ValueError where they are damaged or of another size."""
+    try:
+        pixels = ENCODINGS[spec.codec].decode(content, spec)
+    except (OSError, SyntaxError) as error:  # Pillow's ways to say that bytes are damaged
+        raise ValueError(f"not a {spec.codec} image ({error})") from None
+    if pixels.shape != (spec.height, spec.width):
+        raise ValueError(f"an image of {pixels.shape[0]} x {pixels.shape[1]}, not {spec.height} x {spec.width}")
+    return pixels
+
+
+def _encode_jpeg(pixels: Pixels, spec: ImageSpec) -> bytes:
+    # libjpeg-turbo with its accurate integer DCT: the same bytes on every CPU.
+    return simplejpeg.encode_jpeg(
+        pixels[..., None], quality=spec.quality, colorspace="GRAY", colorsubsampling="Gray", fastdct=False
+    )
+
+
+def _decode_jpeg(content: bytes, spec: ImageSpec) -> Pixels:  # noqa: ARG001  (the header holds the size)
+    return simplejpeg.decode_jpeg(content, "GRAY")[..., 0]
+
+
+def _pillow(name: str, **options: object) -> Encoding:
+    def encode_image(pixels: Pixels, spec: ImageSpec) -> bytes:  # noqa: ARG001
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format=name, **options)
+        return buffer.getvalue()
+
+    def decode_image(content: bytes, spec: ImageSpec) -> Pixels:  # noqa: ARG001
+        with Image.open(io.BytesIO(content), formats=(name,)) as image:
+            return np.asarray(image.convert("L"))
+
+    return Encoding(encode=encode_image, decode=decode_image, lossless=True)
+
+
+def _encode_raw(pixels: Pixels, spec: ImageSpec) -> bytes:  # noqa: ARG001
+    return pixels.tobytes()
+
+
+def _decode_raw(content: bytes, spec: ImageSpec) -> Pixels:
+    if len(content) != spec.height * spec.width:
+        raise ValueError(f"{len(content):,} bytes are not {spec.height} x {spec.width} pixels")
+    return np.frombuffer(content, dtype=np.uint8).reshape(spec.height, spec.width)
+
+
+ENCODINGS = {
+    "jpeg": Encoding(encode=_encode_jpeg, decode=_decode_jpeg, lossless=False),
+    "png": _pillow("PNG", compress_level=6),
+    "webp": _pillow("WEBP", lossless=True, quality=50, method=4),
+    "jpeg2k": _pillow("JPEG2000", irreversible=False),
+    "raw": Encoding(encode=_encode_raw, decode=_decode_raw, lossless=True),
+}
+"""Codec -> its pair; the keys are those of `schema.CODEC_EXTENSIONS`."""

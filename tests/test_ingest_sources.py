@@ -1,0 +1,332 @@
+"""Everything a lab's films and reports may lie in, and what must come out of it."""
+
+import csv
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import assert_refused, made_up_images, run_module, write_csv, write_h5
+from PIL import Image
+
+from ingest.config import IngestConfig, read_sources
+from ingest.images import Fault, read_film
+from ingest.run import ingest
+from ingest.sections import cut_section
+from shards.encodings import ENCODINGS, decode, encode
+from shards.errors import InputError
+from shards.manifest import read_manifest
+from shards.reader import ShardReader
+from shards.schema import ImageSpec
+from shards.verify import verify
+
+
+def samples(root: Path) -> dict[str, dict]:
+    """Key -> row of the table, with its split and decoded pixels."""
+    manifest = read_manifest(root)
+    found = {}
+    for split, shards in manifest.splits.items():
+        for info in shards:
+            with ShardReader(root, manifest, info) as reader:
+                for row in reader.read_table().to_pylist():
+                    content = os.pread(reader.fd, row["size"], row["offset"])
+                    found[row["key"]] = row | {"split": split, "pixels": decode(content, manifest.image)}
+    return found
+
+
+def run(out: Path, **settings) -> dict[str, dict]:
+    ingest(IngestConfig(to_shards=out, workers=1, **settings))
+    assert [problem for _, problem in verify(out) if problem] == []
+    return samples(out)
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return made_up_images(40)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "r.csv", ["impression"], [[f"Film {i}"] for i in range(40)])
+
+
+def key(row: int, source: int = 0) -> str:
+    return f"{source:02d}-{row:010d}"
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "float64"])
+@pytest.mark.parametrize("layout", [{}, {"chunks": (7, 320, 320)}, {"chunks": (16, 320, 320), "compression": "gzip"}])
+def test_every_dtype_and_layout_gives_the_same_pixels(
+    tmp_path: Path, images: np.ndarray, table: Path, dtype: str, layout: dict
+) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("group/films", data=images.astype(dtype), **layout)
+    settings = {"h5": (tmp_path / "a.h5",), "dataset": "group/films", "csv": (table,), "encoding": "raw"}
+    found = run(tmp_path / "out", **settings)
+    assert len(found) == 40
+    assert all((found[key(row)]["pixels"] == images[row]).all() for row in range(40))
+
+
+def test_several_files_are_one_source(tmp_path: Path, images: np.ndarray, table: Path) -> None:
+    parts = [write_h5(tmp_path / f"{n}.h5", images[a:b]) for n, (a, b) in enumerate([(0, 3), (3, 17), (17, 40)])]
+    found = run(tmp_path / "out", h5=tuple(parts), csv=(table,), encoding="png")
+    assert all((found[key(row)]["pixels"] == images[row]).all() for row in range(40))
+
+
+def test_value_range_is_explicit(tmp_path: Path, table: Path) -> None:
+    hounsfield = np.linspace(-1024, 3071, 40 * 320 * 320).reshape(40, 320, 320)
+    h5 = write_h5(tmp_path / "ct.h5", hounsfield.astype(np.float32))
+    command = ["ingest", "--to-shards", tmp_path / "out", "--h5", h5, "--csv", table, "--encoding", "raw"]
+    assert_refused(run_module(*command), "row 0 of", "-1024", "--value-range LO HI")
+    done = run_module(*command, "--value-range", "-1000", "3000")
+    assert_refused(done, "interrupted ingest with another", "value_range")
+    found = run(tmp_path / "two", h5=(h5,), csv=(table,), encoding="raw", value_range=(-1000.0, 3000.0))
+    # The first film lies below black altogether: nothing to see, so it is rejected.
+    expected = np.clip(np.rint((hounsfield[20] + 1000) / 4000 * 255), 0, 255)
+    assert (found[key(20)]["pixels"] == expected).all()
+    unit = write_h5(tmp_path / "unit.h5", np.random.default_rng(0).random((40, 320, 320)).astype(np.float32))
+    assert_refused(
+        run_module("ingest", "--to-shards", tmp_path / "u", "--h5", unit, "--csv", table), "row 0 of", "0 to 1"
+    )
+
+
+def test_chunks_are_read_once(tmp_path: Path, images: np.ndarray) -> None:
+    """Ranges never cut a chunk, and chunks larger than a read are decompressed once."""
+    from ingest.config import SourceConfig
+    from ingest.films import H5Films
+
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("cxr", data=np.repeat(images, 20, axis=0), chunks=(100, 320, 320), compression="gzip")
+    with H5Films(SourceConfig(h5=(tmp_path / "a.h5",), csv=(tmp_path,))) as films:
+        ranges = list(films.ranges(256))
+        assert ranges == [(0, 300), (300, 600), (600, 800)]
+        assert sum(1 for _ in films.read(300, 600)) == 300
+
+
+class TestImageFolder:
+    @pytest.fixture
+    def folder(self, tmp_path: Path, images: np.ndarray) -> Path:
+        folder = tmp_path / "films"
+        (folder / "p1").mkdir(parents=True)
+        grey = Image.fromarray(images[0])
+        grey.save(folder / "grey.png")
+        Image.fromarray(images[0].astype(np.uint16) * 257).save(folder / "wide.png")
+        grey.convert("RGB").save(folder / "rgb.webp", lossless=True)
+        rgba = grey.convert("RGBA")
+        rgba.putalpha(7)
+        rgba.save(folder / "rgba.png")
+        grey.save(folder / "p1" / "really_a_png.jpg", format="PNG")
+        exif = Image.Exif()
+        exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+        grey.rotate(90).save(folder / "turned.png", exif=exif)
+        (folder / "text.png").write_text("no image")
+        (folder / "cut.png").write_bytes((folder / "grey.png").read_bytes()[:5000])
+        Image.fromarray(images[0][:160]).save(folder / "flat.png")
+        return folder
+
+    def test_every_kind_of_file_is_the_same_film(self, folder: Path, images: np.ndarray) -> None:
+        for name in ("grey.png", "wide.png", "rgb.webp", "rgba.png", "p1/really_a_png.jpg", "turned.png"):
+            film = read_film(folder / name, 320)
+            assert not isinstance(film, Fault) and (film == images[0]).all(), name
+
+    def test_long_side_is_fitted_and_the_rest_is_black(self, folder: Path, images: np.ndarray) -> None:
+        film = read_film(folder / "flat.png", 320)
+        assert not isinstance(film, Fault)
+        assert (film[80:240] == images[0][:160]).all() and not film[:80].any() and not film[240:].any()
+
+    def test_bad_files_are_faults(self, folder: Path, tmp_path: Path) -> None:
+        assert read_film(folder / "text.png", 320) is Fault.UNREADABLE
+        assert read_film(folder / "cut.png", 320) is Fault.UNREADABLE
+        assert read_film(folder / "nothing.png", 320) is Fault.MISSING
+        # A 1.5 KB file that claims 40,000 x 40,000 pixels.
+        bomb = bytearray((folder / "grey.png").read_bytes())
+        bomb[16:24] = (40_000).to_bytes(4, "big") * 2
+        (tmp_path / "bomb.png").write_bytes(bomb)
+        assert read_film(tmp_path / "bomb.png", 320) in (Fault.TOO_LARGE, Fault.UNREADABLE)
+
+    def test_ingest_and_rejects(self, folder: Path, tmp_path: Path) -> None:
+        outside = tmp_path / "secret.png"
+        outside.write_bytes((folder / "grey.png").read_bytes())
+        (folder / "link.png").symlink_to(outside)
+        names = ["grey.png", "text.png", "../secret.png", str(outside), "link.png", "gone.png", "turned.png", ""]
+        table = write_csv(tmp_path / "t.csv", ["file", "impression"], [[name, "Report"] for name in names])
+        found = run(tmp_path / "out", images=folder, path_column="file", csv=(table,), max_rejects=0.9)
+        assert sorted(found) == [key(0), key(6)]
+        rejects = {int(row["row"]): row["reason"] for row in csv.DictReader(open(tmp_path / "out" / "rejects.csv"))}
+        assert rejects == {1: "film file cannot be decoded"} | dict.fromkeys((2, 3, 4, 5, 7), "film file is missing")
+
+    def test_too_many_rejects_are_a_mistake(self, folder: Path, tmp_path: Path) -> None:
+        table = write_csv(tmp_path / "t.csv", ["Path", "impression"], [["gone.png", "Report"]] * 3)
+        command = ["ingest", "--to-shards", tmp_path / "out", "--images", folder, "--csv", table]
+        assert_refused(run_module(*command), "3 of 3 rows are rejected", "film file is missing")
+
+    def test_the_real_films_are_chexzeros(self, real_data: Path) -> None:
+        """Our way from an image file to 320 x 320 is the one that wrote the HDF5 file: equal to the pixel."""
+        paths = list(csv.DictReader(open(real_data / "chexzero" / "cxr_paths.csv")))
+        films = h5py.File(real_data / "chexzero" / "cxr.h5")["cxr"][:]
+        compared = 0
+        for row, record in enumerate(paths):
+            path = real_data / "paired" / "images" / Path(record["Path"]).name
+            if path.exists():
+                assert (read_film(path, 320) == films[row]).all(), f"row {row}"
+                compared += 1
+        assert compared == 94
+
+
+class TestReports:
+    def test_sections(self) -> None:
+        report = "EXAM: Chest.\nFINDINGS: Heart size: normal. Lungs clear.\n"
+        report += "IMPRESSION: 1. No acute disease.\n2. Line ok.\nSIGNED: x"
+        assert cut_section(report, "impression") == "1. No acute disease.\n2. Line ok."
+        assert cut_section(report, "Findings") == "Heart size: normal. Lungs clear."
+        assert cut_section(report, "history") == ""
+        assert cut_section("Findings: a. FINAL IMPRESSION: Stable.", "impression") == "Stable."
+        bomb = '<!DOCTYPE r [<!ENTITY a "x">]><r><AbstractText Label="IMPRESSION">&a;</AbstractText></r>'
+        assert cut_section(bomb, "impression") == ""
+
+    def test_indiana(self, real_data: Path) -> None:
+        """3,955 XMLs; the 34 without an impression are those whose element is empty or absent."""
+        found = empty = 0
+        with tarfile.open(real_data / "reports" / "NLMCXR_reports.tgz") as archive:
+            for member in archive:
+                if member.name.endswith(".xml"):
+                    text = archive.extractfile(member).read().decode()  # type: ignore[union-attr]
+                    cut = cut_section(text, "impression")
+                    found, empty = found + 1, empty + (not cut)
+                    assert cut or '<AbstractText Label="IMPRESSION"/>' in text or "IMPRESSION" not in text
+        assert (found, empty) == (3955, 34)
+
+    def test_files_templates_and_sections(self, tmp_path: Path, images: np.ndarray) -> None:
+        reports = tmp_path / "reports"
+        reports.mkdir()
+        (reports / "a.txt").write_text("FINDINGS: x.\nIMPRESSION: Clear.")
+        (reports / "b.txt").write_text("FINDINGS: x.")
+        (tmp_path / "secret.txt").write_text("IMPRESSION: secret")
+        table = write_csv(tmp_path / "t.csv", ["impression"], [["a.txt"], ["b.txt"], ["../secret.txt"], ["none.txt"]])
+        h5 = write_h5(tmp_path / "a.h5", images[:4])
+        settings = {"h5": (h5,), "csv": (table,), "text_folder": reports, "section": "impression", "max_rejects": 0.9}
+        assert {row["key"]: row["text"] for row in run(tmp_path / "o1", **settings).values()} == {key(0): "Clear."}
+        rejects = [row["reason"] for row in csv.DictReader(open(tmp_path / "o1" / "rejects.csv"))]
+        assert rejects == ["report has no such section", "report file cannot be read", "report file cannot be read"]
+
+        table = write_csv(
+            tmp_path / "u.csv", ["a b", "view"], [["Edema|Mass", "PA"], ["", "AP"], ["", ""], ["{view}", ""]]
+        )
+        found = run(tmp_path / "o2", h5=(h5,), csv=(table,), text_template="{a b}, {view} view {x")
+        texts = [found[key(row)]["text"] for row in (0, 1, 3)]
+        assert texts == [
+            "Edema|Mass, PA view {x",
+            ", AP view {x",
+            "{view},  view {x",
+        ]
+        assert key(2) not in found
+
+
+class TestLabelsAndSplits:
+    def test_listed_labels(self, tmp_path: Path, images: np.ndarray) -> None:
+        rows = [["x", "Edema|Mass", "-1"], ["x", "", ""], ["x", "No Finding", "1"], ["x", "Mass", "0"]]
+        table = write_csv(tmp_path / "t.csv", ["impression", "found", "Cardiomegaly"], rows)
+        h5 = write_h5(tmp_path / "a.h5", images[:4])
+        settings = {"label_columns": ("Cardiomegaly",), "label_list_column": "found"}
+        found = run(tmp_path / "out", h5=(h5,), csv=(table,), **settings)
+        names = ("Cardiomegaly", "Edema", "Mass", "No Finding")
+        assert read_manifest(tmp_path / "out").labels == names
+        values = [[found[key(row)][f"label:{name}"] for name in names] for row in range(4)]
+        assert values == [[-1, 1, 1, 0], [None] * 4, [1, 0, 0, 1], [0, 0, 1, 0]]
+
+    def test_group_regex_and_split_column(self, tmp_path: Path, images: np.ndarray) -> None:
+        rows = [
+            [f"files/p{i // 2:03d}/s{i}.png", "x", ("train", "validate", "test", "")[i // 2 % 4]] for i in range(40)
+        ]
+        table = write_csv(tmp_path / "t.csv", ["Path", "impression", "split"], rows)
+        h5 = write_h5(tmp_path / "a.h5", images)
+        settings = {"group_column": "Path", "group_regex": r"/(p\d+)/", "split_column": "split"}
+        found = run(tmp_path / "out", h5=(h5,), csv=(table,), **settings)
+        for row in range(40):
+            assert found[key(row)]["split"] == ("train", "val", "test", "train")[row // 2 % 4]
+        assert len({row["group"] for row in found.values()}) == 20
+        rows[1][2] = "test"  # one patient in two splits
+        write_csv(table, ["Path", "impression", "split"], rows)
+        with pytest.raises(InputError, match="1 groups have rows in two splits"):
+            ingest(IngestConfig(to_shards=tmp_path / "x", h5=(h5,), csv=(table,), **settings))
+        with pytest.raises(InputError, match="names no split"):
+            ingest(IngestConfig(to_shards=tmp_path / "x", h5=(h5,), csv=(table,), split_column="impression"))
+        with pytest.raises(InputError, match="40 rows have no 'Path'"):
+            ingest(
+                IngestConfig(to_shards=tmp_path / "x", h5=(h5,), csv=(table,), group_column="Path", group_regex="q(.)")
+            )
+        assert not (tmp_path / "x").exists()
+
+    def test_several_sources(self, tmp_path: Path, images: np.ndarray) -> None:
+        """Two sources with columns of their own and a third that is the validation set: one manifest, keys apart."""
+        write_h5(tmp_path / "a.h5", images[:20])
+        write_csv(tmp_path / "a.csv", ["impression", "Edema", "who"], [[f"a{i}", i % 2, i] for i in range(20)])
+        write_h5(tmp_path / "b.h5", images[20:30], dataset="films")
+        write_csv(tmp_path / "b.csv", ["report", "Mass", "who"], [[f"b{i}", 1, i] for i in range(10)])
+        (tmp_path / "films").mkdir()
+        for i in range(6):
+            Image.fromarray(images[30 + i]).save(tmp_path / "films" / f"{i}.png")
+        write_csv(tmp_path / "c.csv", ["Path", "impression", "who"], [[f"{i}.png", f"c{i}", i] for i in range(6)])
+        (tmp_path / "sources.toml").write_text(
+            '[[source]]\nh5 = "a.h5"\ncsv = ["a.csv"]\nlabel_columns = ["Edema"]\ngroup_column = "who"\n'
+            '[[source]]\nh5 = ["b.h5"]\ndataset = "films"\ncsv = "b.csv"\ntext_column = "report"\n'
+            'label_columns = ["Mass"]\ngroup_column = "who"\n'
+            '[[source]]\nimages = "films"\ncsv = "c.csv"\nsplit = "val"\ngroup_column = "who"\n'
+        )
+        found = run(tmp_path / "out", sources=tmp_path / "sources.toml", encoding="png")
+        assert {row["key"] for row in found.values() if row["split"] == "val"} == {key(i, 2) for i in range(6)}
+        assert len(found) == 36 and found[key(3, 1)]["text"] == "b3"
+        assert (found[key(4, 2)]["pixels"] == images[34]).all() and (found[key(9, 1)]["pixels"] == images[29]).all()
+        assert found[key(3)]["label:Edema"] == 1 and found[key(3)]["label:Mass"] is None
+        manifest = read_manifest(tmp_path / "out")
+        assert [(each.kind, each.rows, each.samples) for each in manifest.sources] == [
+            ("hdf5", 20, 20),
+            ("hdf5", 10, 10),
+            ("images", 6, 6),
+        ]
+        # Patient 3 of one source is not patient 3 of another.
+        assert len({row["group"] for row in found.values()}) == 36
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("source = 1", "[[source]] tables"),
+            ("[[source]]\nh6 = 1", "no setting 'h6'"),
+            ("[[source]]\nh5 = 1\nsplit = 'all'", "split = 'all'"),
+            ("[[source]]\nvalue_range = [1]", "value_range"),
+            ("[[source", "is not TOML"),
+        ],
+    )
+    def test_mistakes_in_the_list(self, tmp_path: Path, text: str, words: str) -> None:
+        (tmp_path / "s.toml").write_text(text)
+        with pytest.raises(InputError) as error:
+            read_sources(tmp_path / "s.toml")
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize("codec", ENCODINGS)
+def test_encodings(codec: str, images: np.ndarray) -> None:
+    spec = ImageSpec(codec=codec)
+    for image in images[:4]:
+        content = encode(image, spec)
+        back = decode(content, spec)
+        assert back.dtype == np.uint8 and back.shape == (320, 320)
+        if ENCODINGS[codec].lossless:
+            assert (back == image).all()
+        else:
+            assert 0 < np.abs(back.astype(float) - image).mean() < 2
+        assert encode(image, spec) == content
+        for damaged in (content[: len(content) // 2], b"", b"\0" * 100):
+            if codec == "jpeg" and damaged and damaged[0]:
+                continue  # libjpeg fills in what is missing; the xxh3 of the bytes is what catches it
+            with pytest.raises(ValueError):
+                decode(damaged, spec)
+    with pytest.raises(ValueError, match="are not uint8"):
+        encode(images[0][:10], spec)
+    small = io.BytesIO()
+    Image.fromarray(images[0][:64, :64]).save(small, format="PNG")
+    with pytest.raises(ValueError, match="64 x 64"):
+        decode(small.getvalue(), ImageSpec(codec="png"))
