@@ -102,7 +102,7 @@ class BlockReader:
         self._slots: deque[_Slot] = deque()
         self._buffers = Buffers(memory)
         self._pending = 0
-        self._waiting = self._ended = self._closed = False
+        self._waiting = self._ended = self._closed = self._failed = False
         self._changed = threading.Condition()
         self._threads = [
             threading.Thread(target=self._work, name=f"shardclip-read-{number}", daemon=True)
@@ -167,11 +167,12 @@ class BlockReader:
                 result = error
             with self._changed:
                 slot.result = result
+                self._failed |= isinstance(result, BaseException)
                 self._changed.notify_all()
 
     def _claim(self) -> _Slot | None:
         with self._changed:
-            while not self._closed:
+            while not (self._closed or self._failed):
                 slot = next((slot for slot in self._slots if not slot.claimed), None) or self._plan()
                 if slot is not None and self._admit(slot):
                     slot.claimed = True
@@ -258,7 +259,7 @@ def check_memory(manifest: Manifest, shards: tuple[ShardInfo, ...], memory: int,
     if blocks * block > memory:
         raise InputError(
             f"memory_mb {memory >> 20} is too little: {blocks - 1} streams of this rank and one block ahead are "
-            f"{blocks} x {block / 2**20:.1f} MiB = {blocks * block / 2**20:.0f} MiB; "
+            f"{blocks} x {block / 2**20:.1f} MiB = {blocks * block / 2**20:.1f} MiB; "
             "raise memory_mb or use fewer streams"
         )
 

@@ -1,0 +1,83 @@
+"""Settings that cannot work are refused in one line that holds the arithmetic."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.batch import World
+from pipeline.config import LoaderConfig, available_cpus, stream_count, thread_count
+from pipeline.loader import build_loader
+from shards.errors import InputError
+
+
+def config(shards: Path = Path("nowhere"), **settings: object) -> LoaderConfig:
+    return LoaderConfig(shards=shards, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"backend": "gpu"}, "unknown backend 'gpu'; valid: auto, cpu, dali, hdf5, hdf5-tuned"),
+        ({"mode": "test"}, "unknown mode 'test'"),
+        ({"dtype": "float64"}, "unknown dtype 'float64'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"streams": -1}, "streams is -1"),
+        ({"scale": (0.0, 1.0)}, "crop scale"),
+        ({"flip": 1.5}, "flip 1.5"),
+        ({"backend": "hdf5"}, "--h5"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError) as error:
+        config(**settings)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "words"),
+    [
+        ({"batch_size": 50}, 4, "batch size 50 cannot be shared by 4 ranks: 50 = 12 x 4 + 2; use 48 or 52"),
+        ({"batch_size": 3}, 4, "batch size 3 cannot be shared by 4 ranks: 3 = 0 x 4 + 3; use 4"),
+        ({"batch_size": 60, "streams": 48}, 5, "48 streams cannot be shared by 5 ranks: 48 = 9 x 5 + 3; use 45 or 50"),
+    ],
+)
+def test_what_ranks_cannot_share_is_refused_with_the_arithmetic(
+    settings: dict[str, object], ranks: int, words: str
+) -> None:
+    with pytest.raises(InputError, match=words.replace("+", r"\+")):
+        build_loader(config(**settings), World(size=ranks))
+
+
+@pytest.mark.parametrize(("ranks", "streams"), [(1, 48), (2, 48), (3, 48), (5, 50), (7, 49), (16, 48), (64, 64)])
+def test_streams_default_to_48_or_the_next_multiple_of_the_ranks(ranks: int, streams: int) -> None:
+    assert stream_count(config(batch_size=ranks * 2), World(size=ranks)) == streams
+
+
+def test_threads_come_from_the_affinity_mask_and_are_shared_by_the_ranks_of_a_machine() -> None:
+    assert thread_count(config(), World()) == available_cpus()
+    assert thread_count(config(), World(size=64)) == 1
+    assert thread_count(config(), World(size=64, local_size=1)) == available_cpus()
+    assert thread_count(config(threads=5), World(size=2)) == 5
+
+
+def test_missing_sets_splits_and_odd_positions_are_refused(shards_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no shards here"):
+        build_loader(config(tmp_path), World())
+    with pytest.raises(InputError, match="no split 'testing'; it has: train, val, test"):
+        build_loader(config(shards_dir, split="testing"), World())
+    for position in (-64, 32):
+        with pytest.raises(InputError, match=f"position {position} is not a multiple of the batch size 64"):
+            build_loader(config(shards_dir), World(), position=position)
+
+
+def test_an_hdf5_file_of_another_shape_is_refused(shards_dir: Path, tmp_path: Path) -> None:
+    import h5py
+    import numpy as np
+
+    path = tmp_path / "other.h5"
+    with h5py.File(path, "w") as file:
+        file["cxr"] = np.zeros((3, 320, 320), dtype=np.float32)
+    with pytest.raises(InputError, match=r"\(3, 320, 320\), the shards were made from \(96, 320, 320\)"):
+        build_loader(config(shards_dir, backend="hdf5", h5=path), World())
+    with pytest.raises(InputError, match="no HDF5 file"):
+        build_loader(config(shards_dir, backend="hdf5", h5=tmp_path / "missing.h5"), World())

@@ -1,0 +1,199 @@
+"""The block reader: damage is caught and named, transient errors are retried, memory is bounded."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import read
+from pipeline.batch import World
+from pipeline.blocks import BlockReader, Buffers
+from pipeline.config import LoaderConfig
+from pipeline.loader import build_loader
+from pipeline.order import Layout, ShuffledOrder
+from shards.errors import InputError
+from shards.manifest import read_manifest
+from shards.reader import Rows, ShardReader
+
+BACKENDS = ("cpu", "dali")
+
+
+@pytest.fixture
+def copy(shards_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the made-up shards, to be damaged."""
+    return Path(shutil.copytree(shards_dir, tmp_path / "set"))
+
+
+def image_row(root: Path, shard: int, row: int) -> tuple[Rows, int]:
+    """The rows of a row's block and its index in them."""
+    manifest = read_manifest(root)
+    with ShardReader(root, manifest, manifest.splits["train"][shard]) as reader:
+        return reader.read_rows(row // manifest.block_rows), row % manifest.block_rows
+
+
+def flip_bit(path: Path, offset: int, bit: int = 3) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        (byte,) = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+def run(root: Path, backend: str = "cpu", batches: int = 12, **settings: object) -> dict[str, float]:
+    """Load an epoch or more."""
+    config = LoaderConfig(shards=root, backend=backend, batch_size=8, threads=1, **settings)  # type: ignore[arg-type]
+    with build_loader(config, World()) as loader:
+        for _ in range(batches):
+            next(loader)
+        return loader.stats()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("where", ["first", "middle", "last"])
+def test_a_flipped_bit_of_an_image_is_named(copy: Path, backend: str, where: str) -> None:
+    rows, index = image_row(copy, 1, 5)
+    offset, size = int(rows.offset[index]), int(rows.size[index])
+    flip_bit(copy / "train-000001.tar", offset + {"first": 0, "middle": size // 2, "last": size - 1}[where])
+    with pytest.raises(InputError, match=r"train-000001: image ..-.{10} at offset") as error:
+        run(copy, backend)
+    assert rows.keys()[index] in str(error.value) and f"offset {offset} " in str(error.value)
+
+
+def test_a_flipped_bit_of_any_parquet_page_is_named(copy: Path) -> None:
+    """Every page that training reads: one byte in each column chunk of a block."""
+    import pyarrow.parquet as pq
+
+    path = copy / "train-000001.parquet"
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    manifest = read_manifest(copy)
+    for column in range(group.num_columns):
+        chunk = group.column(column)
+        if chunk.path_in_schema in ("key", "text", "truncated"):
+            continue
+        offset = chunk.data_page_offset + chunk.total_compressed_size - 1
+        flip_bit(path, offset)
+        with (
+            ShardReader(copy, manifest, manifest.splits["train"][1]) as reader,
+            pytest.raises(InputError, match="train-000001"),
+        ):
+            reader.read_rows(0)
+        flip_bit(path, offset)
+    flip_bit(path, offset)
+    with pytest.raises(InputError, match="train-000001"):
+        run(copy)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_image_with_a_valid_digest_that_cannot_be_decoded_is_named(
+    copy: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, index = image_row(copy, 0, 2)
+    offset, size = int(rows.offset[index]), int(rows.size[index])
+    with open(copy / "train-000000.tar", "r+b") as file:
+        file.seek(offset)
+        file.write(bytes(size))
+    monkeypatch.setattr(read.OpenShard, "check_image", lambda *_: None)
+    with pytest.raises(InputError, match=f"train-000000: image {rows.keys()[index]}"):
+        run(copy, backend)
+
+
+@pytest.mark.parametrize("change", [lambda size: size - 1000, lambda size: size + 512, lambda _: 0])
+def test_a_tar_that_changes_size_while_open_is_named(copy: Path, change: Callable[[int], int]) -> None:
+    manifest = read_manifest(copy)
+    shard = read.OpenShard(ShardReader(copy, manifest, manifest.splits["train"][0]), read.ReadStats())
+    path = copy / "train-000000.tar"
+    buffer = np.empty(path.stat().st_size - 4096, dtype=np.uint8)
+    shard.read_into(buffer, 4096)
+    os.truncate(path, change(path.stat().st_size))
+    with pytest.raises(InputError, match=r"train-000000.*changed while in use"):
+        shard.read_into(buffer, 4096)
+    shard.close()
+
+
+@pytest.mark.parametrize("suffix", ["tar", "parquet", "idx"])
+def test_a_shard_that_changed_before_the_start_is_named(copy: Path, suffix: str) -> None:
+    with open(copy / f"train-000001.{suffix}", "ab") as file:
+        file.write(b"more")
+    with pytest.raises(InputError, match=r"train-000001.*changed after ingest"):
+        run(copy)
+
+
+class Flaky:
+    """os.preadv that fails every so often, and gives short reads in between."""
+
+    def __init__(self, every: int, error: int) -> None:
+        self.calls, self.every, self.error = 0, every, error
+        self.preadv = os.preadv
+
+    def __call__(self, descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        self.calls += 1
+        if self.calls % self.every == 0:
+            raise OSError(self.error, os.strerror(self.error))
+        return self.preadv(descriptor, [buffers[0][:50_000]], offset)
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_transient_errors_are_retried_and_counted(
+    shards_dir: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    monkeypatch.setattr(read, "BACKOFF_S", (0.001,) * 6)
+    flaky = Flaky(5, error)
+    monkeypatch.setattr(read.os, "preadv", flaky)
+    stats = run(shards_dir)
+    assert stats["images"] == 96 and 0 < stats["retries"] <= flaky.calls // 5
+
+
+def test_an_error_that_stays_ends_the_run_and_names_the_shard(
+    shards_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read, "BACKOFF_S", (0.001, 0.001))
+    monkeypatch.setattr(read.os, "preadv", Flaky(1, errno.EIO))
+    with pytest.raises(InputError, match=r"train-00000\d: cannot read .* bytes at offset .*3 times"):
+        run(shards_dir)
+
+
+def test_an_error_that_will_not_pass_is_not_retried(shards_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flaky = Flaky(1, errno.EACCES)
+    monkeypatch.setattr(read.os, "preadv", flaky)
+    with pytest.raises(InputError, match="Permission denied"):
+        run(shards_dir)
+    assert flaky.calls <= 4  # one for each reading thread
+
+
+def test_buffers_are_reused_and_bounded() -> None:
+    buffers = Buffers(1 << 20)
+    first = buffers.take(200_000)
+    second = buffers.take(400_000)
+    assert buffers.used == buffers.total >= 600_000
+    buffers.give(first)
+    assert buffers.take(100_000) is first
+    buffers.give(first)
+    buffers.give(second)
+    large = buffers.take(900_000)
+    assert large.nbytes >= 900_000 and buffers.total <= 1 << 20 and buffers.used == large.nbytes
+
+
+def test_read_ahead_stays_within_its_memory(shards_dir: Path) -> None:
+    """No consumer asks for anything, so the threads stop where the limit is; then everything still arrives in order."""
+    manifest = read_manifest(shards_dir)
+    shards = manifest.splits["train"]
+    order = ShuffledOrder(Layout(tuple(shard.rows for shard in shards), manifest.block_rows), seed=0, streams=2)
+    limit = 1 << 20
+    reader = BlockReader(shards_dir, manifest, shards, order.visits(0, World()), limit)
+    for expected, _ in zip(order.visits(0, World()), range(40), strict=False):
+        assert reader.next_first() == expected.first
+        loaded = reader.get()
+        assert loaded.visit.rows.tolist() == expected.rows.tolist()
+        assert reader.buffer_bytes <= limit
+        reader.release(loaded)
+    reader.close()
+
+
+def test_the_least_memory_is_enough_and_less_is_refused_with_the_arithmetic(shards_dir: Path) -> None:
+    assert run(shards_dir, streams=1, memory_mb=2)["images"] == 96
+    with pytest.raises(InputError, match=r"memory_mb 1 is too little: 48 streams .* 49 x 0\.\d MiB = \d+\.\d MiB"):
+        run(shards_dir, memory_mb=1)
