@@ -11,6 +11,12 @@ def main(argv: list[str] | None = None) -> None:
     """Run an ingest from the command line."""
     with main_guard("ingest"):
         config = parse(IngestConfig, argv, prog="python -m ingest")
+        if config.dry_run:
+            from ingest.dry_run import dry_run
+
+            for line in dry_run(config):
+                say(line)
+            return
         from ingest.run import ingest  # heavy: pyarrow, h5py
 
         started = time.monotonic()

@@ -308,6 +308,13 @@ class TestMistakes:
         refused("1 rows have no 'patient'", "row 4", table=gaps, more=("--group-column", "patient"))
 
 
+def test_dry_run_writes_nothing(source: tuple[Path, Path], tmp_path: Path) -> None:
+    done = run_module(*arguments(tmp_path / "out", source, "--dry-run"))
+    assert done.returncode == 0, done.stderr
+    assert "96 rows of 1 sources" in done.stdout and "val" in done.stdout and "nothing was written" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
 def test_uint8_and_float32_make_the_same_images(tmp_path: Path) -> None:
     h5, table = write_source(tmp_path / "f", 24)
     write_h5(tmp_path / "u.h5", made_up_images(24))
