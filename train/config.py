@@ -49,17 +49,21 @@ class OptimConfig:
     """Decay rates of AdamW's two moments."""
     eps: float = 1e-6
     """Added to AdamW's denominator."""
+    clip: float | None = 1.0
+    """Largest norm of the gradient of all parameters together; longer ones are scaled down to it. None: no limit."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.warmup < 0 or self.weight_decay < 0:
-            raise InputError(f"lr {self.lr} has to be above 0, warmup {self.warmup} and weight decay at least 0")
+        if self.lr <= 0 or (self.clip is not None and self.clip <= 0):
+            raise InputError(f"lr {self.lr} and clip {self.clip} have to be above 0")
+        if self.warmup < 0 or self.weight_decay < 0:
+            raise InputError(f"warmup {self.warmup} and weight_decay {self.weight_decay} have to be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Train an image-text model on shards.
 
-    --preset NAME or --config FILE (RUN/config.json of an earlier run) gives every value; other flags change single ones.
+    --preset NAME or --config FILE (RUN/config.json of an earlier run) gives all values; other flags change single ones.
     """
 
     shards: Path

@@ -46,7 +46,7 @@ class Loop:
         self._job, self._config, self._ranks, self._stop = job, job.config, job.ranks, stop
         seed = job.config.seed if job.config.shuffle_reports else None
         objective = Contrastive(job.ranks, shuffle_seed=seed)
-        self._step = Step(job.learner, objective, job.precision, job.ranks)
+        self._step = Step(job.learner, objective, job.precision, job.ranks, clip=job.config.optim.clip)
         self.progress = self._begin()
         self._meter = Meter()
         self._log: MetricsLog | None = None

@@ -14,14 +14,14 @@ def tiny() -> TrainConfig:
         shards=tyro.MISSING,
         out=tyro.MISSING,
         preset="tiny",
-        steps=500,
-        batch_size=64,
+        steps=1200,
+        batch_size=32,
         log_every=10,
-        validate_every=50,
-        save_every=50,
+        validate_every=100,
+        save_every=100,
         data=DataConfig(flip_guard=True),
         model=ModelConfig(),
-        optim=OptimConfig(lr=5e-4, schedule="cosine", warmup=50),
+        optim=OptimConfig(lr=2e-3, schedule="cosine", warmup=50, weight_decay=0.05, clip=1.0),
     )
 
 

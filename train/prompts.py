@@ -22,12 +22,7 @@ PROMPTS: dict[str, Prompt] = {
         positive=("no acute cardiopulmonary abnormality", "normal chest radiograph"),
         negative=("abnormal chest radiograph", "acute cardiopulmonary abnormality"),
     ),
-    "Cardiomegaly": Prompt(
-        positive=("cardiomegaly", "the heart is enlarged"), negative=("no cardiomegaly", "the heart is normal in size")
-    ),
-    "Support Devices": Prompt(
-        positive=("support devices", "support devices in place"), negative=("no support devices", "no lines or tubes")
-    ),
+    "Edema": Prompt(positive=("pulmonary edema",), negative=("no pulmonary edema",)),
 }
 """Label column -> prompts, where the default pair would not say it."""
 

@@ -5,11 +5,14 @@ machine, so that asking "does anyone want to stop?" never waits for a device.
 """
 
 import contextlib
+import ctypes
 import datetime
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +23,7 @@ from shards.errors import InputError
 
 Result = TypeVar("Result")
 
+_PR_SET_PDEATHSIG = 1
 TIMEOUT = datetime.timedelta(minutes=10)
 
 
@@ -88,6 +92,7 @@ def joined() -> Iterator[Ranks]:
         local_rank=int(os.environ["LOCAL_RANK"]),
         local_size=int(os.environ["LOCAL_WORLD_SIZE"]),
     )
+    end_with_parent()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:
@@ -99,6 +104,18 @@ def joined() -> Iterator[Ranks]:
         sys.stderr.write(f"rank {ranks.rank}: another rank ended, so this one stops; its message says why\n")
         raise SystemExit(1) from None
     dist.destroy_process_group()
+
+
+def end_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when its parent dies; end at once where it has died already.
+
+    A torchrun that is killed outright leaves its workers running (measured with torch 2.14): they would wait for each
+    other, or go on writing to the run's folder beside those that are started next.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    init = Path("/proc/1/cmdline").read_bytes()
+    if os.getppid() == 1 and "TORCHELASTIC_RUN_ID" in os.environ and b"torch" not in init:
+        raise SystemExit(1)
 
 
 def together(ranks: Ranks, prog: str, build: Callable[[], Result]) -> Result:

@@ -1,5 +1,6 @@
 """One optimizer step: forward, backward, update. The only place where gradients are made, and free of host syncs."""
 
+import math
 import warnings
 
 import torch
@@ -17,14 +18,19 @@ from train.state import Learner
 class Step:
     """Trains a learner in place, one batch a call."""
 
-    def __init__(self, learner: Learner, objective: Objective, precision: Precision, ranks: Ranks) -> None:
+    def __init__(
+        self, learner: Learner, objective: Objective, precision: Precision, ranks: Ranks, *, clip: float | None = None
+    ) -> None:
+        """`clip`: largest norm of the gradient; None: no limit."""
         self._model, self._optimizer, self._scaler = learner.model, learner.optimizer, learner.scaler
         self._objective, self._precision = objective, precision
+        self._clip = math.inf if clip is None else clip
         self._wrapped = distribute(learner.model, precision.device, ranks)
 
     def __call__(self, batch: Batch, lr: float) -> Output:
         """Train on one batch; what comes back is still being computed where the device is a GPU."""
         output = self._backward(batch)
+        output.metrics["grad_norm"] = self._clip_gradients()
         set_learning_rate(self._optimizer, lr)
         self._scaler.step(self._optimizer)
         self._scaler.update()
@@ -47,6 +53,11 @@ class Step:
         output = self._objective(self._forward, batch)
         self._scaler.scale(output.loss).backward()
         return output
+
+    def _clip_gradients(self) -> torch.Tensor:
+        """Bound the gradient's norm; returns the norm () before, still on the device."""
+        self._scaler.unscale_(self._optimizer)
+        return nn.utils.clip_grad_norm_(self._model.parameters(), self._clip)
 
     def _forward(self, images: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with self._precision.autocast():
