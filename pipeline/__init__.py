@@ -1,0 +1,1 @@
+"""Shards to batches on the device: order, augmentation, block reader, backends. Start at `pipeline.loader`."""

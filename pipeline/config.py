@@ -56,6 +56,9 @@ class LoaderConfig:
     h5: Path | None = None
     """The HDF5 file the shards were made from; the hdf5 backends alone read it."""
 
+    h5_dataset: str = "cxr"
+    """Path of the dataset in that file."""
+
     def __post_init__(self) -> None:
         _one_of("backend", self.backend, BACKENDS)
         _one_of("mode", self.mode, MODES)

@@ -39,7 +39,7 @@ def build_graph(config: LoaderConfig, source: Any, *, batch_size: int, threads: 
     @pipeline_def(
         batch_size=batch_size,
         num_threads=threads,
-        device_id=(device.index or 0) if gpu else None,
+        device_id=_device_number(device) if gpu else None,
         prefetch_queue_depth=config.ahead,
     )
     def graph() -> Any:
@@ -70,6 +70,10 @@ def build_graph(config: LoaderConfig, source: Any, *, batch_size: int, threads: 
     built = graph()
     built.build()
     return built
+
+
+def _device_number(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _import_dali() -> tuple[Any, Any, Any]:

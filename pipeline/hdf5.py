@@ -54,7 +54,7 @@ class FilmDataset(Dataset):
         """(3, S, S) float32 normalised; tuned: (S, S, 3), so that collation copies it as it lies."""
         row, (y, x, h, w), flipped = item
         if self._source is None:
-            self._source = H5Source(self._path)
+            self._source = H5Source(self._path, self._config.h5_dataset)
         film = self._source.read(row, row + 1)
         if self._tuned:
             image = torch.from_numpy(film.astype(np.uint8, copy=False))
@@ -90,7 +90,7 @@ class Hdf5Backend:
         self, config: LoaderConfig, manifest: Manifest, world: World, order: Order, position: int, tuned: bool
     ) -> None:
         assert config.h5 is not None
-        check_file(Path(config.h5), manifest)
+        check_file(config, manifest)
         self._config, self._manifest, self._world, self._order = config, manifest, world, order
         self._device = torch.device(world.device)
         self._tuned = tuned
@@ -152,16 +152,19 @@ class Hdf5Backend:
         return pick_rows(self._table, self._first_row[places.shard] + places.row)
 
 
-def check_file(path: Path, manifest: Manifest) -> None:
+def check_file(config: LoaderConfig, manifest: Manifest) -> None:
     """InputError where the HDF5 file cannot be the one that the shards were made from."""
     if len(manifest.sources) != 1 or manifest.sources[0].kind != "hdf5":
         raise InputError("the hdf5 backends need shards that were made from one HDF5 file; use --backend cpu")
-    with H5Source(path) as source:
+    assert config.h5 is not None
+    with H5Source(config.h5, config.h5_dataset) as source:
+        if source.dtype not in (np.float32, np.uint8):
+            raise InputError(f"{config.h5} has dtype {source.dtype}, which the hdf5 backends do not scale; use cpu")
         found, expected = (source.rows, source.height, source.width), (
             manifest.sources[0].rows, manifest.image.height, manifest.image.width,
         )  # fmt: skip
     if found != expected:
-        raise InputError(f"{path} has shape {found}, the shards were made from {expected}; give the right file")
+        raise InputError(f"{config.h5} has shape {found}, the shards were made from {expected}; give the right file")
 
 
 def read_split(config: LoaderConfig, manifest: Manifest) -> Rows:

@@ -143,7 +143,12 @@ def resolve_backend(config: LoaderConfig, world: World) -> str:
 def _make_reader(
     config: LoaderConfig, manifest: Manifest, world: World, order: Order, streams: int, position: int
 ) -> BlockReader:
-    shards = manifest.splits[config.split]
+    shards, image = manifest.splits[config.split], manifest.image
+    if (image.codec, image.channels) != ("jpeg", 1):
+        raise InputError(
+            f"{config.shards} holds {image.channels}-channel {image.codec} images; the backends here read grey JPEG: "
+            "ingest with that"
+        )
     memory = config.memory_mb << 20
     check_memory(manifest, shards, memory, 1 if config.mode == "eval" else streams // world.size)
     return BlockReader(Path(config.shards), manifest, shards, order.visits(position, world), memory)

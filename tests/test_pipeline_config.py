@@ -81,3 +81,13 @@ def test_an_hdf5_file_of_another_shape_is_refused(shards_dir: Path, tmp_path: Pa
         build_loader(config(shards_dir, backend="hdf5", h5=path), World())
     with pytest.raises(InputError, match="no HDF5 file"):
         build_loader(config(shards_dir, backend="hdf5", h5=tmp_path / "missing.h5"), World())
+
+
+def test_images_that_the_backends_do_not_read_are_refused(shards_dir: Path, tmp_path: Path) -> None:
+    import shutil
+
+    root = Path(shutil.copytree(shards_dir, tmp_path / "set"))
+    manifest = root / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"codec": "jpeg"', '"codec": "png"'))
+    with pytest.raises(InputError, match="1-channel png images"):
+        build_loader(config(root), World())
