@@ -1,7 +1,7 @@
 """`python -m ingest.phantom`: a data set of drawn chest films with reports, laid out as CheXzero writes real ones.
 
     OUT/cxr.h5        dataset `cxr`, float32 (samples, 320, 320), contiguous, whole numbers 0..255
-    OUT/reports.csv   Path, impression, patient, then a column per finding: 1 stated, 0 denied, -1 hedged, empty not mentioned
+    OUT/reports.csv   Path, impression, patient, a column per finding: 1 stated, 0 denied, -1 hedged, or empty
 
 For demos and tests: nobody's data, learnable, and the same films for the same seed whatever the worker count. Workers
 write their films straight into the file at the dataset's offset, so memory is flat at any size.
@@ -62,7 +62,7 @@ class PhantomConfig:
 
 
 def make_phantom(config: PhantomConfig) -> None:
-    """Draw the data set and write both files, each complete or absent. A folder that holds it already is left as it is."""
+    """Draw the data set and write both files, each whole or not at all. A folder that has it already is left alone."""
     images, reports = config.out / "cxr.h5", config.out / "reports.csv"
     if _already_there(images, reports, config):
         return
@@ -87,7 +87,10 @@ def _already_there(images: Path, reports: Path, config: PhantomConfig) -> bool:
         with h5py.File(images) as file:
             if dict(file[DATASET].attrs) == _fingerprint(config) and reports.exists():
                 return True
-    raise InputError(f"{config.out} already holds cxr.h5 or reports.csv, and not this phantom data set: choose another --out, or delete them")
+    raise InputError(
+        f"{config.out} already holds cxr.h5 or reports.csv, and not this phantom data set: "
+        "choose another --out, or delete them"
+    )
 
 
 def _fingerprint(config: PhantomConfig) -> dict[str, int]:
@@ -97,7 +100,10 @@ def _fingerprint(config: PhantomConfig) -> dict[str, int]:
 def _check_space(config: PhantomConfig) -> None:
     need, free = config.samples * (_ROW_BYTES + 1024), shutil.disk_usage(config.out).free
     if need > free:
-        raise InputError(f"{config.out} has {free / 1e9:.1f} GB free, {config.samples} films need {need / 1e9:.1f} GB: free some, or fewer --samples")
+        raise InputError(
+            f"{config.out} has {free / 1e9:.1f} GB free, {config.samples} films need {need / 1e9:.1f} GB: "
+            "make room, or draw fewer --samples"
+        )
 
 
 @contextlib.contextmanager
@@ -121,6 +127,7 @@ def _allocate(path: Path, config: PhantomConfig) -> int:
     layout.set_layout(h5py.h5d.CONTIGUOUS)
     layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    layout.set_obj_track_times(False)  # same input, same bytes
     with h5py.File(path, "w") as file:
         space = h5py.h5s.create_simple((config.samples, SIZE, SIZE))
         data = h5py.Dataset(h5py.h5d.create(file.id, DATASET.encode(), h5py.h5t.IEEE_F32LE, space, layout))
@@ -137,7 +144,9 @@ def _draw_all(config: PhantomConfig, path: Path, offset: int) -> Iterator[list[l
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_leave_interrupts_to_parent) as pool:
         waiting: deque[Future[list[list]]] = deque()
         for start in range(0, config.samples, _CHUNK):
-            waiting.append(pool.submit(_draw_chunk, config.seed, start, patients[start : start + _CHUNK].tolist(), path, offset))
+            waiting.append(
+                pool.submit(_draw_chunk, config.seed, start, patients[start : start + _CHUNK].tolist(), path, offset)
+            )
             if len(waiting) > 4 * workers:
                 yield waiting.popleft().result()
         while waiting:

@@ -257,9 +257,9 @@ def _exposure(draw: Draw) -> Exposure:
         shift=(draw.bell(0.06), draw.bell(0.06)),
         zoom=draw.between(0.98, 1.36),
         breath=draw.between(0.74, 0.95) if portable else draw.between(0.86, 1.06),
-        level=draw.between(0.62, 1.02),
-        gain=draw.between(1.5, 3.2),
-        noise=draw.between(2.0, 9.0),
+        level=draw.between(0.66, 0.98),
+        gain=draw.between(1.7, 3.2),
+        noise=draw.between(2.0, 6.0),
         blur=draw.between(0.4, 1.2),
         bars=(0.0, 0.0) if tall < 0.6 else ((0.12 * draw.unit(), 0.0) if tall < 0.85 else (0.0, 0.10 * draw.unit())),
         collimation=draw.between(0.01, 0.06) if draw.chance(0.3) else 0.0,
@@ -271,8 +271,12 @@ def _findings(draw: Draw) -> Findings:
     if draw.chance(NORMAL_RATE):
         return Findings()
     has = {label: draw.chance(rate) for label, rate in PREVALENCE.items()}
-    lungs = Pneumothorax(side=draw.pick(SIDES), depth=draw.between(0.14, 0.5)) if has["Pneumothorax"] else None
-    effusions = _sided(draw, lambda side: Effusion(side=side, amount=draw.unit())) if has["Pleural Effusion"] else ()
+    lungs = Pneumothorax(side=draw.pick(SIDES), depth=draw.between(0.25, 0.6)) if has["Pneumothorax"] else None
+    effusions = (
+        _sided(draw, lambda side: Effusion(side=side, amount=draw.between(0.15, 1.0)))
+        if has["Pleural Effusion"]
+        else ()
+    )
     drained = lungs.side if lungs else (effusions[0].side if effusions else None)
     return Findings(
         opacities=_sided(draw, lambda side: _opacity(draw, side)) if has["Lung Opacity"] else (),
@@ -295,7 +299,7 @@ def _opacity(draw: Draw, side: str) -> Opacity:
         side=side,
         across=draw.between(0.35, 0.85),
         down=draw.between(0.12, 0.92),
-        size=draw.between(0.13, 0.30),
+        size=draw.between(0.16, 0.34),
         strength=draw.between(0.55, 1.0),
         grain=draw.unit(),
     )
