@@ -62,16 +62,16 @@ class Outcome:
 def ingest(config: IngestConfig) -> Outcome:
     """Run an ingest. InputError for whatever is wrong with the input, before anything is written where possible."""
     inputs = read_inputs(config)
-    work = open_work(config)
-    with Pool(config.worker_count) as pool:
-        words = _encode(config, inputs, work, pool)
-        spills = Spills(work, _spill_starts(inputs))
-        rejects = _rejects(inputs.plan, spills)
-        _check_rejects(config, inputs, rejects)
-        order = _accepted(inputs.plan, rejects)
-        manifest = _assemble(config, inputs, words, spills, order, pool, work)
-    _write_rejects(config.to_shards, inputs, rejects)
-    write_manifest(config.to_shards, manifest)
+    with open_work(config) as work:
+        with Pool(config.worker_count) as pool:
+            words = _encode(config, inputs, work, pool)
+            spills = Spills(work, _spill_starts(inputs))
+            rejects = _rejects(inputs.plan, spills)
+            _check_rejects(config, inputs, rejects)
+            order = _accepted(inputs.plan, rejects)
+            manifest = _assemble(config, inputs, words, spills, order, pool, work)
+        _write_rejects(config.to_shards, inputs, rejects)
+        write_manifest(config.to_shards, manifest)
     remove_work(config.to_shards)
     return Outcome(
         manifest=manifest,

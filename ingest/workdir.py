@@ -4,16 +4,18 @@
 goes when the manifest is written.
 """
 
+import contextlib
 import dataclasses
 import json
-import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from xxhash import xxh3_128
 
 from ingest.config import IngestConfig, SourceConfig
+from ingest.lock import exclusive
 from shards.atomic import write_atomic
 from shards.errors import InputError
 from shards.manifest import read_manifest
@@ -21,6 +23,7 @@ from shards.schema import MANIFEST_NAME, SCHEMA_VERSION
 
 WORK_NAME = ".ingest"
 _INPUTS = "inputs.json"
+_LOCK = "lock"
 _NOT_INPUTS = ("to_shards", "workers", "dry_run", "max_rejects", "sources")
 _PATHS = ("h5", "csv", "images", "text_folder")
 
@@ -53,27 +56,43 @@ def _stamp(path: Path) -> str:
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
-def open_work(config: IngestConfig) -> Path:
-    """Make or reopen OUT/.ingest. InputError where OUT holds anything but this same ingest, interrupted."""
+@contextlib.contextmanager
+def open_work(config: IngestConfig) -> Iterator[Path]:
+    """Make or reopen OUT/.ingest, locked, for the block. InputError where OUT holds anything but this same ingest."""
     out, inputs = config.to_shards, fingerprint(config)
     work = out / WORK_NAME
     try:
         out.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in out.iterdir()}
+        _check_folder(out, names, inputs)
+        work.mkdir(exist_ok=True)
+        with exclusive(work / _LOCK):
+            write_atomic(work / _INPUTS, json.dumps(inputs).encode())
+            yield work
     except OSError as error:
-        raise InputError(f"cannot write to {out} ({error.strerror})") from None
+        raise _cannot_write(out, error) from None
+
+
+def _check_folder(out: Path, names: set[str], inputs: dict[str, Any]) -> None:
     if MANIFEST_NAME in names:
-        rows = sum(map(read_manifest(out).rows, read_manifest(out).splits))
+        manifest = read_manifest(out)
+        rows = sum(map(manifest.rows, manifest.splits))
+        remove_work(out)  # a kill may have come between the manifest and this
         raise InputError(f"{out} already holds a finished data set of {rows:,} samples; choose another folder")
     if WORK_NAME in names:
-        _check_same(out, work, inputs)
+        _check_same(out, out / WORK_NAME, inputs)
     elif names:
         raise InputError(f"{out} is not empty and holds no interrupted ingest; choose another folder")
-    if not os.access(out, os.W_OK):
-        raise InputError(f"cannot write to {out}; choose another folder")
-    work.mkdir(exist_ok=True)
-    write_atomic(work / _INPUTS, json.dumps(inputs).encode())
-    return work
+
+
+def _cannot_write(out: Path, error: OSError) -> InputError:
+    """What a full, read-only or broken disk says, in one line."""
+    what = Path(error.filename).name if error.filename else "a file"
+    free = f"{shutil.disk_usage(out).free / 1e6:,.0f} MB are free there" if out.exists() else "the folder is not there"
+    return InputError(
+        f"cannot write {what} to {out} ({error.strerror}); {free}; make room (--dry-run says how much is needed) "
+        "and run the same command again to go on"
+    )
 
 
 def _check_same(out: Path, work: Path, inputs: dict[str, Any]) -> None:
