@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from shards.errors import InputError
 
 TOWERS = ("tiny",)
+_PLACES = 7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,10 +95,8 @@ class CausalTextTower(TextTransformer):
 class TinyImageTower(nn.Module):
     """A CNN down to 1/16, read out twice: means and maxima of two levels say what is there, a coarse grid says where.
 
-    About 80 million multiply-adds at 224 x 224. The grid fixes the input size to 224.
+    About 80 million multiply-adds at 224 x 224, where the coarse grid is 7 x 7 by itself; other sizes are pooled to it.
     """
-
-    SIZE = 224
 
     def __init__(self, widths: tuple[int, int, int, int], embed_dim: int) -> None:
         super().__init__()
@@ -105,12 +104,12 @@ class TinyImageTower(nn.Module):
         self.fine = nn.Sequential(_Down(3, a), _Down(a, b), _Down(b, c))
         self.body = nn.Sequential(_Down(c, d), _Residual(d))
         self.coarse = _Down(d, c)
-        self.project = nn.Linear((self.SIZE // 32) ** 2 * c + 2 * (c + d), embed_dim)
+        self.project = nn.Linear(_PLACES**2 * c + 2 * (c + d), embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         fine = self.fine(images)  # (B, c, 28, 28)
         grid = self.body(fine)  # (B, d, 14, 14)
-        where = self.coarse(grid).flatten(1)  # (B, c * 7 * 7)
+        where = F.adaptive_avg_pool2d(self.coarse(grid), _PLACES).flatten(1)  # (B, c * 7 * 7)
         what = [pooled for x in (fine, grid) for pooled in (x.mean((2, 3)), x.amax((2, 3)))]
         return self.project(torch.cat([where, *what], dim=1))
 
