@@ -29,7 +29,7 @@ from train.prompts import PROMPTS, prompt_for
 def run(shards_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with the checkpoint of an untrained model."""
     folder = tmp_path_factory.mktemp("run")
-    config = TrainConfig(shards=shards_dir, out=folder, data=DataConfig(image_size=32))
+    config = TrainConfig(shards=shards_dir, out=folder, model=ModelConfig(widths=(16, 16, 16, 16)))
     torch.manual_seed(0)
     model = build_model(config.model, vocab_size=49408, context=77)
     settings = {name: value for name, value in to_fields(config).items() if name not in ("shards", "out", "h5")}
@@ -145,6 +145,6 @@ def test_mistakes_are_one_line(run: Path, shards_dir: Path, tmp_path: Path, caps
 
 
 def test_prompt_vectors_have_unit_length(shards_dir: Path) -> None:
-    model = build_model(ModelConfig(), vocab_size=49408, context=77)
+    model = build_model(ModelConfig(widths=(16, 16, 16, 16)), vocab_size=49408, context=77)
     for vector in embed_prompts(model, "Support Devices", read_manifest(shards_dir), torch.device("cpu")):
         assert vector.norm().item() == pytest.approx(1.0)

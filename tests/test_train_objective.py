@@ -30,7 +30,7 @@ def batch_of(tokens: torch.Tensor, position: int = 0) -> Batch:
     """A batch with these reports and random images."""
     count = len(tokens)
     return Batch(
-        images=torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1)),
+        images=torch.randn(count, 3, 224, 224, generator=torch.Generator().manual_seed(1)),
         tokens=tokens,
         labels=torch.zeros(count, 0),
         samples=torch.zeros(count, 2, dtype=torch.int64),
@@ -43,7 +43,7 @@ def batch_of(tokens: torch.Tensor, position: int = 0) -> Batch:
 def model() -> torch.nn.Module:
     """The tiny model."""
     torch.manual_seed(0)
-    return build_model(ModelConfig(), vocab_size=49408, context=CONTEXT).eval()
+    return build_model(ModelConfig(widths=(16, 16, 16, 16)), vocab_size=49408, context=CONTEXT).eval()
 
 
 @pytest.mark.parametrize(
