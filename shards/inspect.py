@@ -3,12 +3,34 @@
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.compute as pc
+from tyro.conf import Positional
+
+from shards.cli import say
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
-from shards.schema import LABEL_PREFIX, Manifest
+from shards.scan import scan
+from shards.schema import LABEL_PREFIX, Manifest, table_schema
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectConfig:
+    """Say what a data set holds, or show one sample."""
+
+    root: Positional[Path]
+    """Folder of shards."""
+    sample: str | None = None
+    """Key of a sample to show, its report included."""
+
+
+def run(config: InspectConfig) -> None:
+    """Print the page."""
+    for line in show_sample(config.root, config.sample) if config.sample else describe(config.root):
+        say(line)
 
 
 def describe(root: Path) -> Iterator[str]:
@@ -30,20 +52,19 @@ def _describe_split(manifest: Manifest, split: str) -> str:
     shards = manifest.splits[split]
     megabytes = sum(info.tar.bytes for info in shards) / 1e6
     first, end = manifest.groups.get(split, (0, 0))
-    groups = f", {end - first:,} groups" if split in manifest.groups else ""
+    groups = f", group numbers {first:,} to {end - 1:,}" if split in manifest.groups else ""
     return f"{split:<12} {manifest.rows(split):,} samples in {len(shards)} shards, {megabytes:,.1f} MB{groups}"
 
 
 def show_sample(root: Path, key: str) -> Iterator[str]:
     """Lines about one sample, its report among them: for the terminal of somebody who may read it."""
     manifest = read_manifest(root)
-    for shards in manifest.splits.values():
-        for info in shards:
-            with ShardReader(root, manifest, info) as reader:
-                for number, row in enumerate(reader.read_table().to_pylist()):
-                    if row["key"] == key:
-                        yield from _describe_row(reader, manifest, number, row)
-                        return
+    for block in scan(root, manifest, table_schema(manifest.tokenizer.context, manifest.labels).names):
+        found = pc.index(block.table["key"], key).as_py()
+        if found >= 0:
+            (row,) = block.table.slice(found, 1).to_pylist()
+            yield from _describe_row(block.reader, manifest, block.first + found, row)
+            return
     raise InputError(f"no sample {key!r} in {root}; keys look like 00-0000000123")
 
 

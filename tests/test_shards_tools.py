@@ -1,0 +1,161 @@
+"""What the tools of `shards` say and do: verify, preview, stats, export, on a small set whose every fact is known."""
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import assert_refused, run_module
+from PIL import Image
+
+from shards.manifest import write_manifest
+from shards.schema import NO_GROUP, ImageSpec, Manifest, SourceInfo, TokenizerSpec
+from shards.verify import verify
+from shards.writer import Sample, ShardWriter
+
+LABELS = ("Cardiomegaly", "Pleural Effusion")
+CONTEXT = 8
+SPEC = ImageSpec(height=32, width=32)
+SHARDS = {"train-000000": range(0, 20), "train-000001": range(20, 32), "val-000000": range(32, 40)}
+"""Shard -> rows of the source in it."""
+
+
+def film(row: int, size: tuple[int, int] = (32, 32), mode: str = "L", fmt: str = "JPEG") -> bytes:
+    """A film whose grey level tells its row."""
+    buffer = io.BytesIO()
+    Image.new(mode, size, 3 * row if mode == "L" else (3 * row,) * 3).save(buffer, fmt)
+    return buffer.getvalue()
+
+
+def sample(row: int, **changes) -> Sample:
+    """Rows 0..39. Two films a patient; rows 0 and 1 share their film and their report, 32 repeats the film of 5."""
+    same = {1: 0, 32: 5}.get(row, row)
+    count = 3 + row % 6
+    fields = {
+        "source": 0,
+        "row": row,
+        "image": film(same),
+        "text": f"Report {0 if row == 1 else row}: größer, {'left' if row % 4 == 0 else 'no'} effusion.",
+        "tokens": np.array([90, *range(1, count - 1), 91, *[0] * (CONTEXT - count)], dtype=np.uint16),
+        "token_count": count,
+        "truncated": count == CONTEXT,
+        "side_words": row % 4 == 0,
+        "group": row // 2,
+        "labels": ((1.0, 0.0, -1.0, None)[row % 4], 1.0 if row % 8 == 0 else None),
+    }
+    return Sample(**fields | changes)
+
+
+def make_set(root: Path, shards: dict[str, range] = SHARDS, labels: tuple[str, ...] = LABELS, **changes) -> Path:
+    """Write the set; `changes` replace fields of the manifest, `samples` (row -> fields) those of samples."""
+    root.mkdir()
+    odd = changes.pop("samples", {})
+    ranges = {"train": (0, 16), "val": (16, 20)}
+    infos = []
+    for name, rows in shards.items():
+        groups = None if odd else ranges[name.split("-")[0]]
+        with ShardWriter(root, name, image=SPEC, context=CONTEXT, labels=labels, block_rows=4, groups=groups) as writer:
+            for row in rows:
+                writer.add(sample(row, **odd.get(row, {})))
+        infos.append(writer.info)
+    rows = sum(map(len, shards.values()))
+    splits = dict.fromkeys(name.split("-")[0] for name in shards)
+    fields = {
+        "schema_version": 1,
+        "image": SPEC,
+        "tokenizer": TokenizerSpec(name="t", digest="0" * 32, context=CONTEXT, vocab_size=100),
+        "labels": labels,
+        "block_rows": 4,
+        "seed": 0,
+        "sources": (SourceInfo(kind="hdf5", rows=50, samples=rows, digest="0" * 32),),
+        "splits": {split: tuple(info for info in infos if info.name.startswith(split)) for split in splits},
+        "groups": {split: ranges[split] for split in splits},
+    }
+    write_manifest(root, Manifest(**fields | changes))
+    return root
+
+
+def problems(root: Path, **options) -> list[str]:
+    return [problem for _, problem in verify(root, **options) if problem]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The set. Read only; copy before changing."""
+    return make_set(tmp_path_factory.mktemp("tools") / "set")
+
+
+@pytest.fixture
+def copy(small: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small, tmp_path / "set"))
+
+
+# verify
+
+
+def test_the_same_is_found_by_any_number_of_processes(copy: Path) -> None:
+    assert problems(copy, workers=2, decode="all") == []
+    for name in ("train-000001.tar", "val-000000.parquet"):
+        content = bytearray((copy / name).read_bytes())
+        content[900] ^= 1
+        (copy / name).write_bytes(content)
+    found = problems(copy, workers=2)
+    assert len(found) == 2 and found == problems(copy)
+    assert "train-000001, sample 00-0000000020" in found[0] and "val-000000" in found[1]
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (film(7)[:-80], "does not decode as jpeg"),
+        (b"not an image", "does not decode as jpeg"),
+        (film(7, size=(32, 31)), "31 x 32 L, not 32 x 32 L"),
+        (film(7, mode="RGB"), "32 x 32 RGB, not 32 x 32 L"),
+    ],
+)
+def test_films_that_do_not_decode_are_found_although_their_digest_is_right(
+    tmp_path: Path, image: bytes, words: str
+) -> None:
+    root = make_set(tmp_path / "set", samples={7: {"image": image}})
+    (found,) = problems(root, decode="all")
+    assert words in found and "train-000000, sample 00-0000000007" in found
+    assert problems(root, decode=0) == []
+
+
+def test_a_key_twice_is_found_across_shards_and_splits(tmp_path: Path) -> None:
+    for name, shards in {
+        "shards": {"train-000000": range(4), "train-000001": range(3, 8)},
+        "splits": {"train-000000": range(32), "val-000000": range(31, 40)},
+    }.items():
+        samples = {31: {"group": NO_GROUP}} if name == "splits" else {}
+        root = make_set(tmp_path / name, shards, samples=samples, groups={})
+        found = problems(root)
+        assert len(found) >= 1 and f"key 00-00000000{'03' if name == 'shards' else '31'} appears twice" in found[0]
+    root = make_set(tmp_path / "outside", sources=(SourceInfo(kind="hdf5", rows=39, samples=40, digest="0" * 32),))
+    assert any("source 00 does not have" in problem for problem in problems(root))
+    root = make_set(tmp_path / "count", sources=(SourceInfo(kind="hdf5", rows=50, samples=41, digest="0" * 32),))
+    assert problems(root) == ["source 00 has 40 samples, the manifest says 41; ingest again"]
+
+
+def test_a_patient_in_two_splits_is_found_whatever_the_ranges_say(tmp_path: Path) -> None:
+    for name, ranges in {"none": {}, "one": {"train": (0, 16)}}.items():
+        root = make_set(tmp_path / name, samples={35: {"group": 3}, 36: {"group": NO_GROUP}}, groups=ranges)
+        (found,) = problems(root)
+        assert "1 groups are in train and in val (leak), group 3 first" in found
+    root = make_set(tmp_path / "both", samples={35: {"group": 3}})
+    assert any("leak" in problem for problem in problems(root))
+
+
+def test_impossible_tokens_are_found(tmp_path: Path) -> None:
+    for number, odd in enumerate(({"tokens": np.full(CONTEXT, 100, dtype=np.uint16)}, {"token_count": CONTEXT + 1})):
+        (found,) = problems(make_set(tmp_path / str(number), samples={7: odd}))
+        assert "train-000000: it holds tokens outside 8 of 100" in found
+
+
+def test_verify_command(small: Path) -> None:
+    done = run_module("shards", "verify", small, "--workers", "2", "--decode", "all")
+    assert done.returncode == 0 and "3 shards, 40 samples" in done.stdout and "40 images decoded" in done.stdout
+    assert_refused(run_module("shards", "verify", small, "--decode", "-1"), "--decode -1")
+    assert_refused(run_module("shards", "verify", small, "--decode", "some"), "some")
+    assert_refused(run_module("shards", "verify", small, "--workers", "0"), "--workers 0")
