@@ -1,15 +1,19 @@
 """What the tools of `shards` say and do: verify, preview, stats, export, on a small set whose every fact is known."""
 
 import io
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from conftest import assert_refused, run_module
 from PIL import Image
 
+from shards.errors import InputError
 from shards.manifest import write_manifest
+from shards.query import parse_query
 from shards.schema import NO_GROUP, ImageSpec, Manifest, SourceInfo, TokenizerSpec
 from shards.verify import verify
 from shards.writer import Sample, ShardWriter
@@ -159,3 +163,88 @@ def test_verify_command(small: Path) -> None:
     assert_refused(run_module("shards", "verify", small, "--decode", "-1"), "--decode -1")
     assert_refused(run_module("shards", "verify", small, "--decode", "some"), "some")
     assert_refused(run_module("shards", "verify", small, "--workers", "0"), "--workers 0")
+
+
+# the query language
+
+
+TABLE = {
+    "label:A": [1.0, 0.0, -1.0, None],
+    "label:Big Heart": [None, 1.0, 1.0, 1.0],
+    "label:size": [5.0, 6.0, 7.0, 8.0],
+    "size": [10, 20, 30, 40],
+    "token_count": [3, 4, 5, 6],
+    "side_words": [True, False, True, False],
+    "truncated": [False, False, False, True],
+    "key": ["00-0000000000", "00-0000000001", "00-0000000002", "00-0000000003"],
+    "row": [0, 1, 2, 3],
+}
+QUERIES = {
+    "A == 1": [0],
+    "A != 1": [1, 2, 3],
+    "not A == 1": [1, 2, 3],
+    "A < 1": [1, 2],
+    "A is None": [3],
+    "A is not None and not (A == -1 or `Big Heart` == 1)": [0],
+    "A in (1, -1)": [0, 2],
+    "A not in [1, -1]": [1, 3],
+    "-1 <= A < 1": [1, 2],
+    "A == `Big Heart`": [],
+    "`Big Heart` == 1 and side_words": [2],
+    "side_words == False or truncated": [1, 3],
+    "side_words or A == 0": [0, 1, 2],
+    "split == 'val'": [0, 1, 2, 3],
+    'split in ("train", "test")': [],
+    "key == '00-0000000002'": [2],
+    "size > 20": [2, 3],
+    "`label:size` > 6.5": [2, 3],
+    "row == 99999999999999999999": [],
+    " token_count >= 5\n and row != 3": [2],
+}
+
+
+@pytest.mark.parametrize("text", QUERIES)
+def test_query(text: str) -> None:
+    query = parse_query(text, ("A", "Big Heart", "size"))
+    table = pa.table({name: pa.array(values) for name, values in TABLE.items()})
+    mask = query.mask(table.select(query.columns), "val")
+    assert mask.dtype == bool and np.flatnonzero(mask).tolist() == QUERIES[text]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("A", "A is no yes or no"),
+        ("A = 1", "cannot be read"),
+        ("", "cannot be read"),
+        ("A == 1; import os", "cannot be read"),
+        ("B == 1", "no column 'B'; columns are A, Big Heart, size, split"),
+        ("`B` == 1", "no column 'B'"),
+        ("`A == 1", "backtick is not closed"),
+        ("A == 'x'", "A is a number, 'x' is a text"),
+        ("split == 1", "split is a text"),
+        ("A == True", "True is a truth"),
+        ("1 == 1", "both constants"),
+        ("side_words < True", "neither less nor more"),
+        ("row is None", "never blank"),
+        ("A is 1", "None only"),
+        ("A in 1", "list of constants"),
+        ("A + 1 == 2", "A + 1 is neither a column nor a constant"),
+        ("`Big Heart`.x == 1", "is neither a column nor a constant"),
+        ("__import__('os').system('true') == 1", "neither a column nor a constant"),
+        ("(lambda: 1)() == 1", "neither a column nor a constant"),
+        ("[A for A in (1,)] == 1", "neither a column nor a constant"),
+        ("f'{A}' == key", "neither a column nor a constant"),
+        ("(A := 1) == 1", "neither a column nor a constant"),
+        ("1", "1 is no comparison"),
+        ("A == None", "None is neither"),
+        ("A == 1j", "1j is neither"),
+        ("(" * 1500 + "A == 1" + ")" * 1500, "--where"),
+        ("not " * 900 + "A == 1", "--where"),
+        ("A == 1" + " or A == 1" * 900, "characters"),
+        ("A == 1\0", "--where"),
+    ],
+)
+def test_queries_outside_the_language_are_refused(text: str, words: str) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        parse_query(text, ("A", "Big Heart", "size"))
