@@ -8,6 +8,7 @@ import math
 import torch
 
 from pipeline.batch import Batch, digest_batch
+from shards.atomic import write_atomic
 from shards.cli import say
 from shards.errors import InputError
 from train.checkpoint import CheckpointWriter
@@ -171,7 +172,7 @@ def _conclude(job: Job, progress: Progress, finished: bool) -> None:
         )
         say(f"trained {progress.step} steps{best}; run folder {job.folder.root}")
         return
-    job.folder.requeue.write_text(f"{progress.step}\n")
+    write_atomic(job.folder.requeue, f"{progress.step}\n".encode())
     say(
         f"stopped after step {progress.step} of {job.config.steps}; go on with --resume auto (see {job.folder.requeue})"
     )
