@@ -9,6 +9,7 @@ from shards.errors import InputError
 COMMANDS = {
     "verify": "VerifyConfig",
     "inspect": "InspectConfig",
+    "preview": "PreviewConfig",
 }
 """Command -> its config; both it and `run` live in the module of the command's name."""
 

@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import assert_refused, run_module
-from PIL import Image
+from PIL import Image, ImageFont
 
 from shards.errors import InputError
 from shards.manifest import write_manifest
+from shards.preview import choose_rows, wrap
 from shards.query import parse_query
 from shards.schema import NO_GROUP, ImageSpec, Manifest, SourceInfo, TokenizerSpec
 from shards.verify import verify
@@ -248,3 +249,47 @@ def test_query(text: str) -> None:
 def test_queries_outside_the_language_are_refused(text: str, words: str) -> None:
     with pytest.raises(InputError, match=re.escape(words)):
         parse_query(text, ("A", "Big Heart", "size"))
+
+
+# preview
+
+
+def test_preview_shows_the_films(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sheet.png"
+    done = run_module("shards", "preview", small, "--split", "val", "--count", "4", "--out", out)
+    assert done.returncode == 0 and "4 of 8 films of val" in done.stdout, done.stderr
+    sheet = np.asarray(Image.open(out))
+    rows = 32 + choose_rows(8, 4, 0)
+    # Two columns; the middle of each film has the grey level of its row.
+    middles = [sheet[8 + 112, 8 + 112], sheet[8 + 112, 8 + 232 + 112]]
+    assert np.abs(np.array(middles) - 3.0 * np.where(rows == 32, 5, rows)[:2]).max() <= 2
+    assert (sheet[8 + 226 : 8 + 240, 8:200] < 200).any(), "no key under the first film"
+    first = out.read_bytes()
+    run_module("shards", "preview", small, "--split", "val", "--count", "4", "--out", out)
+    assert out.read_bytes() == first
+    run_module("shards", "preview", small, "--split", "val", "--count", "4", "--seed", "1", "--out", out)
+    assert out.read_bytes() != first
+
+
+def test_preview_draws_each_row_once_and_any_of_them() -> None:
+    for rows, count in ((20, 20), (21, 20), (1000, 20), (100_000_000_000, 20), (3, 20)):
+        drawn = choose_rows(rows, count, 7)
+        assert len(np.unique(drawn)) == len(drawn) == min(rows, count) and drawn.min() >= 0 and drawn.max() < rows
+    assert len(np.unique(np.concatenate([choose_rows(50, 5, seed) for seed in range(100)]))) == 50
+
+
+def test_preview_refuses(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sheet.png"
+    assert_refused(run_module("shards", "preview", small, "--split", "test", "--out", out), "no split 'test'")
+    assert_refused(run_module("shards", "preview", small, "--count", "0", "--out", out), "--count 0")
+    assert_refused(run_module("shards", "preview", small, "--out", tmp_path / "no" / "x.png"), "no folder")
+    assert_refused(run_module("shards", "preview", small, "--out", tmp_path / "x.jpg"), "does not end in .png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_preview_keeps_reports_of_any_kind_inside_their_cell() -> None:
+    font = ImageFont.load_default(11)
+    for text in ("x" * 5000, "word " * 1000, "", "\n\t ", "ö§ 肺 \u202e\x00 a", "W" * 60 + " " + "i " * 500):
+        lines = wrap(text, font)
+        assert len(lines) <= 5 and all(font.getlength(line) <= 224 for line in lines)
+    assert wrap("word " * 1000, font)[-1].endswith("...") and wrap("No effusion.", font) == ["No effusion."]

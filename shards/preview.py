@@ -1,0 +1,168 @@
+"""`python -m shards preview DIR --out FILE.png`: films with key and the beginning of their reports.
+
+For the eyes of somebody who may read the reports: the PNG holds them.
+"""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from tyro.conf import Positional
+
+from shards.atomic import write_atomic
+from shards.cli import say
+from shards.counter import hash64
+from shards.errors import InputError
+from shards.manifest import read_manifest
+from shards.reader import ShardReader
+from shards.scan import decode_image, read_block, read_image
+from shards.schema import Manifest
+
+MAX_COUNT = 400
+"""Films on one sheet."""
+_FILM = 224
+"""Side of the box a film is fitted into, pixels."""
+_GAP = 8
+_FONT_SIZE = 11
+_LINE = 14
+_TEXT_LINES = 5
+_PAPER, _INK, _PALE = 255, 0, 96
+_COLUMNS = ("key", "offset", "size", "xxh3", "text")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreviewConfig:
+    """Draw a contact sheet of films with the beginning of their reports; keep it where reports may be."""
+
+    root: Positional[Path]
+    """Folder of shards."""
+    out: Path
+    """PNG file to write."""
+    split: str = "train"
+    """Which split to draw from."""
+    count: int = 24
+    """Films on the sheet."""
+    seed: int = 0
+    """Another seed draws other films."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= MAX_COUNT:
+            raise InputError(f"--count {self.count} is not in 1..{MAX_COUNT}")
+        if self.out.suffix.lower() != ".png":
+            raise InputError(f"--out {self.out} does not end in .png")
+        if not self.out.parent.is_dir():
+            raise InputError(f"no folder {self.out.parent} for --out; make it first")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Film:
+    """What a cell of the sheet shows."""
+
+    key: str
+    text: str
+    pixels: NDArray[np.uint8]
+    """(height, width)"""
+
+
+def run(config: PreviewConfig) -> None:
+    """Write the sheet."""
+    manifest = read_manifest(config.root)
+    if config.split not in manifest.splits:
+        raise InputError(f"no split {config.split!r} in {config.root}; it has {', '.join(manifest.splits)}")
+    rows = choose_rows(manifest.rows(config.split), config.count, config.seed)
+    buffer = io.BytesIO()
+    draw_sheet(list(read_films(config.root, manifest, config.split, rows))).save(buffer, "PNG")
+    write_atomic(config.out, buffer.getvalue())
+    say(f"{config.out}: {len(rows)} of {manifest.rows(config.split):,} films of {config.split}, with their reports")
+
+
+def choose_rows(rows: int, count: int, seed: int) -> NDArray[np.int64]:
+    """`count` different rows of a split, or all of them, in order; in time and memory of `count`."""
+    if count >= rows:
+        return np.arange(rows)
+    drawn = np.empty(0, dtype=np.int64)
+    for attempt in range(64):  # each round leaves at most half of what is missing undrawn, on average
+        fresh = (hash64(seed, attempt, np.arange(count)) % np.uint64(rows)).astype(np.int64)
+        unique, first = np.unique(np.concatenate([drawn, fresh]), return_index=True)
+        drawn = unique[np.argsort(first)]
+        if len(drawn) >= count:
+            break
+    return np.sort(drawn[:count])
+
+
+def read_films(root: Path, manifest: Manifest, split: str, rows: NDArray[np.int64]) -> Iterator[Film]:
+    """The films at these rows of a split, ascending, each shard opened once and each block read once."""
+    first = 0
+    for info in manifest.splits[split]:
+        mine = rows[(rows >= first) & (rows < first + info.rows)] - first
+        first += info.rows
+        if len(mine):
+            with ShardReader(root, manifest, info) as reader:
+                for block in np.unique(mine // manifest.block_rows):
+                    table = read_block(reader, int(block), _COLUMNS)
+                    inside = mine[mine // manifest.block_rows == block] - block * manifest.block_rows
+                    for row in table.take(inside).to_pylist():
+                        yield _read_film(reader, manifest, row)
+
+
+def _read_film(reader: ShardReader, manifest: Manifest, row: dict) -> Film:
+    content = read_image(reader, offset=row["offset"], size=row["size"], xxh3=row["xxh3"], key=row["key"])
+    try:
+        pixels = decode_image(content, manifest.image)
+    except ValueError as error:
+        raise InputError(f"shard {reader.info.name}, sample {row['key']}: {error}; ingest again") from None
+    return Film(key=row["key"], text=row["text"], pixels=pixels)
+
+
+def draw_sheet(films: list[Film]) -> Image.Image:
+    """The contact sheet, grey, about as wide as high."""
+    columns = max(1, round(len(films) ** 0.5 * 1.2))
+    width, height = _FILM + _GAP, _FILM + (1 + _TEXT_LINES) * _LINE + 2 * _GAP
+    lines = -(-len(films) // columns)
+    sheet = Image.new("L", (min(columns, len(films)) * width + _GAP, lines * height + _GAP), _PAPER)
+    for number, film in enumerate(films):
+        line, column = divmod(number, columns)
+        _draw_film(sheet, film, _GAP + column * width, _GAP + line * height)
+    return sheet
+
+
+def _draw_film(sheet: Image.Image, film: Film, x: int, y: int) -> None:
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
+    image = Image.fromarray(film.pixels)
+    scale = _FILM / max(image.size)
+    fitted = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    sheet.paste(fitted, (x + (_FILM - fitted.width) // 2, y + (_FILM - fitted.height) // 2))
+    draw.text((x, y + _FILM + 2), film.key, fill=_PALE, font=font)
+    for number, line in enumerate(wrap(film.text, font), 1):
+        draw.text((x, y + _FILM + 2 + number * _LINE), line, fill=_INK, font=font)
+
+
+def wrap(text: str, font) -> list[str]:
+    """The beginning of a report in lines that fit under a film, an ellipsis where it goes on."""
+    lines, line = [], ""
+    words = text[:2000].split()
+    for word in words:
+        longer = f"{line} {word}".strip()
+        if font.getlength(longer) <= _FILM:
+            line = longer
+            continue
+        if line:
+            lines.append(line)
+        line = _cut(word, font)
+        if len(lines) == _TEXT_LINES:
+            break
+    lines = [*lines, line] if line else lines
+    if len(lines) > _TEXT_LINES:
+        lines = [*lines[: _TEXT_LINES - 1], _cut(lines[_TEXT_LINES - 1] + " ...", font)]
+    return lines
+
+
+def _cut(line: str, font) -> str:
+    """A line, cut in the middle of its end where it is too wide."""
+    while font.getlength(line) > _FILM:
+        line = line[: max(1, len(line) - 5)].rstrip(" .") + "..." if len(line) > 8 else line[:1]
+    return line
