@@ -78,7 +78,7 @@ def _loader(config: GpuConfig, scratch: Path) -> dict[str, Any]:
     shards, h5 = _CARRIED / "shards", _CARRIED / "cxr.h5"
     if not (shards / "manifest.json").exists():
         shards, h5 = _phantom(config, scratch)
-    command = [sys.executable, "-m", "bench.loader", "--shards", shards, "--json", scratch / "loader.json"]
+    command = [sys.executable, "-m", "bench.loader", "--shards", str(shards), "--json", str(scratch / "loader.json")]
     command += ["--rounds", str(config.rounds)] + (["--h5", str(h5)] if h5.exists() else [])
     if subprocess.run(command, cwd=_ROOT).returncode:
         return {"failed": "bench.loader ended with an error; its message is in the log"}
