@@ -10,6 +10,7 @@ COMMANDS = {
     "verify": "VerifyConfig",
     "inspect": "InspectConfig",
     "preview": "PreviewConfig",
+    "stats": "StatsConfig",
 }
 """Command -> its config; both it and `run` live in the module of the command's name."""
 

@@ -1,8 +1,10 @@
 """What the tools of `shards` say and do: verify, preview, stats, export, on a small set whose every fact is known."""
 
 import io
+import json
 import re
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,11 @@ from conftest import assert_refused, run_module
 from PIL import Image, ImageFont
 
 from shards.errors import InputError
-from shards.manifest import write_manifest
+from shards.manifest import read_manifest, write_manifest
 from shards.preview import choose_rows, wrap
 from shards.query import parse_query
 from shards.schema import NO_GROUP, ImageSpec, Manifest, SourceInfo, TokenizerSpec
+from shards.tally import repeats
 from shards.verify import verify
 from shards.writer import Sample, ShardWriter
 
@@ -35,17 +38,17 @@ def film(row: int, size: tuple[int, int] = (32, 32), mode: str = "L", fmt: str =
 
 def sample(row: int, **changes) -> Sample:
     """Rows 0..39. Two films a patient; rows 0 and 1 share their film and their report, 32 repeats the film of 5."""
-    same = {1: 0, 32: 5}.get(row, row)
+    same, said = {1: 0, 32: 5}.get(row, row), {1: 0}.get(row, row)
     count = 3 + row % 6
     fields = {
         "source": 0,
         "row": row,
         "image": film(same),
-        "text": f"Report {0 if row == 1 else row}: größer, {'left' if row % 4 == 0 else 'no'} effusion.",
+        "text": f"Report {said}: größer, {'left' if said % 4 == 0 else 'no'} effusion.",
         "tokens": np.array([90, *range(1, count - 1), 91, *[0] * (CONTEXT - count)], dtype=np.uint16),
         "token_count": count,
         "truncated": count == CONTEXT,
-        "side_words": row % 4 == 0,
+        "side_words": said % 4 == 0,
         "group": row // 2,
         "labels": ((1.0, 0.0, -1.0, None)[row % 4], 1.0 if row % 8 == 0 else None),
     }
@@ -293,3 +296,53 @@ def test_preview_keeps_reports_of_any_kind_inside_their_cell() -> None:
         lines = wrap(text, font)
         assert len(lines) <= 5 and all(font.getlength(line) <= 224 for line in lines)
     assert wrap("word " * 1000, font)[-1].endswith("...") and wrap("No effusion.", font) == ["No effusion."]
+
+
+# stats
+
+
+def test_stats_count_what_is_there(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "stats.json"
+    done = run_module("shards", "stats", small, "--json", out)
+    assert done.returncode == 0, done.stderr
+    stats = json.loads(out.read_text())
+    assert stats["digest"] == read_manifest(small).digest and stats["context"] == CONTEXT
+    train, val = stats["splits"]["train"], stats["splits"]["val"]
+    assert (train["samples"], val["samples"]) == (32, 8)
+    sizes = [len(film(0 if row == 1 else row)) for row in range(32)]
+    assert train["image_bytes"] == sum(sizes) and train["image_bytes_least"] == min(sizes)
+    assert train["tokens_quantiles"] == {"least": 3, "50 %": 5, "90 %": 8, "99 %": 8, "most": 8}
+    assert train["tokens_mean"] == np.mean([3 + row % 6 for row in range(32)])
+    assert train["truncated"] == sum(row % 6 == 5 for row in range(32)) and train["side_words"] == 9
+    assert train["reports"]["repeating"] == 2 and train["reports"]["commonest"] == 2
+    assert val["reports"]["repeating"] == 0
+    assert train["tokens"]["repeating"] == 32 and train["tokens"]["commonest"] == 6
+    assert train["duplicate_films"] == 2 and val["duplicate_films"] == 0
+    assert stats["shared_films"] == {"train, val": 1}
+    assert (train["groups"], train["films_per_group_mean"], train["ungrouped"]) == (16, 2.0, 0)
+    assert train["labels"]["Cardiomegaly"] == {"1": 8, "0": 8, "-1": 8, "blank": 8, "other": 0}
+    assert train["labels"]["Pleural Effusion"] == {"1": 4, "0": 0, "-1": 0, "blank": 28, "other": 0}
+    assert "1 films are in train and in val, byte for byte" in done.stdout
+    assert re.search(r"Cardiomegaly +8 +8 +8 +8 +0\n", done.stdout)
+    assert_refused(run_module("shards", "stats", small, "--json", tmp_path / "no" / "x.json"), "no folder")
+
+
+def test_expected_repeats_are_exact() -> None:
+    """Against all batches there are."""
+    hashes = np.array([5, 5, 5, 9, 9, 2, 3], dtype=np.uint64)
+    for batch in (2, 3, 5, 7):
+        batches = [np.unique(hashes[list(c)], return_counts=True)[1] for c in combinations(range(7), batch)]
+        pairs = np.mean([(counts * (counts - 1) // 2).sum() for counts in batches])
+        twins = np.mean([counts[counts > 1].sum() for counts in batches])
+        found = repeats(hashes, batch)
+        assert found.pairs_in_batch == pytest.approx(pairs) and found.twins_in_batch == pytest.approx(twins)
+        assert (found.repeating, found.commonest) == (5, 3)
+    assert repeats(np.arange(1, dtype=np.uint64)).pairs_in_batch == 0
+
+
+def test_stats_notice_damage(copy: Path) -> None:
+    path = copy / "train-000001.parquet"
+    content = bytearray(path.read_bytes())
+    content[300] ^= 1
+    path.write_bytes(content)
+    assert_refused(run_module("shards", "stats", copy), "train-000001")

@@ -1,0 +1,131 @@
+"""`python -m shards stats DIR [--json FILE]`: a data set in numbers, a page of text and the same as JSON."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from shards.atomic import write_atomic
+from shards.cli import say
+from shards.errors import InputError
+from shards.manifest import read_manifest
+from shards.scan import scan
+from shards.schema import LABEL_PREFIX, Manifest
+from shards.tally import BATCH, LABEL_VALUES, TALLY_COLUMNS, SplitStats, Tally
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatsConfig:
+    """Say in numbers what a data set holds."""
+
+    root: Positional[Path]
+    """Folder of shards."""
+    json: Path | None = None
+    """Write the same as JSON to this file."""
+
+    def __post_init__(self) -> None:
+        if self.json is not None and not self.json.parent.is_dir():
+            raise InputError(f"no folder {self.json.parent} for --json; make it first")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stats:
+    """A data set in numbers."""
+
+    digest: str
+    """Of the manifest."""
+    context: int
+    """Tokens a report is cut to."""
+    batch: int
+    """Batch for which repeated reports are counted."""
+    splits: dict[str, SplitStats]
+    shared_films: dict[str, int]
+    """`one, other` -> different films that two splits have both, byte for byte."""
+
+
+def run(config: StatsConfig) -> None:
+    """Print the page, and write the JSON if asked."""
+    manifest = read_manifest(config.root)
+    stats = gather(config.root, manifest)
+    for line in page(stats):
+        say(line)
+    if config.json is not None:
+        write_atomic(config.json, (json.dumps(asdict(stats), indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def gather(root: Path, manifest: Manifest) -> Stats:
+    """Read every table of the set once, block by block; images are not read."""
+    columns = [*TALLY_COLUMNS, *(LABEL_PREFIX + name for name in manifest.labels)]
+    tallies = {split: Tally(manifest, split) for split in manifest.splits}
+    total = sum(map(manifest.rows, manifest.splits))
+    with tqdm(total=total, unit="film", disable=None, leave=False) as progress:
+        for block in scan(root, manifest, columns):
+            tallies[block.split].add(block.table)
+            progress.update(block.table.num_rows)
+    shared = {
+        f"{one}, {other}": len(np.intersect1d(tallies[one].films, tallies[other].films))
+        for one, other in itertools.combinations(tallies, 2)
+    }
+    splits = {split: tally.stats() for split, tally in tallies.items()}
+    return Stats(
+        digest=manifest.digest,
+        context=manifest.tokenizer.context,
+        batch=BATCH,
+        splits=splits,
+        shared_films=shared,
+    )
+
+
+_ROWS: tuple[tuple[str, Callable[[SplitStats], str]], ...] = (
+    ("samples", lambda s: f"{s.samples:,}"),
+    ("images, MB", lambda s: f"{s.image_bytes / 1e6:,.1f}"),
+    ("  bytes each: mean", lambda s: f"{s.image_bytes_mean:,.0f}"),
+    ("  least", lambda s: f"{s.image_bytes_least:,}"),
+    ("  most", lambda s: f"{s.image_bytes_most:,}"),
+    ("  same bytes as another film", lambda s: _share(s.duplicate_films, s.samples)),
+    ("tokens of a report: mean", lambda s: f"{s.tokens_mean:.1f}"),
+    ("  median", lambda s: f"{s.tokens_quantiles['50 %']}"),
+    ("  90 %", lambda s: f"{s.tokens_quantiles['90 %']}"),
+    ("  99 %", lambda s: f"{s.tokens_quantiles['99 %']}"),
+    ("  most", lambda s: f"{s.tokens_quantiles['most']}"),
+    ("  cut at the context", lambda s: _share(s.truncated, s.samples)),
+    ("reports that name a side", lambda s: _share(s.side_words, s.samples)),
+    ("report same as another's", lambda s: _share(s.reports.repeating, s.samples)),
+    ("  the commonest", lambda s: f"{s.reports.commonest:,}"),
+    ("  same tokens as another's", lambda s: _share(s.tokens.repeating, s.samples)),
+    (f"  same pairs in a batch of {BATCH}", lambda s: f"{s.tokens.pairs_in_batch:.2f}"),
+    (f"  of its {BATCH} with a twin in it", lambda s: f"{s.tokens.twins_in_batch:.2f}"),
+    ("groups", lambda s: f"{s.groups:,}"),
+    ("  films each: mean", lambda s: f"{s.films_per_group_mean:.2f}"),
+    ("  most", lambda s: f"{s.films_per_group_most:,}"),
+    ("  films without one", lambda s: f"{s.ungrouped:,}"),
+)
+
+
+def page(stats: Stats) -> Iterator[str]:
+    """The page, line by line."""
+    yield _line("", list(stats.splits))
+    for name, show in _ROWS:
+        yield _line(name, [show(split) for split in stats.splits.values()])
+    for pair, count in stats.shared_films.items():
+        if count:
+            yield f"{count:,} films are in {' and in '.join(pair.split(', '))}, byte for byte"
+    for name, split in stats.splits.items():
+        if split.labels:
+            yield ""
+            yield _line(f"labels of {name}", list(LABEL_VALUES), 10)
+            for label, counts in split.labels.items():
+                yield _line(label, [f"{count:,}" for count in counts.values()], 10)
+
+
+def _line(name: str, cells: list[str], width: int = 18) -> str:
+    return f"{name:<32}" + "".join(f"{cell:>{width}}" for cell in cells)
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count:,} ({100 * count / total:.1f} %)"
