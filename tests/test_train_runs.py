@@ -254,6 +254,8 @@ def test_mistakes_are_one_line(
         capsys, *shards, "--out", str(alone), "--resume", "auto", "--stop-at", "20"
     )
     assert not (tmp_path / "run").exists()
+    (tmp_path / "file").touch()
+    assert "cannot write" in refused(capsys, *shards, "--out", str(tmp_path / "file" / "run"))
 
 
 def test_missing_validation_split_is_named(

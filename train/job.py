@@ -77,6 +77,12 @@ def build_job(config: TrainConfig, ranks: Ranks) -> Job:
     )
 
 
+def prepare_folder(job: Job) -> None:
+    """Make the run's folder, which rank 0 alone does. InputError where it cannot be written."""
+    if job.ranks.first:
+        job.folder.prepare(job.config)
+
+
 def _find_checkpoint(
     config: TrainConfig, folder: RunFolder, prints: dict[str, Any], ranks: Ranks
 ) -> dict[str, Any] | None:

@@ -26,9 +26,7 @@ from train.validate import validation_loss
 
 def run(job: Job) -> bool:
     """Train to the end, or until asked to stop; whether the end was reached. All ranks have to call it."""
-    if job.ranks.first:
-        job.folder.prepare(job.config)
-    with job.loader, StopRequest().listening() as stop:
+    with StopRequest().listening() as stop:
         loop = Loop(job, stop)
         try:
             loop.train()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from shards.cli import main_guard
 from train.commandline import parse_config
-from train.job import build_job
+from train.job import build_job, prepare_folder
 from train.loop import run
 from train.ranks import joined, together
 
@@ -16,7 +16,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with main_guard(PROG), joined() as ranks:
         config = together(ranks, PROG, lambda: parse_config(PROG, argv))
         job = together(ranks, PROG, lambda: build_job(config, ranks))
-        run(job)
+        with job.loader:
+            together(ranks, PROG, lambda: prepare_folder(job))
+            run(job)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,7 @@ class Meter:
     """Times the steps since the last row: whole steps, and how long they waited for the loader."""
 
     def __init__(self) -> None:
-        self._begin = time.perf_counter()
-        self._steps = 0
-        self._wait_s = self._pause_s = 0.0
+        self._restart()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -47,8 +45,13 @@ class Meter:
         steps = max(1, self._steps)
         step_ms = (time.perf_counter() - self._begin - self._pause_s) * 1e3 / steps
         wait_ms = self._wait_s * 1e3 / steps
-        self.__init__()  # type: ignore[misc]
+        self._restart()
         return step_ms, wait_ms
+
+    def _restart(self) -> None:
+        self._begin = time.perf_counter()
+        self._steps = 0
+        self._wait_s = self._pause_s = 0.0
 
 
 class MetricsLog:
