@@ -1,0 +1,1 @@
+"""Training and evaluation: model, objective, step, loop, checkpoints, zero-shot scores."""

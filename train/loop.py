@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from pipeline.batch import Batch, digest_batch
+from pipeline.batch import DIGEST_MODULUS, Batch, digest_batch
 from shards.atomic import write_atomic
 from shards.cli import say
 from shards.errors import InputError
@@ -32,9 +32,9 @@ def run(job: Job) -> bool:
             loop.train()
         finally:
             loop.close()
-    finished = loop.progress.step >= job.config.steps
-    if job.ranks.first:
-        _conclude(job, loop.progress, finished)
+        finished = loop.progress.step >= job.config.steps
+        if job.ranks.first:
+            _conclude(job, loop.progress, finished)
     return finished
 
 
@@ -81,7 +81,7 @@ class Loop:
         lr = learning_rate(config.optim, progress.step, config.steps)
         output = self._step(batch, lr)
         progress.step += 1
-        progress.digest += digest_batch(batch, self._job.world)
+        progress.digest = (progress.digest + digest_batch(batch, self._job.world)) % DIGEST_MODULUS
         if self._log is not None:
             self._log.advance()
         stopping = self._ranks.any(self._stop.asked) or progress.step == config.stop_at
