@@ -6,7 +6,7 @@ A visit that the consumer waits for is always admitted, whatever the limit, so t
 """
 
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,19 +14,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.handles import OpenShards
 from pipeline.order import Visit
-from pipeline.read import OpenShard, ReadStats
+from pipeline.read import ReadStats
 from shards.errors import InputError
-from shards.reader import Rows, ShardReader
+from shards.reader import Rows
 from shards.schema import Manifest, ShardInfo
 
 READ_THREADS = 4
 """Enough to keep several requests on the way to a parallel file system; they cost next to no CPU."""
-MAX_OPEN_SHARDS = 256
-"""Kept open at once, two file descriptors each."""
-ROWS_KEPT = 65_536
-"""Rows (without images, about 250 bytes each) kept for the next visit to their block: a row group costs 0.55 ms to
-read, a tenth of all work in a small set of short blocks. A large set does not come back to a block this soon."""
 ROUND = 64 << 10
 """Buffers are this many bytes, times a whole number, so that blocks of about one size share them."""
 
@@ -98,11 +94,8 @@ class BlockReader:
     def __init__(
         self, root: Path, manifest: Manifest, shards: tuple[ShardInfo, ...], visits: Iterator[Visit], memory: int
     ) -> None:
-        self.stats = ReadStats()
-        self._root, self._manifest, self._shards = root, manifest, shards
-        self._visits = visits
-        self._open: OrderedDict[int, tuple[OpenShard, int]] = OrderedDict()
-        self._rows: OrderedDict[tuple[int, int], Rows] = OrderedDict()
+        self._shards = OpenShards(root, manifest, shards)
+        self._manifest, self._infos, self._visits = manifest, shards, visits
         self._slots: deque[_Slot] = deque()
         self._buffers = Buffers(memory)
         self._pending = 0
@@ -114,6 +107,11 @@ class BlockReader:
         ]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def stats(self) -> ReadStats:
+        """What was read so far."""
+        return self._shards.stats
 
     @property
     def buffer_bytes(self) -> int:
@@ -144,9 +142,7 @@ class BlockReader:
 
     def release(self, loaded: Loaded) -> None:
         """Give the buffer of a visit back; its images are no longer valid."""
-        with self._changed:
-            self._buffers.give(loaded.buffer)
-            self._changed.notify_all()
+        self._give(loaded.buffer)
 
     def stop(self) -> None:
         """Begin to close: whoever waits in `get` is let go with an error."""
@@ -159,9 +155,7 @@ class BlockReader:
         self.stop()
         for thread in self._threads:
             thread.join()
-        for shard, _ in self._open.values():
-            shard.close()
-        self._open.clear()
+        self._shards.close()
 
     def _work(self) -> None:
         while (slot := self._claim()) is not None:
@@ -196,7 +190,7 @@ class BlockReader:
         if visit is None:
             self._ended = True
             return None
-        self._slots.append(_Slot(visit, block_bytes(self._manifest, self._shards[visit.shard])))
+        self._slots.append(_Slot(visit, block_bytes(self._manifest, self._infos[visit.shard])))
         return self._slots[-1]
 
     def _plan_until(self, count: int) -> None:
@@ -205,61 +199,41 @@ class BlockReader:
 
     def _load(self, slot: _Slot) -> Loaded:
         visit = slot.visit
-        shard = self._borrow(visit.shard)
         try:
-            rows = pick_rows(self._read_rows(shard, visit), visit.rows)
-            begin, end = int(rows.offset.min()), int((rows.offset + rows.size).max())
-            with self._changed:
-                buffer = self._buffers.take(end - begin)
-                self._pending -= slot.estimate
-                slot.estimate = 0
-            try:
-                shard.read_into(buffer[: end - begin], begin)
-                images = _views(buffer, rows.offset - begin, rows.size)
-                for row, image in enumerate(images):
-                    shard.check_image(image, rows, row)
-            except BaseException:
-                with self._changed:
-                    self._buffers.give(buffer)
-                raise
+            with self._shards.use(visit.shard) as shard:
+                rows = pick_rows(self._shards.rows(shard, visit.shard, visit.block), visit.rows)
+                begin, end = int(rows.offset.min()), int((rows.offset + rows.size).max())
+                buffer = self._take(slot, end - begin)
+                try:
+                    shard.read_into(buffer[: end - begin], begin)
+                    images = _views(buffer, rows.offset - begin, rows.size)
+                    for row, image in enumerate(images):
+                        shard.check_image(image, rows, row)
+                except BaseException:
+                    self._give(buffer)
+                    raise
         finally:
-            with self._changed:
-                self._pending -= slot.estimate
-                slot.estimate = 0
-            self._hand_back(visit.shard)
+            self._forget_estimate(slot)
         shard_rows = visit.rows + visit.block * self._manifest.block_rows
         return Loaded(visit=visit, images=images, rows=rows, shard_rows=shard_rows, buffer=buffer)
 
-    def _read_rows(self, shard: OpenShard, visit: Visit) -> Rows:
-        """The rows of a block, from those kept if they are there."""
-        place = visit.shard, visit.block
+    def _take(self, slot: _Slot, size: int) -> NDArray[np.uint8]:
+        """A buffer for a visit, whose true size now stands for the estimate."""
         with self._changed:
-            rows = self._rows.pop(place, None)
-        rows = shard.read_rows(visit.block) if rows is None else rows
-        with self._changed:
-            self._rows[place] = rows
-            while len(self._rows) * self._manifest.block_rows > ROWS_KEPT:
-                self._rows.popitem(last=False)
-        return rows
+            self._pending -= slot.estimate
+            slot.estimate = 0
+            return self._buffers.take(size)
 
-    def _borrow(self, number: int) -> OpenShard:
-        """The shard, opened if need be, and kept from being closed until handed back."""
+    def _give(self, buffer: NDArray[np.uint8]) -> None:
         with self._changed:
-            shard, users = self._open.get(number) or (self._open_shard(number), 0)
-            self._open[number] = shard, users + 1
-            self._open.move_to_end(number)
-            return shard
+            self._buffers.give(buffer)
+            self._changed.notify_all()
 
-    def _hand_back(self, number: int) -> None:
+    def _forget_estimate(self, slot: _Slot) -> None:
+        """Where reading failed before it took a buffer."""
         with self._changed:
-            shard, users = self._open[number]
-            self._open[number] = shard, users - 1
-            idle = [each for each, (_, users) in self._open.items() if not users]
-            for each in idle[: max(0, len(self._open) - MAX_OPEN_SHARDS)]:
-                self._open.pop(each)[0].close()
-
-    def _open_shard(self, number: int) -> OpenShard:
-        return OpenShard(ShardReader(self._root, self._manifest, self._shards[number]), self.stats)
+            self._pending -= slot.estimate
+            slot.estimate = 0
 
 
 def block_bytes(manifest: Manifest, shard: ShardInfo) -> int:

@@ -8,6 +8,7 @@ with ANY_DATA crashes DALI's CPU decoder; slice before resize, because a region 
 border; uint8 after the resize, because cubic overshoots 0..255 by up to 20 otherwise (measured, DALI 2.4).
 """
 
+import gc
 import queue
 import threading
 from collections import deque
@@ -132,6 +133,9 @@ class DaliBackend:
             self._drain()
             self._gatherer.join(timeout=0.01)
         self._graph = None
+        # A graph sits in reference cycles. Destroyed later, in a forked child (a DataLoader's worker) that has none of
+        # its threads, it would wait for them for ever; so here and now.
+        gc.collect()
 
     def _run(self) -> torch.Tensor:
         """(n, H, W, 3) of the oldest batch that was fed, on the device."""

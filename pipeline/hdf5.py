@@ -15,6 +15,7 @@ an item at a time.
   processes, the same step cost more time than it saved, for there it competes with the workers and the trainer.
 """
 
+import gc
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,6 +108,7 @@ class Hdf5Backend:
             pin_memory=self._device.type == "cuda",
             collate_fn=_stack,
         )
+        gc.collect()  # before the fork: a child hangs where it destroys what has threads, such as a DALI graph
         self._images = iter(loader)
 
     def next(self) -> Batch:

@@ -293,3 +293,16 @@ def _target(descriptor: str) -> str:
         return os.readlink(f"/proc/self/fd/{descriptor}")
     except OSError:
         return ""
+
+
+def test_a_closed_dali_graph_is_gone(shards_dir: Path) -> None:
+    """Left to the garbage collector it may be destroyed in a forked worker, which then hangs (seen with DALI 2.4)."""
+    import gc
+
+    from nvidia.dali import Pipeline
+
+    config = LoaderConfig(shards=shards_dir, backend="dali", batch_size=4)
+    with build_loader(config, World()) as loader:
+        next(loader)
+        assert [each for each in gc.get_objects() if isinstance(each, Pipeline)]
+    assert not [each for each in gc.get_objects() if isinstance(each, Pipeline)]
