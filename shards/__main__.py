@@ -11,6 +11,7 @@ COMMANDS = {
     "inspect": "InspectConfig",
     "preview": "PreviewConfig",
     "stats": "StatsConfig",
+    "export": "ExportConfig",
 }
 """Command -> its config; both it and `run` live in the module of the command's name."""
 

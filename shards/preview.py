@@ -18,8 +18,7 @@ from shards.cli import say
 from shards.counter import hash64
 from shards.errors import InputError
 from shards.manifest import read_manifest
-from shards.reader import ShardReader
-from shards.scan import decode_image, read_block, read_image
+from shards.scan import decode_image, read_image, read_samples
 from shards.schema import Manifest
 
 MAX_COUNT = 400
@@ -95,27 +94,14 @@ def choose_rows(rows: int, count: int, seed: int) -> NDArray[np.int64]:
 
 
 def read_films(root: Path, manifest: Manifest, split: str, rows: NDArray[np.int64]) -> Iterator[Film]:
-    """The films at these rows of a split, ascending, each shard opened once and each block read once."""
-    first = 0
-    for info in manifest.splits[split]:
-        mine = rows[(rows >= first) & (rows < first + info.rows)] - first
-        first += info.rows
-        if len(mine):
-            with ShardReader(root, manifest, info) as reader:
-                for block in np.unique(mine // manifest.block_rows):
-                    table = read_block(reader, int(block), _COLUMNS)
-                    inside = mine[mine // manifest.block_rows == block] - block * manifest.block_rows
-                    for row in table.take(inside).to_pylist():
-                        yield _read_film(reader, manifest, row)
-
-
-def _read_film(reader: ShardReader, manifest: Manifest, row: dict) -> Film:
-    content = read_image(reader, offset=row["offset"], size=row["size"], xxh3=row["xxh3"], key=row["key"])
-    try:
-        pixels = decode_image(content, manifest.image)
-    except ValueError as error:
-        raise InputError(f"shard {reader.info.name}, sample {row['key']}: {error}; ingest again") from None
-    return Film(key=row["key"], text=row["text"], pixels=pixels)
+    """The films at these rows of a split, ascending."""
+    for reader, row in read_samples(root, manifest, split, rows, _COLUMNS):
+        content = read_image(reader, row)
+        try:
+            pixels = decode_image(content, manifest.image)
+        except ValueError as error:
+            raise InputError(f"shard {reader.info.name}, sample {row['key']}: {error}; ingest again") from None
+        yield Film(key=row["key"], text=row["text"], pixels=pixels)
 
 
 def draw_sheet(films: list[Film]) -> Image.Image:

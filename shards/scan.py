@@ -2,9 +2,10 @@
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -52,20 +53,50 @@ def scan(
                     yield Block(split=split, shard=number, first=first, reader=reader, table=table)
 
 
+def read_samples(
+    root: Path, manifest: Manifest, split: str, rows: NDArray[np.int64], columns: Sequence[str]
+) -> Iterator[tuple[ShardReader, dict[str, Any]]]:
+    """The samples at these rows of a split, ascending: the open shard and the named columns of each.
+
+    A shard is opened once, a block read once, and neither where none of the rows lie in it.
+    """
+    first = 0
+    for info in manifest.splits[split]:
+        low, high = np.searchsorted(rows, [first, first + info.rows])
+        if low < high:
+            with ShardReader(root, manifest, info) as reader:
+                for row in _read_rows(reader, rows[low:high] - first, manifest.block_rows, columns):
+                    yield reader, row
+        first += info.rows
+
+
+def _read_rows(
+    reader: ShardReader, rows: NDArray[np.int64], block_rows: int, columns: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    blocks, starts = np.unique(rows // block_rows, return_index=True)
+    for block, mine in zip(blocks, np.split(rows, starts[1:]), strict=True):
+        table = read_block(reader, int(block), columns)
+        yield from table.take(mine - block * block_rows).to_pylist()
+
+
 def read_block(reader: ShardReader, block: int, columns: Sequence[str]) -> pa.Table:
     """The named columns of one block, page checksums verified."""
     return reader._read(block, list(columns))
 
 
-def read_image(reader: ShardReader, *, offset: int, size: int, xxh3: int, key: str) -> bytes:
-    """The encoded image of one row. InputError, naming shard and key, where its bytes are not those ingested."""
+def read_image(reader: ShardReader, row: Mapping[str, Any]) -> bytes:
+    """The encoded image of a row, from its `key`, `offset`, `size` and `xxh3`.
+
+    InputError, naming shard and key, where its bytes are not those that were ingested.
+    """
+    offset, size = row["offset"], row["size"]
     image = b""
     if 0 <= offset and 0 < size <= reader.info.tar.bytes - offset:
         image = os.pread(reader.fd, size, offset)
-    if xxh3_64_intdigest(image) != xxh3:
+    if xxh3_64_intdigest(image) != row["xxh3"]:
         raise InputError(
-            f"shard {reader.info.name}, sample {key}, offset {offset:,}: the image's bytes are not those that were "
-            "ingested; restore the shard"
+            f"shard {reader.info.name}, sample {row['key']}, offset {offset:,}: the image's bytes are not those "
+            "that were ingested; restore the shard"
         )
     return image
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 from itertools import combinations
@@ -17,6 +18,7 @@ from shards.errors import InputError
 from shards.manifest import read_manifest, write_manifest
 from shards.preview import choose_rows, wrap
 from shards.query import parse_query
+from shards.reader import ShardReader
 from shards.schema import NO_GROUP, ImageSpec, Manifest, SourceInfo, TokenizerSpec
 from shards.tally import repeats
 from shards.verify import verify
@@ -346,3 +348,98 @@ def test_stats_notice_damage(copy: Path) -> None:
     content[300] ^= 1
     path.write_bytes(content)
     assert_refused(run_module("shards", "stats", copy), "train-000001")
+
+
+# export
+
+WHERE = "Cardiomegaly == 1 and not (`Pleural Effusion` == 1 and split == 'train')"
+MEANT = {"train": [row for row in range(32) if row % 4 == 0 and row % 8], "val": [32, 36]}
+
+
+def table(root: Path, split: str) -> list[dict]:
+    manifest, rows = read_manifest(root), []
+    for info in manifest.splits[split]:
+        with ShardReader(root, manifest, info) as reader:
+            for row in reader.read_table().to_pylist():
+                rows.append(row | {"image": os.pread(reader.fd, row["size"], row["offset"])})
+    return rows
+
+
+def test_export_to_shards(small: Path, tmp_path: Path) -> None:
+    (copy := tmp_path / "set").mkdir()
+    for path in small.iterdir():
+        shutil.copy(path, copy)
+    (copy / "rejects.csv").write_text("source,row,reason\n0,44,report is empty\n")
+    out = tmp_path / "subset"
+    done = run_module("shards", "export", copy, "--where", WHERE, "--out", out, "--shard-mb", "0.009")
+    assert done.returncode == 0 and "6 of 40 samples (train 4, val 2) as shards" in done.stdout, done.stderr
+    assert problems(out, decode="all") == []
+    manifest = read_manifest(out)
+    assert len(manifest.splits["train"]) == 2 and manifest.block_rows == 16
+    assert manifest.groups == {"train": (0, 16), "val": (16, 20)}
+    assert manifest.sources[0].rows == 50 and manifest.sources[0].samples == 6
+    for split, rows in MEANT.items():
+        before = {row["row"]: row for row in table(copy, split)}
+        after = table(out, split)
+        assert [row["row"] for row in after] == rows
+        for row in after:
+            assert {**row, "offset": 0} == {**before[row["row"]], "offset": 0}
+    lines = (out / "rejects.csv").read_text().splitlines()
+    assert lines[1] == "0,44,report is empty" and len(lines) == 2 + 34
+    assert {int(line.split(",")[1]) for line in lines[2:]} == set(range(40)) - {*MEANT["train"], *MEANT["val"]}
+
+
+def test_export_of_everything_is_the_same_set(small: Path, tmp_path: Path) -> None:
+    """Written anew in one shard a split, sample by sample the same."""
+    done = run_module("shards", "export", small, "--where", "row >= 0", "--out", tmp_path / "all")
+    assert done.returncode == 0, done.stderr
+    before, after = (tmp_path / "b.json", tmp_path / "a.json")
+    for root, path in ((small, before), (tmp_path / "all", after)):
+        run_module("shards", "stats", root, "--json", path)
+    numbers = [json.loads(path.read_text()) | {"digest": ""} for path in (before, after)]
+    assert numbers[0] == numbers[1]
+
+
+def test_export_to_files(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "files"
+    out.mkdir()  # an empty folder will do
+    done = run_module("shards", "export", small, "--where", WHERE, "--out", out, "--to", "files")
+    assert done.returncode == 0, done.stderr
+    found = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert found == sorted(
+        f"{split}/00-{row:010d}.{suffix}" for split, rows in MEANT.items() for row in rows for suffix in FILES
+    )
+    stem = out / "train" / "00-0000000004"
+    assert stem.with_suffix(".jpg").read_bytes() == film(4)
+    assert stem.with_suffix(".txt").read_text() == "Report 4: größer, left effusion."
+    assert json.loads(stem.with_suffix(".json").read_text()) == {
+        "labels": {"Cardiomegaly": 1.0, "Pleural Effusion": None},
+        "row": 4,
+        "source": 0,
+    }
+
+
+FILES = ("jpg", "txt", "json")
+
+
+def test_export_refuses_and_leaves_nothing(copy: Path, tmp_path: Path) -> None:
+    def refused(where: str, out: Path, *words: str) -> None:
+        assert_refused(run_module("shards", "export", copy, "--where", where, "--out", out), *words)
+
+    out = tmp_path / "out"
+    refused("Cardiomegaly == 5", out, "no sample", "Cardiomegaly == 5")
+    refused("Cardiomegaly", out, "no yes or no")
+    refused("Edema == 1", out, "no column 'Edema'; columns are Cardiomegaly, Pleural Effusion, split")
+    refused("row > 1", copy, "lies in")
+    refused("row > 1", copy / "sub", "lies in")
+    refused("row > 1", tmp_path, "there already")
+    content = bytearray((copy / "train-000001.tar").read_bytes())
+    content[600] ^= 1
+    (copy / "train-000001.tar").write_bytes(content)
+    refused("row > 1", out, "train-000001, sample 00-0000000020")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
+    # What a killed export left is no obstacle.
+    (tmp_path / ".tmp-out").mkdir()
+    (tmp_path / ".tmp-out" / "train-000000.tar").write_bytes(b"")
+    assert run_module("shards", "export", copy, "--where", "row < 9", "--out", out).returncode == 0
+    assert problems(out) == [] and sorted(path.name for path in tmp_path.iterdir()) == ["out", "set"]
