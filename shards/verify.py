@@ -34,6 +34,9 @@ from shards.schema import MANIFEST_NAME, REJECTS_NAME, Manifest, ShardInfo
 DECODE = 16
 """Images of a shard to decode by default."""
 
+RETOKENIZE_NAME = ".retokenize"
+"""Folder in a data set that an unfinished `ingest.retokenize` leaves; the set is whole all the same."""
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _WORTH_PROCESSES = 20_000
 """Samples from which on processes pay: starting one costs what auditing 10,000 samples does."""
@@ -107,6 +110,9 @@ def verify(root: Path, *, workers: int = 1, decode: Decode = DECODE) -> Iterator
     for problem in leaks.problems(complete=sound):
         yield "folder", problem
     stray = _stray_files(root, manifest)
+    if RETOKENIZE_NAME in stray:
+        yield "folder", f"{RETOKENIZE_NAME} is left of an unfinished retokenize; run python -m ingest.retokenize again"
+        stray.remove(RETOKENIZE_NAME)
     if stray:
         yield "folder", f"{len(stray)} files the manifest does not know, {stray[0]} first"
 
