@@ -59,6 +59,7 @@ def test_long_reports_are_cut_as_open_clip_does() -> None:
 
 def test_mistakes_are_one_line(shards_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_refused(run_module("ingest.retokenize", "--tokenizer", "ViT-B-32", tmp_path), "manifest.json")
+    assert_refused(run_module("ingest.retokenize", tmp_path), "--tokenizer")
     root = Path(shutil.copytree(shards_dir, tmp_path / "set"))
     assert_refused(
         run_module("ingest.retokenize", "--tokenizer", "roberta-ViT-B-32", root), "cannot be loaded", "Hugging Face"

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -14,14 +15,15 @@ import pytest
 from conftest import assert_refused, run_module
 from PIL import Image, ImageFont
 
+from shards.encodings import encode
 from shards.errors import InputError
 from shards.export import ExportConfig
 from shards.export import run as export
 from shards.manifest import read_manifest, write_manifest
-from shards.preview import PreviewConfig, choose_rows, wrap
+from shards.preview import PreviewConfig, choose_rows, read_films, wrap
 from shards.query import parse_query
 from shards.reader import ShardReader
-from shards.schema import NO_GROUP, ImageSpec, Manifest, SourceInfo, TokenizerSpec
+from shards.schema import CODEC_EXTENSIONS, NO_GROUP, ImageSpec, Manifest, SourceInfo, TokenizerSpec
 from shards.tally import repeats
 from shards.verify import VerifyConfig, verify
 from shards.writer import Sample, ShardWriter
@@ -62,12 +64,12 @@ def sample(row: int, **changes) -> Sample:
 def make_set(root: Path, shards: dict[str, range] = SHARDS, labels: tuple[str, ...] = LABELS, **changes) -> Path:
     """Write the set; `changes` replace fields of the manifest, `samples` (row -> fields) those of samples."""
     root.mkdir()
-    odd = changes.pop("samples", {})
+    odd, spec = changes.pop("samples", {}), changes.get("image", SPEC)
     ranges = {"train": (0, 16), "val": (16, 20)}
     infos = []
     for name, rows in shards.items():
         groups = None if odd else ranges[name.split("-")[0]]
-        with ShardWriter(root, name, image=SPEC, context=CONTEXT, labels=labels, block_rows=4, groups=groups) as writer:
+        with ShardWriter(root, name, image=spec, context=CONTEXT, labels=labels, block_rows=4, groups=groups) as writer:
             for row in rows:
                 writer.add(sample(row, **odd.get(row, {})))
         infos.append(writer.info)
@@ -163,6 +165,30 @@ def test_impossible_tokens_are_found(tmp_path: Path) -> None:
     for number, odd in enumerate(({"tokens": np.full(CONTEXT, 100, dtype=np.uint16)}, {"token_count": CONTEXT + 1})):
         (found,) = problems(make_set(tmp_path / str(number), samples={7: odd}))
         assert "train-000000: it holds tokens outside 8 of 100" in found
+
+
+@pytest.mark.parametrize("codec", CODEC_EXTENSIONS)
+def test_every_codec_is_decoded_shown_and_exported(tmp_path: Path, codec: str) -> None:
+    spec = replace(SPEC, codec=codec)
+    images = {row: encode(np.full((32, 32), 3 * row, dtype=np.uint8), spec) for row in range(40)}
+    samples = {row: {"image": image} for row, image in images.items()}
+    root = make_set(tmp_path / "set", image=spec, samples=samples)
+    assert problems(root, decode="all") == []
+    (shown,) = read_films(root, read_manifest(root), "train", np.array([23]))
+    assert shown.key == "00-0000000023" and np.abs(shown.pixels - 69.0).max() <= (1 if codec == "jpeg" else 0)
+    export(ExportConfig(root=root, where="row == 23", out=tmp_path / "out", to="files"))
+    assert (tmp_path / "out" / "train" / f"00-0000000023.{spec.extension}").read_bytes() == images[23]
+    samples[7] = {"image": images[7][: len(images[7]) // 2]}
+    (found,) = problems(make_set(tmp_path / "cut", image=spec, samples=samples), decode="all")
+    assert f"does not decode as {codec}" in found and "00-0000000007" in found
+
+
+def test_the_commands_explain_themselves() -> None:
+    done = run_module("shards", "--help")
+    assert done.returncode == 0 and "{verify,inspect,preview,stats,export}" in done.stdout
+    done = run_module("shards", "export", "--help")
+    assert done.returncode == 0 and "--where" in done.stdout
+    assert_refused(run_module("shards", "stats", "DIR", "--no-such-flag", "1"), "--no-such-flag")
 
 
 def test_verify_command(small: Path) -> None:
