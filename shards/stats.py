@@ -106,6 +106,9 @@ _ROWS: tuple[tuple[str, Callable[[SplitStats], str]], ...] = (
     ("  films without one", lambda s: f"{s.ungrouped:,}"),
 )
 
+_NAME, _CELL = 32, 9
+"""Characters of a line's name, and of a number in the table of labels."""
+
 
 def page(stats: Stats) -> Iterator[str]:
     """The page, line by line."""
@@ -115,16 +118,25 @@ def page(stats: Stats) -> Iterator[str]:
     for pair, count in stats.shared_films.items():
         if count:
             yield f"{count:,} films are in {' and in '.join(pair.split(', '))}, byte for byte"
-    for name, split in stats.splits.items():
-        if split.labels:
-            yield ""
-            yield _line(f"labels of {name}", list(LABEL_VALUES), 10)
-            for label, counts in split.labels.items():
-                yield _line(label, [f"{count:,}" for count in counts.values()], 10)
+    yield from _label_page(stats.splits)
+
+
+def _label_page(splits: dict[str, SplitStats]) -> Iterator[str]:
+    """A line a label; of the values those that appear."""
+    labels = list(next(iter(splits.values())).labels)
+    values = [v for v in LABEL_VALUES if any(split.labels[name][v] for split in splits.values() for name in labels)]
+    if labels:
+        width = _CELL * len(values)
+        yield ""
+        yield f"{'labels':<{_NAME}}" + "".join(f"{split:>{width}}" for split in splits)
+        yield _line("", values * len(splits), _CELL)
+        for name in labels:
+            counts = [split.labels[name][value] for split in splits.values() for value in values]
+            yield _line(name, [f"{count:,}" for count in counts], _CELL)
 
 
 def _line(name: str, cells: list[str], width: int = 18) -> str:
-    return f"{name:<32}" + "".join(f"{cell:>{width}}" for cell in cells)
+    return f"{name:<{_NAME}}" + "".join(f"{cell:>{width}}" for cell in cells)
 
 
 def _share(count: int, total: int) -> str:
