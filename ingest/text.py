@@ -1,7 +1,4 @@
-"""What is worked out from a report at ingest: CLIP tokens, and whether it names a side.
-
-open_clip (and with it torch, 700 MB) is imported on first use, in the one process that tokenises.
-"""
+"""What is worked out from a report at ingest: CLIP tokens, and whether it names a side."""
 
 import re
 from dataclasses import dataclass
@@ -9,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from xxhash import xxh3_128_hexdigest
 
+from ingest.tokenizer import Tokenizer
 from shards.schema import TokenizerSpec
 
-CONTEXT = 77
-"""CLIP's context length (Radford et al., 2021, section 2.4: 76 tokens and the end)."""
+TOKENIZER = "ViT-B-32-quickgelu"
+"""CLIP's own, by the name of the open_clip model that has it; `ingest.retokenize` makes others."""
 
 _SIDES = re.compile(
     r"\b(?:left|right|lt|rt|[lr]|lul|lll|rul|rml|rll|lingula\w*|dextro\w*|l[ae]vo\w*|situs)(?:ward|wards|sided)?\b",
@@ -28,32 +25,6 @@ def names_side(text: str) -> bool:
     Errs towards yes: `right heart border` counts as well as `right-sided effusion`.
     """
     return _SIDES.search(text) is not None
-
-
-class ClipTokenizer:
-    """open_clip's `SimpleTokenizer`: same ids, with the count and the truncation kept."""
-
-    def __init__(self) -> None:
-        from open_clip.tokenizer import SimpleTokenizer
-
-        self._tokenizer = SimpleTokenizer(context_length=CONTEXT)
-        vocabulary = "\n".join(self._tokenizer.encoder)
-        self.spec = TokenizerSpec(
-            name="clip-bpe",
-            digest=xxh3_128_hexdigest(vocabulary.encode()),
-            context=CONTEXT,
-            vocab_size=self._tokenizer.vocab_size,
-        )
-
-    def __call__(self, text: str) -> tuple[NDArray[np.uint16], int, bool]:
-        """Tokens uint16 (77,) zero-padded, how many of them count (start and end too), and whether text was cut."""
-        ids = [self._tokenizer.sot_token_id, *self._tokenizer.encode(text), self._tokenizer.eot_token_id]
-        truncated = len(ids) > CONTEXT
-        if truncated:
-            ids = [*ids[: CONTEXT - 1], self._tokenizer.eot_token_id]
-        tokens = np.zeros(CONTEXT, dtype=np.uint16)
-        tokens[: len(ids)] = ids
-        return tokens, len(ids), truncated
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +41,7 @@ class Words:
 
 def read_words(texts: pa.ChunkedArray, wanted: NDArray[np.bool_]) -> Words:
     """Tokenise the reports of the wanted rows and look for sides in them."""
-    tokenizer = ClipTokenizer()
+    tokenizer = Tokenizer(TOKENIZER)
     tokens = np.zeros((len(texts), tokenizer.spec.context), dtype=np.uint16)
     counts = np.zeros(len(texts), dtype=np.int64)
     truncated, sides = np.zeros(len(texts), dtype=bool), np.zeros(len(texts), dtype=bool)
