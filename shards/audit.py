@@ -18,7 +18,7 @@ from shards.errors import InputError
 from shards.index import VERSION, Member, encode_index
 from shards.reader import ShardReader
 from shards.scan import decode_image, read_block
-from shards.schema import LABEL_PREFIX, FileInfo, Manifest, ShardInfo, sample_key
+from shards.schema import LABEL_PREFIX, FileInfo, Manifest, ShardInfo, sample_key, table_schema
 from shards.writer import sample_json, text_bytes
 
 _CHUNK = 1 << 22
@@ -28,7 +28,8 @@ _SEED = 0
 Decode = int | Literal["all"]
 """How many images of a shard to decode."""
 
-_COLUMNS = ("key", "source", "row", "offset", "size", "xxh3", "text")
+_NOT_IN_TAR = ["tokens", "token_count", "truncated", "side_words", "group"]
+"""Columns that the tar says nothing about."""
 
 
 class Audit:
@@ -48,7 +49,7 @@ class Audit:
         info = self._info
         _check_digest(self._root / f"{info.name}.parquet", info, info.parquet)
         _check_digest(self._root / f"{info.name}.idx", info, info.idx)
-        columns = [*_COLUMNS, *(LABEL_PREFIX + name for name in self._manifest.labels)]
+        columns = table_schema(self._manifest.tokenizer.context, self._manifest.labels).names
         with (
             ShardReader(self._root, self._manifest, info) as reader,
             open(self._root / f"{info.name}.tar", "rb") as file,
@@ -56,13 +57,20 @@ class Audit:
         ):
             self._expect(index, f"{VERSION} {info.rows}\n".encode())
             for block in range(reader.blocks):
+                table = read_block(reader, block, columns)
+                self._check_nulls(table)
                 rows = reader.read_rows(block)
                 self._check_tokens(rows.tokens, rows.token_count)
                 self.sources.append(rows.source)
                 self.rows.append(rows.source_row)
                 self.groups.append(np.unique(rows.group))
-                self._check_block(file, index, reader.block_span(block)[0], read_block(reader, block, columns))
+                self._check_block(file, index, reader.block_span(block)[0], table)
             self._check_end(file, index)
+
+    def _check_nulls(self, table: pa.Table) -> None:
+        for name in table.column_names:
+            if table[name].null_count and not name.startswith(LABEL_PREFIX):
+                raise InputError(f"shard {self._info.name}: column {name!r} has blanks; ingest again")
 
     def _check_tokens(self, tokens: NDArray[np.uint16], counts: NDArray[np.int64]) -> None:
         spec = self._manifest.tokenizer
@@ -75,7 +83,7 @@ class Audit:
     def _check_block(self, file: BinaryIO, index: BinaryIO, first: int, table: pa.Table) -> None:
         """Compare tar and index, where they stand, with what the table says of one block."""
         members = []
-        for number, row in enumerate(table.to_pylist(), first):
+        for number, row in enumerate(table.drop_columns(_NOT_IN_TAR).to_pylist(), first):
             members.append(self._check_sample(file, number, row))
         self._expect(index, encode_index(members).split(b"\n", 1)[1])
 

@@ -20,6 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from tqdm import tqdm
 from tyro.conf import Positional
@@ -162,6 +163,9 @@ def _check(root: Path, manifest: Manifest, info: ShardInfo, decode: Decode) -> C
         audit.run()
     except InputError as error:
         problem = str(error)
+    except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
+        # Whatever values that no writer of ours makes lead to: text that is not UTF-8, say.
+        problem = f"shard {info.name}: its table makes no sense ({type(error).__name__}); ingest again"
     return Checked(
         name=info.name,
         problem=problem,

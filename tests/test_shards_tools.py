@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import assert_refused, run_module
 from PIL import Image, ImageFont
+from xxhash import xxh3_128_hexdigest
 
 from shards.encodings import encode
 from shards.errors import InputError
@@ -23,10 +25,10 @@ from shards.manifest import read_manifest, write_manifest
 from shards.preview import PreviewConfig, choose_rows, read_films, wrap
 from shards.query import parse_query
 from shards.reader import ShardReader
-from shards.schema import CODEC_EXTENSIONS, NO_GROUP, ImageSpec, Manifest, SourceInfo, TokenizerSpec
+from shards.schema import CODEC_EXTENSIONS, NO_GROUP, FileInfo, ImageSpec, Manifest, SourceInfo, TokenizerSpec
 from shards.tally import repeats
 from shards.verify import VerifyConfig, verify
-from shards.writer import Sample, ShardWriter
+from shards.writer import Sample, ShardWriter, encode_table, footer_size
 
 LABELS = ("Cardiomegaly", "Pleural Effusion")
 CONTEXT = 8
@@ -165,6 +167,44 @@ def test_impossible_tokens_are_found(tmp_path: Path) -> None:
     for number, odd in enumerate(({"tokens": np.full(CONTEXT, 100, dtype=np.uint16)}, {"token_count": CONTEXT + 1})):
         (found,) = problems(make_set(tmp_path / str(number), samples={7: odd}))
         assert "train-000000: it holds tokens outside 8 of 100" in found
+
+
+def forge(root: Path, column: str, values: pa.Array) -> Path:
+    """Change a column of the last shard, and every digest with it."""
+    manifest = read_manifest(root)
+    info = manifest.splits["val"][0]
+    path = root / f"{info.name}.parquet"
+    rows = pq.read_table(path)
+    number = rows.schema.get_field_index(column)
+    content = encode_table(rows.set_column(number, rows.schema.field(number), values), manifest.block_rows)
+    path.write_bytes(content)
+    footer = content[-footer_size(content) :]
+    parquet = FileInfo(bytes=len(content), xxh3=xxh3_128_hexdigest(content))
+    info = replace(info, parquet=parquet, footer_bytes=len(footer), footer_xxh3=xxh3_128_hexdigest(footer))
+    write_manifest(root, replace(manifest, splits=manifest.splits | {"val": (info,)}))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("text", pa.array([None] + ["a"] * 7), "column 'text' has blanks"),
+        ("truncated", pa.array([None] + [True] * 7), "column 'truncated' has blanks"),
+        ("text", pa.array([b"\xff"] * 8, pa.binary()).view(pa.string()), "makes no sense"),
+        ("text", pa.array(["a"] * 8), "differ from the table"),
+        ("label:Cardiomegaly", pa.array([1.0] * 8, pa.float32()), "differ from the table"),
+        ("size", pa.array([1 << 62] * 8), "do not fit its tar"),
+        ("row", pa.array(range(8)), "the key does not name its source row"),
+        ("key", pa.array([f"00-{row:010d}" for row in range(8)]), "the key does not name its source row"),
+        ("source", pa.array([200] * 8, pa.uint8()), "the key does not name its source row"),
+        ("xxh3", pa.array([1] * 8, pa.uint64()), "not those that were ingested"),
+        ("offset", pa.array([1024] * 8), "header or offset is wrong"),
+    ],
+)
+def test_tables_that_lie_are_found_although_their_digests_are_right(
+    copy: Path, column: str, values: pa.Array, words: str
+) -> None:
+    assert any(words in problem for problem in problems(forge(copy, column, values))), problems(copy)
 
 
 @pytest.mark.parametrize("codec", CODEC_EXTENSIONS)
