@@ -1,8 +1,6 @@
 """Worker processes that die with their parent, and whose death ends the run with one line."""
 
-import ctypes
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -11,19 +9,10 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from shards.errors import InputError
+from shards.processes import start_worker
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def _start_worker(parent: int) -> None:
-    # Ctrl-C reaches the whole process group; the parent alone says so.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 class Pool:
@@ -32,7 +21,7 @@ class Pool:
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._executor = ProcessPoolExecutor(
-            workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(os.getpid(),)
+            workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(os.getpid(),)
         )
 
     def map_unordered(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:

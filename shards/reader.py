@@ -86,7 +86,7 @@ class ShardReader:
     def read_rows(self, block: int) -> Rows:
         """The rows of one block, from one Parquet row group, its page checksums verified."""
         columns = [*TRAINING_COLUMNS, *(LABEL_PREFIX + name for name in self._manifest.labels)]
-        table = self._read(block, columns)
+        table = self.read_columns(block, columns)
         rows = Rows(
             source=table["source"].to_numpy(),
             source_row=table["row"].to_numpy(),
@@ -104,7 +104,7 @@ class ShardReader:
 
     def read_text(self, block: int) -> list[str]:
         """The reports of one block."""
-        return self._read(block, ["text"])["text"].to_pylist()
+        return self.read_columns(block, ["text"])["text"].to_pylist()
 
     def read_table(self) -> pa.Table:
         """The whole table, every column, page checksums verified."""
@@ -126,7 +126,8 @@ class ShardReader:
     ) -> None:
         self.close()
 
-    def _read(self, block: int, columns: list[str]) -> pa.Table:
+    def read_columns(self, block: int, columns: list[str]) -> pa.Table:
+        """The named columns of one block, page checksums verified."""
         try:
             return self._parquet.read_row_group(block, columns=columns, use_threads=False)
         except (OSError, pa.ArrowException) as error:

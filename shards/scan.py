@@ -81,7 +81,7 @@ def _read_rows(
 
 def read_block(reader: ShardReader, block: int, columns: Sequence[str]) -> pa.Table:
     """The named columns of one block, page checksums verified."""
-    return reader._read(block, list(columns))
+    return reader.read_columns(block, list(columns))
 
 
 def read_image(reader: ShardReader, row: Mapping[str, Any]) -> bytes:

@@ -7,9 +7,7 @@ A film costs 58 us of one CPU, 380 with its JPEG decoded (EPYC, 27 KB a film). O
 anew under the interpreter lock, so shards go to processes, not to threads.
 """
 
-import ctypes
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -30,6 +28,7 @@ from shards.cli import say
 from shards.errors import InputError
 from shards.leaks import Leaks
 from shards.manifest import read_manifest
+from shards.processes import start_worker
 from shards.schema import MANIFEST_NAME, REJECTS_NAME, Manifest, ShardInfo
 
 DECODE = 16
@@ -38,7 +37,6 @@ DECODE = 16
 RETOKENIZE_NAME = ".retokenize"
 """Folder in a data set that an unfinished `ingest.retokenize` leaves; the set is whole all the same."""
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _WORTH_PROCESSES = 50_000
 """Samples, a decoded one counting for seven, from which on processes pay (2.5 s alone; starting two takes 1 to 2)."""
 
@@ -125,21 +123,13 @@ def _check_all(root: Path, manifest: Manifest, workers: int, decode: Decode) -> 
         return
     with ExitStack() as stack:
         pool = ProcessPoolExecutor(
-            min(workers, len(infos)), get_context("spawn"), initializer=_start_worker, initargs=(os.getpid(),)
+            min(workers, len(infos)), get_context("spawn"), initializer=start_worker, initargs=(os.getpid(),)
         )
         stack.callback(pool.shutdown, cancel_futures=True)
         try:
             yield from _in_order(pool, root, manifest, infos, decode, workers)
         except BrokenProcessPool:
             raise InputError("a worker process was killed (out of memory?); try again with fewer --workers") from None
-
-
-def _start_worker(parent: int) -> None:
-    """Leave Ctrl-C to the parent, which says so, and die with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _in_order(

@@ -5,7 +5,6 @@ machine, so that asking "does anyone want to stop?" never waits for a device.
 """
 
 import contextlib
-import ctypes
 import datetime
 import os
 import signal
@@ -20,10 +19,10 @@ import torch.distributed as dist
 
 from pipeline.batch import World
 from shards.errors import InputError
+from shards.processes import die_with_parent
 
 Result = TypeVar("Result")
 
-_PR_SET_PDEATHSIG = 1
 TIMEOUT = datetime.timedelta(minutes=10)
 
 
@@ -112,7 +111,7 @@ def end_with_parent() -> None:
     A torchrun that is killed outright leaves its workers running (measured with torch 2.14): they would wait for each
     other, or go on writing to the run's folder beside those that are started next.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    die_with_parent(signal.SIGTERM)
     init = Path("/proc/1/cmdline").read_bytes()
     if os.getppid() == 1 and "TORCHELASTIC_RUN_ID" in os.environ and b"torch" not in init:
         raise SystemExit(1)
