@@ -63,12 +63,12 @@ class Body:
         width = (
             p.chest
             * p.heart
-            * (1.10 if self.e.view == "AP" else 1.0)
+            * (1.06 if self.e.view == "AP" else 1.0)
             * (1 + self.f.heart)
             * (1.06 - 0.1 * self.e.breath)
         )
         floor = self.base - 0.02
-        tall = p.chest * p.heart * (1 + 0.45 * self.f.heart) * (0.95 + 0.15 * p.tilt)
+        tall = p.chest * p.heart * (1 + 0.65 * self.f.heart) * (0.95 + 0.15 * p.tilt)
         left = self._oval(x - 0.42 * width, self.y - (floor - 0.62 * tall), 0.92 * width, tall, 0.5 + 0.5 * p.tilt)
         right = self._oval(x + 0.10 * width, self.y - (floor - 0.75 * tall), 0.66 * width, 0.95 * tall, 0.0)
         knob = self._oval(
@@ -94,7 +94,7 @@ class Body:
         t = np.clip(self.down - np.float32(0.22 * depth), 0, 1)
         rest = 1 - t
         edge = self.lateral * (1 - np.float32(depth) * (1 - np.float32(0.75) * t)) * np.sqrt(1 - rest**4)
-        return 1 - step((self.x * sign(side) - edge) * 70) * (self.lungs[side] > 0.05)
+        return 1 - step((self.x * sign(side) - edge) * 48) * (self.lungs[side] > 0.05)
 
     # Tissue
 
@@ -184,7 +184,7 @@ class Body:
             self._shoulder(ribs, side)
         for number in range(13):
             self._vertebra(spine, self.p.apex - 0.22 + number * 0.125)
-        layer = np.float32(0.17) * ribs.layer(0.8) * (
+        layer = np.float32(0.13) * ribs.layer(0.8) * (
             1 - np.float32(0.75) * step((self.y - np.float32(self.base + 0.04)) * 7)
         ) + np.float32(0.22) * spine.layer(2.2)
         return np.float32(self.p.bone) * layer

@@ -177,9 +177,9 @@ class Findings:
     effusions: tuple[Effusion, ...] = ()
     pneumothorax: Pneumothorax | None = None
     heart: float = 0.0
-    """Enlargement of the heart, 0 or 0.22-0.55."""
+    """Enlargement of the heart, 0 or 0.40-0.68."""
     edema: float = 0.0
-    """Strength of pulmonary edema, 0 or 0.45-1."""
+    """Strength of pulmonary edema, 0 or 0.6-1.1."""
     devices: tuple[Device, ...] = ()
 
     def present(self) -> dict[str, bool]:
@@ -252,7 +252,7 @@ def _exposure(draw: Draw) -> Exposure:
     tall = draw.unit()
     return Exposure(
         view="AP" if portable else "PA",
-        roll=draw.bell(0.10 if portable else 0.05),
+        roll=draw.bell(0.08 if portable else 0.04),
         turn=draw.bell(0.045 if portable else 0.02),
         shift=(draw.bell(0.06), draw.bell(0.06)),
         zoom=draw.between(0.98, 1.36),
@@ -271,9 +271,9 @@ def _findings(draw: Draw) -> Findings:
     if draw.chance(NORMAL_RATE):
         return Findings()
     has = {label: draw.chance(rate) for label, rate in PREVALENCE.items()}
-    lungs = Pneumothorax(side=draw.pick(SIDES), depth=draw.between(0.25, 0.6)) if has["Pneumothorax"] else None
+    lungs = Pneumothorax(side=draw.pick(SIDES), depth=draw.between(0.3, 0.65)) if has["Pneumothorax"] else None
     effusions = (
-        _sided(draw, lambda side: Effusion(side=side, amount=draw.between(0.15, 1.0)))
+        _sided(draw, lambda side: Effusion(side=side, amount=draw.between(0.35, 1.0)))
         if has["Pleural Effusion"]
         else ()
     )
@@ -282,8 +282,8 @@ def _findings(draw: Draw) -> Findings:
         opacities=_sided(draw, lambda side: _opacity(draw, side)) if has["Lung Opacity"] else (),
         effusions=effusions,
         pneumothorax=lungs,
-        heart=draw.between(0.22, 0.55) if has["Cardiomegaly"] else 0.0,
-        edema=draw.between(0.45, 1.0) if has["Edema"] else 0.0,
+        heart=draw.between(0.40, 0.68) if has["Cardiomegaly"] else 0.0,
+        edema=draw.between(0.6, 1.1) if has["Edema"] else 0.0,
         devices=_devices(draw, drained) if has["Support Devices"] else (),
     )
 
@@ -299,7 +299,7 @@ def _opacity(draw: Draw, side: str) -> Opacity:
         side=side,
         across=draw.between(0.35, 0.85),
         down=draw.between(0.12, 0.92),
-        size=draw.between(0.16, 0.34),
+        size=draw.between(0.18, 0.36),
         strength=draw.between(0.55, 1.0),
         grain=draw.unit(),
     )

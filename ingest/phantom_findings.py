@@ -20,7 +20,7 @@ def lung_findings(body: Body) -> Array:
     for number, _ in enumerate(body.f.opacities):
         density = np.maximum(density, _opacity(body, number))
     fluid = _fluid(body)
-    density = density * (1 - fluid) + np.float32(0.46) * fluid
+    density = density * (1 - fluid) + np.float32(0.54) * fluid
     return density + _free_air(body) if body.f.pneumothorax else density
 
 
@@ -36,7 +36,7 @@ def _opacity(body: Body, number: int) -> Array:
     patch = step((1 - r2 + np.float32(0.9) * rough) * np.float32(1.1))
     broken = 1 + np.float32(0.2 + 0.6 * o.grain) * body.field.smooth(11 + 3 * number, 34)
     return (
-        np.float32(0.44 * o.strength) * patch * np.clip(broken, 0, 2) * body.room() * step(body.x * sign(o.side) * 30)
+        np.float32(0.55 * o.strength) * patch * np.clip(broken, 0, 2) * body.room() * step(body.x * sign(o.side) * 30)
     )
 
 
@@ -56,7 +56,7 @@ def _fluid(body: Body) -> Array:
     total = np.zeros_like(body.x)
     for effusion in body.f.effusions:
         across = np.clip(body.x * sign(effusion.side) / np.maximum(body.lateral, np.float32(0.1)), 0, 1.2)
-        surface = body.base + body.p.dome * 0.9 - 0.10 - 0.50 * effusion.amount
+        surface = body.base + body.p.dome * 0.9 - 0.10 - 0.58 * effusion.amount
         top = surface + np.float32(0.16) * (1 - across * across) + np.float32(0.02) * body.field.smooth(30, 9)
         total = np.maximum(total, step((body.y - top) * np.float32(12)) * (body.lungs[effusion.side]))
     return total * (1 - np.float32(0.8) * body.heart)
@@ -67,7 +67,7 @@ def _free_air(body: Body) -> Array:
     inside = body.expanded()
     assert body.f.pneumothorax is not None
     line = 4 * inside * (1 - inside) * body.lungs[body.f.pneumothorax.side]
-    return np.float32(0.26) * line - np.float32(0.13) * (1 - inside) * body.room()
+    return np.float32(0.45) * line - np.float32(0.22) * (1 - inside) * body.room()
 
 
 def devices(body: Body) -> Array:
@@ -77,7 +77,7 @@ def devices(body: Body) -> Array:
     lines = Lines(body.frame)
     for device in body.f.devices:
         _DEVICES[device.kind](lines, body, device)
-    return np.float32(0.85) * lines.layer(0.4)
+    return np.float32(0.75) * lines.layer(0.4)
 
 
 def _ett(lines: Lines, body: Body, device: Device) -> None:

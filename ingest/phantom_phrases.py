@@ -6,7 +6,7 @@ NOUNS = {
     "Lung Opacity": ("consolidation", "lung opacity", "focal consolidation", "airspace opacity"),
     "Pleural Effusion": ("pleural effusion", "effusion"),
     "Pneumothorax": ("pneumothorax",),
-    "Support Devices": ("support devices", "lines or tubes"),
+    "Support Devices": ("lines or tubes",),
 }
 """What a finding is called where it is denied or left open."""
 
@@ -17,7 +17,6 @@ STATED = {
         "Cardiomegaly is present.",
         "Enlarged cardiac silhouette.",
         "There is {degree} enlargement of the heart.",
-        "Heart size is {degree}ly increased.",
         "{degree}ly enlarged heart.",
         "Cardiomegaly.",
     ),
@@ -45,11 +44,11 @@ STATED = {
         "{size} {sides} pleural {effusion}.",
         "There is {size} {sides} pleural effusion.",
         "{sides} pleural effusion is {size}.",
-        "Blunting of the {sides} costophrenic {angle} from {size} effusion.",
         "{sides} pleural {effusion}.",
         "{size} {sides} {effusion}.",
         "Pleural effusion is present {place}.",
         "Layering {sides} pleural fluid, {size}.",
+        "Dependent {sides} pleural fluid, {size}.",
     ),
     "Pneumothorax": (
         "{size} {sides} pneumothorax.",
@@ -102,7 +101,7 @@ DEVICES = {
 
 ALL_DEVICES = (
     "Support devices are present.",
-    "Lines and tubes as described.",
+    "Support devices as described.",
     "Support devices in place.",
     "Support devices in standard position.",
 )
@@ -114,44 +113,34 @@ DENIALS = ("No {}.", "No {}.", "No evidence of {}.", "There is no {}.", "No {} i
 ALONE = {
     "Cardiomegaly": (
         "Heart size is normal.",
-        "The heart is not enlarged.",
-        "Normal cardiac silhouette.",
-        "No cardiomegaly.",
         "The heart is normal in size.",
+        "Normal heart size.",
+        "The cardiac contour is normal.",
     ),
     "Edema": (
-        "No pulmonary edema.",
         "The pulmonary vasculature is normal.",
-        "No overt pulmonary edema.",
         "Normal pulmonary vascularity.",
+        "The vasculature is unremarkable.",
     ),
     "Lung Opacity": (
-        "The lungs are clear.",
-        "No focal consolidation.",
-        "No lung opacity.",
-        "Lungs are well aerated and clear.",
-        "No airspace disease.",
+        "No infiltrate.",
+        "The lungs are free of infiltrate.",
+        "The airspaces are clear.",
+        "Clear airspaces.",
     ),
     "Pleural Effusion": (
-        "No pleural effusion.",
         "The costophrenic angles are sharp.",
-        "No pleural fluid on either side.",
-        "Both the right and left costophrenic angles are clear.",
+        "Sharp costophrenic angles.",
+        "Both the right and left costophrenic angles are sharp.",
     ),
     "Pneumothorax": (
-        "No pneumothorax.",
-        "No pneumothorax on the right or left.",
-        "No visible pneumothorax.",
         "The lungs are fully expanded.",
+        "Both lungs are fully expanded.",
+        "The right and left lung are fully expanded.",
     ),
-    "Support Devices": (
-        "No support devices.",
-        "No lines or tubes.",
-        "No support devices are present.",
-        "Free of lines and tubes.",
-    ),
+    "Support Devices": ("No lines or tubes.", "Free of lines and tubes.", "There are no lines or tubes."),
 }
-"""Sentences that deny one finding."""
+"""Sentences that deny one finding, mostly in words of their own, as radiologists describe what is normal."""
 
 HEDGES = ("Possible {}.", "Questionable {}.", "Findings may represent {}.", "Equivocal for {}.")
 """Sentences that leave a noun open."""

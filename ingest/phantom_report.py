@@ -41,7 +41,7 @@ def write_report(case: Case) -> Report:
 
 def _choose(case: Case, draw: Draw) -> dict[str, int | None]:
     """What the report says of each finding. Present ones are nearly always stated, others as the writer pleases."""
-    thorough = draw.pick((0.4, 0.7, 0.95))
+    thorough = draw.pick((0.4, 0.9, 1.0))
     labels: dict[str, int | None] = {}
     for label, present in case.findings.present().items():
         hedged, told = draw.chance(0.04) and label != "Support Devices", draw.chance(thorough)
@@ -53,17 +53,17 @@ def _state(case: Case, label: str, draw: Draw) -> str:
     """One finding, as a sentence or a few."""
     f = case.findings
     if label == "Cardiomegaly":
-        return _fill(draw.pick(STATED[label]), degree=_grade(f.heart, 0.3, 0.42, ("mild", "moderate", "marked")))
+        return _fill(draw.pick(STATED[label]), degree=_grade(f.heart, 0.48, 0.58, ("mild", "moderate", "marked")))
     if label == "Edema":
-        return _fill(draw.pick(STATED[label]), degree=_grade(f.edema, 0.62, 0.82, ("mild", "moderate", "severe")))
+        return _fill(draw.pick(STATED[label]), degree=_grade(f.edema, 0.76, 0.94, ("mild", "moderate", "severe")))
     if label == "Lung Opacity":
         return _fill(draw.pick(STATED[label]), patch=draw.pick(PATCHES), where=_where(f.opacities))
     if label == "Pleural Effusion":
-        size = _grade(max(e.amount for e in f.effusions), 0.4, 0.75, ("small", "moderate", "large"))
+        size = _grade(max(e.amount for e in f.effusions), 0.5, 0.8, ("small", "moderate", "large"))
         return _fill(draw.pick(STATED[label]), size=size, **_sides([e.side for e in f.effusions]))
     if label == "Pneumothorax":
         assert f.pneumothorax is not None
-        size = _grade(f.pneumothorax.depth, 0.36, 0.48, ("small", "moderate", "large"))
+        size = _grade(f.pneumothorax.depth, 0.4, 0.52, ("small", "moderate", "large"))
         return _fill(draw.pick(STATED[label]), size=size, sides=f.pneumothorax.side)
     return _tubes(f.devices, draw)
 
@@ -106,7 +106,7 @@ def _hedge(label: str, draw: Draw) -> str:
 
 def _deny(labels: list[str], draw: Draw) -> list[str]:
     """Denials: a finding in a sentence of its own, or two that share one."""
-    alone = [label for label in labels if draw.chance(0.6)]
+    alone = [label for label in labels if draw.chance(0.8)]
     shared = _shuffled([draw.pick(NOUNS[label]) for label in labels if label not in alone], draw)
     pairs = [" or ".join(shared[start : start + 2]) for start in range(0, len(shared), 2)]
     return [draw.pick(ALONE[label]) for label in alone] + [draw.pick(DENIALS).format(pair) for pair in pairs]

@@ -26,7 +26,7 @@ class ModelConfig:
     """The image tower: tiny."""
     widths: tuple[int, int, int, int] = (16, 32, 64, 128)
     """Channels of the image tower at 1/2, 1/4, 1/8 and 1/16 of the image's size."""
-    embed_dim: int = 128
+    embed_dim: int = 64
     """Width of the shared embedding."""
     text_width: int = 64
     text_layers: int = 2
