@@ -14,14 +14,14 @@ def tiny() -> TrainConfig:
         shards=tyro.MISSING,
         out=tyro.MISSING,
         preset="tiny",
-        steps=1200,
-        batch_size=32,
+        steps=800,
+        batch_size=64,
         log_every=10,
         validate_every=100,
         save_every=100,
         data=DataConfig(flip_guard=True),
         model=ModelConfig(),
-        optim=OptimConfig(lr=2e-3, schedule="cosine", warmup=50, weight_decay=0.05, clip=1.0),
+        optim=OptimConfig(lr=3e-3, schedule="cosine", warmup=50, weight_decay=0.2, clip=1.0),
     )
 
 
