@@ -142,9 +142,7 @@ class CpuBackend:
 
     def _decode(self) -> None:
         image = self._manifest.image
-        kernel = ImageKernel(
-            height=image.height, width=image.width, size=self._config.image_size, normalise=self._normalise
-        )
+        kernel = ImageKernel(image, size=self._config.image_size, normalise=self._normalise)
         while (task := self._tasks.get()) is not None:
             try:
                 self._run(kernel, task)

@@ -28,7 +28,9 @@ DALI_DTYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "FLOAT"}
 """Loader dtype -> DALI's; it has no bfloat16, which torch makes from FLOAT."""
 
 
-def build_graph(config: LoaderConfig, source: Any, *, batch_size: int, threads: int, device: torch.device) -> Any:
+def build_graph(
+    config: LoaderConfig, spec: ImageSpec, source: Any, *, batch_size: int, threads: int, device: torch.device
+) -> Any:
     """A DALI pipeline with one output (H, W, 3) for what `source()` returns, in batches.
 
     `source` gives lists or arrays over n samples: encoded bytes (uint8, 1-D), box start y, x (int32), box size h, w
@@ -50,7 +52,10 @@ def build_graph(config: LoaderConfig, source: Any, *, batch_size: int, threads: 
             dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
             ndim=[1, 1, 1, 0],
         )
-        pixels = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.GRAY)
+        if spec.codec == "raw":
+            pixels = fn.reshape(encoded.gpu() if gpu else encoded, shape=[spec.height, spec.width, 1], layout="HWC")
+        else:
+            pixels = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.GRAY)
         crop = fn.slice(pixels, start, size, axes=(0, 1))
         small = fn.resize(
             crop,
@@ -102,6 +107,7 @@ class DaliBackend:
         self._failed: BaseException | None = None
         self._graph = build_graph(
             config,
+            manifest.image,
             self._source,
             batch_size=config.batch_size // world.size,
             threads=thread_count(config, world),
@@ -206,8 +212,11 @@ class DaliBackend:
 
 
 def check_headers(encoded: Encoded, spec: ImageSpec, split: str) -> None:
-    """InputError where an image is no JPEG of the data set's size: inside DALI it would cost the batch its name."""
+    """InputError where an image is not what the data set says: inside DALI it would cost the batch its name."""
     for index, image in enumerate(encoded.images):
+        if spec.codec != "jpeg":
+            _check_other(encoded, index, spec, split)
+            continue
         try:
             height, width, *_ = simplejpeg.decode_jpeg_header(image)
         except ValueError as error:
@@ -217,3 +226,12 @@ def check_headers(encoded: Encoded, spec: ImageSpec, split: str) -> None:
                 f"{encoded.describe(index, split)} is {height}x{width}, the manifest says {spec.height}x{spec.width}; "
                 "ingest again"
             )
+
+
+def _check_other(encoded: Encoded, index: int, spec: ImageSpec, split: str) -> None:
+    """Bare pixels must have the right number; DALI itself says of the other codecs what is wrong."""
+    size = len(encoded.images[index])
+    if spec.codec == "raw" and size != spec.height * spec.width:
+        raise InputError(
+            f"{encoded.describe(index, split)} has {size:,} bytes, not {spec.height} x {spec.width}; ingest again"
+        )

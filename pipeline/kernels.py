@@ -11,6 +11,9 @@ import simplejpeg
 import torch
 from numpy.typing import NDArray
 
+from shards.encodings import decode
+from shards.schema import ImageSpec
+
 _resize = torch.ops.aten._upsample_bicubic2d_aa
 
 
@@ -30,8 +33,9 @@ class Normalise:
 class ImageKernel:
     """Turns one image at a time; holds the scratch space of one thread."""
 
-    def __init__(self, *, height: int, width: int, size: int, normalise: Normalise) -> None:
-        self._shape = (height, width)
+    def __init__(self, spec: ImageSpec, *, size: int, normalise: Normalise) -> None:
+        height, width = self._shape = spec.height, spec.width
+        self._spec = spec
         self._size = [size, size]
         self._normalise = normalise
         self._pixels = np.empty((height, width, 1), dtype=np.uint8)
@@ -51,6 +55,9 @@ class ImageKernel:
         self._normalise.write(self._grey_tensor, out)
 
     def _decode(self, image: NDArray[np.uint8]) -> None:
+        if self._spec.codec != "jpeg":
+            self._pixels[..., 0] = decode(image.data, self._spec)
+            return
         pixels = simplejpeg.decode_jpeg(image, "GRAY", buffer=self._pixels)
         if pixels.shape[:2] != self._shape:
             raise ValueError(f"the image is {pixels.shape[0]}x{pixels.shape[1]}, not {self._shape[0]}x{self._shape[1]}")

@@ -144,11 +144,8 @@ def _make_reader(
     config: LoaderConfig, manifest: Manifest, world: World, order: Order, streams: int, position: int
 ) -> BlockReader:
     shards, image = manifest.splits[config.split], manifest.image
-    if (image.codec, image.channels) != ("jpeg", 1):
-        raise InputError(
-            f"{config.shards} holds {image.channels}-channel {image.codec} images; the backends here read grey JPEG: "
-            "ingest with that"
-        )
+    if image.channels != 1:
+        raise InputError(f"{config.shards} holds images of {image.channels} channels; the backends here read grey ones")
     memory = config.memory_mb << 20
     check_memory(manifest, shards, memory, 1 if config.mode == "eval" else streams // world.size)
     return BlockReader(Path(config.shards), manifest, shards, order.visits(position, world), memory)

@@ -23,7 +23,7 @@ class Encoding:
     """One codec."""
 
     encode: Callable[[Pixels, ImageSpec], bytes]
-    decode: Callable[[bytes, ImageSpec], Pixels]
+    decode: Callable[[bytes | memoryview, ImageSpec], Pixels]
     lossless: bool
 
 
@@ -34,7 +34,7 @@ def encode(pixels: Pixels, spec: ImageSpec) -> bytes:
     return ENCODINGS[spec.codec].encode(np.ascontiguousarray(pixels), spec)
 
 
-def decode(content: bytes, spec: ImageSpec) -> Pixels:
+def decode(content: bytes | memoryview, spec: ImageSpec) -> Pixels:
     """Bytes to (H, W) grey levels. ValueError where they are damaged or of another size."""
     try:
         pixels = ENCODINGS[spec.codec].decode(content, spec)
@@ -52,7 +52,7 @@ def _encode_jpeg(pixels: Pixels, spec: ImageSpec) -> bytes:
     )
 
 
-def _decode_jpeg(content: bytes, spec: ImageSpec) -> Pixels:  # noqa: ARG001  (the header holds the size)
+def _decode_jpeg(content: bytes | memoryview, spec: ImageSpec) -> Pixels:  # noqa: ARG001  (the header holds the size)
     return simplejpeg.decode_jpeg(content, "GRAY")[..., 0]
 
 
@@ -62,7 +62,7 @@ def _pillow(name: str, **options: object) -> Encoding:
         Image.fromarray(pixels).save(buffer, format=name, **options)
         return buffer.getvalue()
 
-    def decode_image(content: bytes, spec: ImageSpec) -> Pixels:  # noqa: ARG001
+    def decode_image(content: bytes | memoryview, spec: ImageSpec) -> Pixels:  # noqa: ARG001
         with Image.open(io.BytesIO(content), formats=(name,)) as image:
             return np.asarray(image.convert("L"))
 
@@ -73,7 +73,7 @@ def _encode_raw(pixels: Pixels, spec: ImageSpec) -> bytes:  # noqa: ARG001
     return pixels.tobytes()
 
 
-def _decode_raw(content: bytes, spec: ImageSpec) -> Pixels:
+def _decode_raw(content: bytes | memoryview, spec: ImageSpec) -> Pixels:
     if len(content) != spec.height * spec.width:
         raise ValueError(f"{len(content):,} bytes are not {spec.height} x {spec.width} pixels")
     return np.frombuffer(content, dtype=np.uint8).reshape(spec.height, spec.width)
