@@ -49,7 +49,7 @@ class Body:
         across = self.x * sign(side)
         off = (across - np.float32(0.42 * self.p.chest)) / np.float32(0.58 * self.p.chest)
         floor = self._dome_top(side) + np.float32(self.p.dome) * off * off
-        inner = np.float32(self.p.mediastinum * 0.75) + sign(side) * np.float32(self.e.turn)
+        inner = np.float32(np.float32(self.p.mediastinum * 0.75) + sign(side) * np.float32(self.e.turn))
         return (
             step((self.lateral - across) * 45)
             * step((across - inner) * 40)

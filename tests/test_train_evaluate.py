@@ -58,8 +58,8 @@ def test_the_softmax_of_two_prompts() -> None:
 
 
 def test_prompts_default_to_chexzeros_pair() -> None:
-    assert prompt_for("Pleural Effusion").positive == ("pleural effusion",)
-    assert prompt_for("Pleural Effusion").negative == ("no pleural effusion",)
+    assert prompt_for("Enlarged Hilum").positive == ("enlarged hilum",)
+    assert prompt_for("Enlarged Hilum").negative == ("no enlarged hilum",)
     assert all(prompt.positive and prompt.negative for prompt in PROMPTS.values())
 
 
