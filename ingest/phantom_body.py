@@ -48,8 +48,8 @@ class Body:
         """Mask of one lung inside the rib cage, the mediastinum's strip left out."""
         across = self.x * sign(side)
         off = (across - np.float32(0.42 * self.p.chest)) / np.float32(0.58 * self.p.chest)
-        floor = self._dome_top(side) + np.float32(self.p.dome) * off * off
-        inner = np.float32(np.float32(self.p.mediastinum * 0.75) + sign(side) * np.float32(self.e.turn))
+        floor = np.float32(self._dome_top(side)) + np.float32(self.p.dome) * off * off
+        inner = np.float32(self.p.mediastinum * 0.75) + sign(side) * np.float32(self.e.turn)
         return (
             step((self.lateral - across) * 45)
             * step((across - inner) * 40)
