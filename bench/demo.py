@@ -4,6 +4,7 @@ phantom -> ingest -> torchrun train.main -> train.evaluate -> bench.loader
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shards.atomic import write_atomic
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 
@@ -61,9 +63,19 @@ class Places:
         return self.root / "run"
 
     @property
+    def evaluation(self) -> Path:
+        """Zero-shot AUROC."""
+        return self.run / "evaluation-test.json"
+
+    @property
     def bench(self) -> Path:
         """Results of the loader bench."""
         return self.root / "bench.json"
+
+    @property
+    def result(self) -> Path:
+        """All results together."""
+        return self.root / "demo.json"
 
 
 def demo_commands(config: DemoConfig, places: Places) -> list[list[str]]:
@@ -100,18 +112,20 @@ def run_demo(config: DemoConfig) -> None:
     """Run every command; InputError, naming it, where one fails."""
     places = Places(root=config.out)
     _clear(config.out)
-    started = time.monotonic()
+    started, seconds = time.monotonic(), {}
     for command in demo_commands(config, places):
         shown = "torchrun" if command[0] == "torch.distributed.run" else f"python -m {command[0]}"
         say(f"\n$ {shown} {' '.join(_quoted(word) for word in command[1:])}")
         began = time.monotonic()
-        done = subprocess.run([sys.executable, "-m", *command])
+        # torchrun would set it to the same and say so in four lines.
+        done = subprocess.run([sys.executable, "-m", *command], env={"OMP_NUM_THREADS": "1", **os.environ})
         if done.returncode:
-            raise InputError(
-                f"the demo stopped: {command[0]} ended with exit code {done.returncode}, its message stands above"
-            )
-        say(f"({time.monotonic() - began:.0f} s)")
-    say("\n" + "\n".join(summary(places, time.monotonic() - started)))
+            raise InputError(f"the demo stopped: {command[0]} ended with exit code {done.returncode}, see above")
+        seconds[shown] = round(time.monotonic() - began, 1)
+        say(f"({seconds[shown]:.0f} s)")
+    result = collect(places, {**seconds, "all": round(time.monotonic() - started, 1)})
+    write_atomic(places.result, (json.dumps(result, indent=1) + "\n").encode())
+    say("\n" + "\n".join(summary(places, result)))
 
 
 def _quoted(word: str) -> str:
@@ -127,33 +141,39 @@ def _clear(out: Path) -> None:
     (out / _MARK).touch()
 
 
-def summary(places: Places, seconds: float) -> list[str]:
-    """What came of it: where things are, what the model learnt, how fast the loader is."""
+def collect(places: Places, seconds: dict[str, float]) -> dict[str, Any]:
+    """Everything that came of the demo, with the machine it ran on."""
+    from bench.environment import environment
+
     rows = [json.loads(line) for line in (places.run / "metrics.jsonl").read_text().splitlines()]
-    validation = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
-    result = json.loads((places.run / "evaluation-test.json").read_text())
-    (first_step, first), (last_step, last) = validation[0], validation[-1]
+    return {
+        "environment": environment(),
+        "seconds": seconds,
+        "validation": [{"step": row["step"], "loss": row["val_loss"]} for row in rows if "val_loss" in row],
+        "evaluation": json.loads(places.evaluation.read_text()),
+        "loader": json.loads(places.bench.read_text())["cases"],
+    }
+
+
+def summary(places: Places, result: dict[str, Any]) -> list[str]:
+    """What came of it: where things are, what the model learnt, how fast the loader is."""
+    first, last = result["validation"][0], result["validation"][-1]
     lines = [
-        f"The demo took {seconds / 60:.1f} minutes.",
+        f"The demo took {result['seconds']['all'] / 60:.1f} minutes.",
         f"  shards           {places.shards}",
         f"  checkpoint       {places.run / 'best.pt'}",
         f"  curves           {places.run / 'curves.png'}",
-        f"  results          {places.run / 'evaluation-test.json'}, {places.bench}",
-        f"  validation loss  {first:.3f} at step {first_step}, {last:.3f} at step {last_step}",
+        f"  results          {places.result}",
+        f"  validation loss  {first['loss']:.3f} at step {first['step']}, {last['loss']:.3f} at step {last['step']}",
         "  zero-shot AUROC on held-out patients",
     ]
-    scores = {name: score["auroc"] for name, score in result["labels"].items()}
+    scores = {name: score["auroc"] for name, score in result["evaluation"]["labels"].items()}
+    scores["mean"] = result["evaluation"]["mean_auroc"]
     lines += [f"    {name:<28} {auroc:.3f}" for name, auroc in scores.items() if auroc is not None]
-    lines.append(f"    {'mean':<28} {result['mean_auroc']:.3f}")
-    return lines + _bench_lines(json.loads(places.bench.read_text()))
-
-
-def _bench_lines(result: dict[str, Any]) -> list[str]:
-    lines = ["  films/s on this machine, loader alone"]
-    for case in result["cases"]:
-        lines.append(
-            f"    {case['name']:<28} {case['images_per_s']:7,.0f}   {case['ratio_to_hdf5']:.2f}x the HDF5 baseline"
-        )
+    lines.append("  films/s on this machine, loader alone")
+    for case in result["loader"]:
+        rate, ratio = f"{case['images_per_s']:7,.0f}", f"{case['ratio_to_hdf5']:.2f}x the HDF5 baseline"
+        lines.append(f"    {case['name']:<28} {rate}   {ratio}")
     return lines
 
 
