@@ -89,7 +89,9 @@ def test_value_range_is_explicit(tmp_path: Path, table: Path) -> None:
     assert (found[key(20)]["pixels"] == expected).all()
     unit = write_h5(tmp_path / "unit.h5", np.random.default_rng(0).random((40, 320, 320)).astype(np.float32))
     assert_refused(
-        run_module("ingest", "--to-shards", tmp_path / "u", "--h5", unit, "--csv", table), "row 0 of", "not all whole numbers"
+        run_module("ingest", "--to-shards", tmp_path / "u", "--h5", unit, "--csv", table),
+        "row 0 of",
+        "not all whole numbers",
     )
 
 
