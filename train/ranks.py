@@ -96,6 +96,10 @@ def joined() -> Iterator[Ranks]:
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield ranks
+    except SystemExit:
+        # All ranks leave together here. Without this, gloo's threads may abort the process after its exit code was set.
+        dist.destroy_process_group()
+        raise
     except RuntimeError as error:
         # The other rank's own message says why it went; a traceback of ours would bury it.
         if "gloo" not in str(error) or "peer" not in str(error):
