@@ -1,6 +1,7 @@
 """What an ingest needs to know: one source on the command line, or several in a TOML file."""
 
 import dataclasses
+import math
 import os
 import re
 import tomllib
@@ -97,8 +98,12 @@ class IngestConfig(SourceConfig):
     """Seed of the split and of the global shuffle."""
     workers: int | None = None
     """Encoding processes; None for one a CPU of this job's affinity mask."""
-    encoding: Literal["jpeg", "png", "webp", "jpeg2k", "raw"] = "jpeg"
-    """How images are stored; all but jpeg are lossless."""
+    scheduler: str | None = None
+    """Work on a Dask cluster instead of processes: `tcp://HOST:PORT`, `tls://...`, or the scheduler's file (`.json`)."""
+    scheduler_wait: float = 60.0
+    """Seconds to wait for that scheduler, and for a worker whenever it has none."""
+    encoding: Literal["auto", "jpeg", "png", "webp", "jpeg2k", "raw"] = "jpeg"
+    """How images are stored; all but jpeg are lossless. `auto` tries them on some films and says what it takes."""
     quality: int = 95
     """JPEG quality."""
     shard_mb: float = 256.0
@@ -117,6 +122,10 @@ class IngestConfig(SourceConfig):
             raise InputError(f"fractions {self.val_fraction} for val and {self.test_fraction} for test leave no train")
         if self.workers is not None and self.workers < 1:
             raise InputError(f"--workers {self.workers} is not a positive number")
+        if self.workers is not None and self.scheduler is not None:
+            raise InputError("--workers starts processes here, --scheduler uses those of a cluster; give one of them")
+        if not 0 < self.scheduler_wait < math.inf:
+            raise InputError(f"--scheduler-wait {self.scheduler_wait} is not a positive number of seconds")
         if not 1 <= self.quality <= 100:
             raise InputError(f"--quality {self.quality} is not in 1..100")
         if not self.shard_mb > 0:
