@@ -3,19 +3,45 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY_PREFIX = ".tmp-"
+
+_writer: ContextVar[str] = ContextVar("writer", default="")
+"""Stands in the temporary names of this thread's files."""
+
+
+@contextlib.contextmanager
+def writing_as(name: str) -> Iterator[None]:
+    """Inside the block, temporary files carry `name`: for a file that somebody else may be writing at the same time.
+
+    A node that was given up for dead may still be at work; each then finishes its own file, and the last rename wins.
+    What a killed writer leaves is not overwritten by the next try: call `remove_temporary` on the folder.
+    """
+    token = _writer.set(name)
+    try:
+        yield
+    finally:
+        _writer.reset(token)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what killed writers left in a folder that nobody else may be writing to."""
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` for writing; rename it to `path` on success, delete it on any error.
 
-    The temporary name is fixed for a path, so what a killed process left is overwritten by the next try.
+    The temporary name is fixed for a path (unless inside `writing_as`), so what a killed process left is overwritten by
+    the next try.
     """
-    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    temporary = path.with_name(TEMPORARY_PREFIX + _writer.get() + path.name)
     try:
         with open(temporary, "wb") as file:
             yield file
