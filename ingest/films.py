@@ -8,6 +8,7 @@ from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_128_hexdigest
 
 from ingest.config import SourceConfig
 from ingest.images import Fault, read_film
@@ -78,13 +79,35 @@ class FolderFilms:
         self._folder, self._size, self._names, self._first = folder.resolve(), size, names, first
 
     def read(self, first: int, end: int) -> Iterator[Film]:
-        """Films first..end."""
+        """Films first..end. InputError, naming the row, where the storage fails and not the film."""
         for row in range(first, end):
-            yield self._read(self._names[row - self._first])
+            try:
+                yield self._read(self._names[row - self._first])
+            except OSError as error:
+                raise InputError(
+                    f"the image file of row {row} cannot be read ({error.strerror}); run the command again to go on"
+                ) from None
+
+    def stamp(self) -> str:
+        """Digest of the files' sizes and times of change: another one means other films. Nothing is opened."""
+        stamps = [_stamp(self._path(name)) for name in self._names]
+        return xxh3_128_hexdigest("\n".join(stamps).encode())
 
     def _read(self, name: str) -> Film:
-        path = (self._folder / name).resolve()
+        path = self._path(name)
+        return Fault.MISSING if path is None else read_film(path, self._size)
+
+    def _path(self, name: str) -> Path | None:
         # A name from a CSV may say anything; it may not lead out of the folder, by `..` or by a link.
-        if not name.strip() or "\0" in name or not path.is_relative_to(self._folder):
-            return Fault.MISSING
-        return read_film(path, self._size)
+        if not name.strip() or "\0" in name:
+            return None
+        path = (self._folder / name).resolve()
+        return path if path.is_relative_to(self._folder) else None
+
+
+def _stamp(path: Path | None) -> str:
+    try:
+        stat = path.stat() if path else None
+    except OSError:  # missing, or a name that no file can have
+        stat = None
+    return f"{stat.st_size} {stat.st_mtime_ns}" if stat else ""
