@@ -1,5 +1,6 @@
 """Phase two: one shard at a time from the spills, in the order of the global shuffle. Runs in worker processes."""
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ingest.encode import Spills
+from ingest.encode import SpillReader
+from ingest.rows import RowReader
 from shards.atomic import write_atomic
+from shards.digest import file_digest
 from shards.reader import check_file
 from shards.schema import FileInfo, ImageSpec, ShardInfo
 from shards.writer import Sample, ShardWriter
@@ -24,8 +27,9 @@ class AssembleTask:
     """Where the spills and the notes on finished shards lie."""
     name: str
     starts: NDArray[np.int64]
-    """First row of each spill, all sources counted through."""
+    """(spills,) first row of each spill, all sources counted through."""
     image: ImageSpec
+    context: int
     labels: tuple[str, ...]
     block_rows: int
     group_range: tuple[int, int] | None
@@ -35,15 +39,10 @@ class AssembleTask:
     """(n,) source of each row."""
     source_rows: NDArray[np.int64]
     """(n,) row in the source."""
-    texts: list[str]
-    tokens: NDArray[np.uint16]
-    """(n, context)"""
-    token_counts: NDArray[np.int64]
-    truncated: NDArray[np.bool_]
-    side_words: NDArray[np.bool_]
-    groups: NDArray[np.int64]
-    values: NDArray[np.float32]
-    """(n, labels), NaN for unknown."""
+    offsets: NDArray[np.int64]
+    """(n,) where the image lies in its spill."""
+    sizes: NDArray[np.int32]
+    """(n,) bytes of the image."""
 
 
 def assemble_shard(task: AssembleTask) -> ShardInfo:
@@ -56,43 +55,45 @@ def assemble_shard(task: AssembleTask) -> ShardInfo:
         task.folder,
         task.name,
         image=task.image,
-        context=task.tokens.shape[1],
+        context=task.context,
         labels=task.labels,
         block_rows=task.block_rows,
         groups=task.group_range,
     )
-    spills = Spills(task.work, task.starts)
-    with writer:
-        for number in range(len(task.rows)):
-            writer.add(_sample(task, spills, number))
-    spills.close()
+    with contextlib.closing(SpillReader(task.work, task.starts)) as spills, RowReader(task.work) as rows, writer:
+        for number, row in enumerate(task.rows.tolist()):
+            image = spills.image(row, int(task.offsets[number]), int(task.sizes[number]))
+            writer.add(_sample(task, number, image, *rows.read(row)))
     write_atomic(note, json.dumps(asdict(writer.info)).encode())
     return writer.info
 
 
-def _sample(task: AssembleTask, spills: Spills, number: int) -> Sample:
+def _sample(task: AssembleTask, number: int, image: bytes, record: np.void, text: str) -> Sample:
     return Sample(
         source=int(task.sources[number]),
         row=int(task.source_rows[number]),
-        image=spills.image(int(task.rows[number])),
-        text=task.texts[number],
-        tokens=task.tokens[number],
-        token_count=int(task.token_counts[number]),
-        truncated=bool(task.truncated[number]),
-        side_words=bool(task.side_words[number]),
-        group=int(task.groups[number]),
-        labels=tuple(None if np.isnan(value) else float(value) for value in task.values[number]),
+        image=image,
+        text=text,
+        tokens=record["tokens"],
+        token_count=int(record["token_count"]),
+        truncated=bool(record["truncated"]),
+        side_words=bool(record["side_words"]),
+        group=int(record["group"]),
+        labels=tuple(None if np.isnan(value) else float(value) for value in record["labels"]),
     )
 
 
 def _read_note(note: Path, folder: Path) -> ShardInfo | None:
-    """The shard that a note describes, if its files are there in the sizes noted."""
+    """The shard that a note describes, if its files are there, every byte as noted."""
     try:
         fields = json.loads(note.read_bytes())
         files = {kind: FileInfo(**fields[kind]) for kind in ("tar", "idx", "parquet")}
         info = ShardInfo(**fields | files)
         for kind, expected in files.items():
-            check_file(folder / f"{info.name}.{kind}", expected)
-    except (OSError, ValueError):
+            path = folder / f"{info.name}.{kind}"
+            check_file(path, expected)
+            if file_digest(path) != expected.xxh3:  # the size survives a power loss that the content does not
+                return None
+    except (OSError, ValueError, TypeError, KeyError):
         return None
     return info

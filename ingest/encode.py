@@ -4,6 +4,8 @@ Runs in worker processes; imports neither torch nor open_clip.
 """
 
 import os
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -17,13 +19,11 @@ from ingest.config import SourceConfig
 from ingest.films import Film, FolderFilms, H5Films
 from ingest.images import Fault
 from shards.atomic import atomic_file
+from shards.digest import DIGEST_SIZE, HashingFile, stream_digest
 from shards.encodings import decode, encode
+from shards.errors import InputError
 from shards.schema import ImageSpec
 
-RANGE_ROWS = 256
-"""About as many rows make a spill, whatever the worker count: an interrupted ingest may go on with another."""
-_MEASURE_EVERY = 16
-"""Every so many rows the image is decoded again to measure what it lost."""
 _MODEL_SIZE = 224
 
 RECORD = np.dtype(
@@ -39,6 +39,11 @@ RECORD = np.dtype(
 )
 
 
+_TRAILER = struct.Struct("<q16s")
+"""Rows, and the stamp of the image files; the digest of everything before follows."""
+_NO_STAMP = "00" * 16
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodeTask:
     """One range of a source's rows to encode."""
@@ -52,32 +57,64 @@ class EncodeTask:
     wanted: NDArray[np.bool_]
     """(end - first,) rows to encode; the others are only looked at."""
     image: ImageSpec
+    measure_every: int
+    """Every so many rows the image is decoded again to measure what it lost: 3 ms."""
     spill: Path
-    """Path of the spill without its suffix; `.bin` and `.npy` are written, the latter last."""
 
 
 def encode_range(task: EncodeTask) -> int:
-    """Write one spill; returns the number of rows done. A spill that is there already is kept."""
-    if not task.spill.with_suffix(".npy").exists():
-        records = np.zeros(task.end - task.first, dtype=RECORD)
-        with atomic_file(task.spill.with_suffix(".bin")) as file:
-            if task.source.images is None:
-                with H5Films(task.source) as films:
-                    _encode_films(films.read(task.first, task.end), task, records, file)
-            else:
-                folder = FolderFilms(task.source.images, task.source.image_size, task.names, task.first)
-                _encode_films(folder.read(task.first, task.end), task, records, file)
-        with atomic_file(task.spill.with_suffix(".npy")) as file:
-            np.save(file, records, allow_pickle=False)
+    """Write one spill; returns the number of rows done. A spill that is there already, and whole, is kept.
+
+    InputError where image files changed since it was made.
+    """
+    source = task.source
+    if source.images is None:
+        if not _is_whole(task, _NO_STAMP):
+            with H5Films(source) as films:
+                _write_spill(films.read(task.first, task.end), task, _NO_STAMP)
+        return task.end - task.first
+    folder = FolderFilms(source.images, source.image_size, task.names, task.first)
+    stamp = folder.stamp()
+    if not _is_whole(task, stamp):
+        _write_spill(folder.read(task.first, task.end), task, stamp)
     return task.end - task.first
 
 
-def _encode_films(films, task: EncodeTask, records: NDArray[np.void], file: BinaryIO) -> None:
-    for number, film in enumerate(films):
-        _encode_row(number, film, task, records[number], file)
+def _write_spill(films: Iterator[Film], task: EncodeTask, stamp: str) -> None:
+    """Images end to end, a record a row, a trailer with the digest of all of it: for a disk that lost power."""
+    records = np.zeros(task.end - task.first, dtype=RECORD)
+    with atomic_file(task.spill) as file:
+        sink = HashingFile(file)
+        for number, film in enumerate(films):
+            _encode_row(number, film, task, records[number], sink)
+        sink.write(records.tobytes() + _TRAILER.pack(len(records), bytes.fromhex(stamp)))
+        file.write(sink.digest)
 
 
-def _encode_row(number: int, film: Film, task: EncodeTask, record: np.void, file: BinaryIO) -> None:
+def _is_whole(task: EncodeTask, stamp: str) -> bool:
+    """Whether an earlier run finished this spill and it still is what it was. InputError where it had other films."""
+    try:
+        with open(task.spill, "rb") as file:
+            found = stream_digest(file, os.fstat(file.fileno()).st_size - DIGEST_SIZE)
+            sound = found == file.read()
+            rows, before = _read_trailer(file)
+    except (OSError, ValueError, struct.error):
+        return False
+    if sound and before != bytes.fromhex(stamp):
+        raise InputError(
+            f"image files of rows {task.first:,} to {task.end - 1:,} changed since this ingest was begun; "
+            "restore them, or empty the output folder to begin anew"
+        )
+    return sound and rows == task.end - task.first
+
+
+def _read_trailer(file: BinaryIO) -> tuple[int, bytes]:
+    """Rows and stamp, from near the end of a spill; the records end where they begin."""
+    file.seek(-_TRAILER.size - DIGEST_SIZE, os.SEEK_END)
+    return _TRAILER.unpack(file.read(_TRAILER.size))
+
+
+def _encode_row(number: int, film: Film, task: EncodeTask, record: np.void, sink: HashingFile) -> None:
     record["error"] = record["resized_error"] = record["resized_difference"] = np.nan
     record["fault"] = film if isinstance(film, Fault) else blank(film)
     if isinstance(film, Fault):
@@ -86,9 +123,8 @@ def _encode_row(number: int, film: Film, task: EncodeTask, record: np.void, file
     if record["fault"] or not task.wanted[number]:
         return
     encoded = encode(film, task.image)
-    record["offset"], record["size"] = file.tell(), len(encoded)
-    file.write(encoded)
-    if (task.first + number) % _MEASURE_EVERY == 0:
+    record["offset"], record["size"] = sink.written, sink.write(encoded)
+    if (task.first + number) % task.measure_every == 0:
         _measure(film, decode(encoded, task.image), record)
 
 
@@ -112,22 +148,32 @@ def _difference(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[
     return before.astype(np.float32) - after
 
 
-class Spills:
-    """All records of phase one, and the images by row. 37 bytes a row in memory, file handles bounded."""
+def read_records(folder: Path, starts: NDArray[np.int64]) -> NDArray[np.void]:
+    """(rows,) RECORDs of all spills; `starts` are the numbers of their first rows, all sources counted through."""
+    return np.concatenate([_read_records(spill_path(folder, int(row))) for row in starts])
 
-    _MAX_OPEN = 128
+
+def _read_records(spill: Path) -> NDArray[np.void]:
+    with open(spill, "rb") as file:
+        size = _read_trailer(file)[0] * RECORD.itemsize
+        file.seek(-_TRAILER.size - DIGEST_SIZE - size, os.SEEK_END)
+        return np.frombuffer(file.read(size), dtype=RECORD)
+
+
+class SpillReader:
+    """Encoded images by row, out of a bounded number of open files."""
+
+    _MAX_OPEN = 256
 
     def __init__(self, folder: Path, starts: NDArray[np.int64]) -> None:
         """`starts`: (spills,) the number of each spill's first row, all sources counted through."""
         self._folder, self._starts = folder, starts
         self._open: dict[int, int] = {}
-        self.records = np.concatenate([np.load(spill_path(folder, int(row)).with_suffix(".npy")) for row in starts])
 
-    def image(self, row: int) -> bytes:
-        """The encoded image of a row that was encoded."""
-        record = self.records[row]
+    def image(self, row: int, offset: int, size: int) -> bytes:
+        """The encoded image of a row, from where its record says it lies."""
         start = int(self._starts[np.searchsorted(self._starts, row, side="right") - 1])
-        return os.pread(self._handle(start), int(record["size"]), int(record["offset"]))
+        return os.pread(self._handle(start), size, offset)
 
     def close(self) -> None:
         """Close the file handles."""
@@ -138,10 +184,10 @@ class Spills:
         if first not in self._open:
             if len(self._open) >= self._MAX_OPEN:
                 os.close(self._open.pop(next(iter(self._open))))
-            self._open[first] = os.open(spill_path(self._folder, first).with_suffix(".bin"), os.O_RDONLY | os.O_CLOEXEC)
+            self._open[first] = os.open(spill_path(self._folder, first), os.O_RDONLY | os.O_CLOEXEC)
         return self._open[first]
 
 
 def spill_path(folder: Path, first: int) -> Path:
-    """Where the spill that starts at row `first`, all sources counted through, lies; without its suffix."""
-    return folder / f"spill-{first:010d}"
+    """Where the spill that starts at row `first`, all sources counted through, lies."""
+    return folder / f"{first:010d}.spill"

@@ -8,7 +8,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ingest.config import IngestConfig, SourceConfig
-from ingest.encode import RANGE_ROWS
 from ingest.films import H5Films
 from ingest.plan import Plan, make_plan
 from ingest.table import SourceTable, read_table
@@ -61,13 +60,14 @@ def read_inputs(config: IngestConfig) -> Inputs:
     tables = tuple(read_table(source) for source in sources)
     sizes, ranges = set(), []
     for number, (source, table) in enumerate(zip(sources, tables, strict=True)):
-        size, spans = _look(source, table)
+        size, spans = _look(source, table, range_rows(table.rows))
         sizes.add(size)
         start = sum(each.rows for each in tables[:number])
         ranges += [Range(source=number, first=first, end=end, start=start + first) for first, end in spans]
     if len(sizes) > 1:
         raise InputError(f"the sources hold films of different sizes: {', '.join(map(str, sorted(sizes)))}")
     ((height, width),) = sizes
+    pa.default_memory_pool().release_unused()  # what reading left, half as much again as the reports themselves
     label_names = tuple(dict.fromkeys(name for table in tables for name in table.labels))
     return Inputs(
         sources=sources,
@@ -82,24 +82,32 @@ def read_inputs(config: IngestConfig) -> Inputs:
     )
 
 
-def _look(source: SourceConfig, table: SourceTable) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+def range_rows(rows: int) -> int:
+    """About as many rows make a spill: 64 spills a source, each of 64 to 4,096 rows, whatever the worker count.
+
+    An interrupted ingest may go on with other workers; few spills can all be open while shards are made from them.
+    """
+    return min(max(rows // 64, 64), 4096)
+
+
+def _look(source: SourceConfig, table: SourceTable, step: int) -> tuple[tuple[int, int], list[tuple[int, int]]]:
     """Height and width of a source's films, and its rows in ranges. InputError where films and rows do not match."""
     if source.images is not None:
         if not source.images.is_dir():
             raise InputError(f"no folder of images at {source.images}")
-        return (source.image_size,) * 2, list(_cut(table.rows))
+        return (source.image_size,) * 2, list(_cut(table.rows, step))
     with H5Films(source) as films:
         if films.rows != table.rows:
             files = ", ".join(str(path) for path in source.h5)
             raise InputError(
                 f"{files}: {films.rows:,} films but the CSV has {table.rows:,} rows; row i must describe film i"
             )
-        return (films.height, films.width), list(films.ranges(RANGE_ROWS))
+        return (films.height, films.width), list(films.ranges(step))
 
 
-def _cut(rows: int) -> Iterator[tuple[int, int]]:
-    for first in range(0, rows, RANGE_ROWS):
-        yield first, min(first + RANGE_ROWS, rows)
+def _cut(rows: int, step: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
 
 
 def _stack_labels(tables: Sequence[SourceTable], names: tuple[str, ...]) -> NDArray[np.float32]:

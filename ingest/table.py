@@ -81,12 +81,14 @@ def _texts(config: SourceConfig, columns: dict[str, pa.ChunkedArray]) -> tuple[p
         texts = columns[config.text_column]
     if config.text_folder or config.section:
         texts = _extract(config, texts, reasons)
-    stripped = pc.utf8_trim_whitespace(texts)
-    for row in np.flatnonzero(pc.equal(stripped, "").to_numpy()):
-        reasons.setdefault(int(row), REPORT_EMPTY)
-    named = pc.equal(pc.utf8_lower(stripped), config.missing_text.strip().lower())
-    for row in np.flatnonzero(named.to_numpy()):
-        reasons.setdefault(int(row), REPORT_MISSING)
+    first = 0
+    for chunk in texts.chunks:  # chunk by chunk: copies of all reports would double the memory
+        stripped = pc.utf8_trim_whitespace(chunk)
+        named = pc.equal(pc.utf8_lower(stripped), config.missing_text.strip().lower())
+        for found, why in ((pc.equal(stripped, ""), REPORT_EMPTY), (named, REPORT_MISSING)):
+            for row in np.flatnonzero(found.to_numpy(zero_copy_only=False)).tolist():
+                reasons.setdefault(first + row, why)
+        first += len(chunk)
     return texts, reasons
 
 

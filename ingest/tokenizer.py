@@ -1,15 +1,17 @@
 """Tokenizers by the name of the open_clip model that they belong to: ids as open_clip makes them, counted.
 
-open_clip (and with it torch, 700 MB and 7 s) is imported when one is made.
+open_clip (and with it torch, 700 MB and 7 s) is imported when one other than CLIP's own is made.
 """
 
 import difflib
 import logging
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128_hexdigest
 
+from ingest.clip_bpe import CONTEXT, END, START, ClipBpe
 from shards.errors import InputError
 from shards.schema import TokenizerSpec
 
@@ -21,20 +23,28 @@ _CLIP_CLEANING = "_clean_lower"
 
 
 class Tokenizer:
-    """The tokenizer of one open_clip model."""
+    """The tokenizer of one open_clip model, or CLIP's own, which needs no open_clip in memory."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str = CLIP_NAME) -> None:
         """InputError for a model that open_clip does not know, or a tokenizer that cannot be loaded or stored."""
-        self._tokenizer = _load(name)
-        self.spec = _spec(name, self._tokenizer)
+        self._encode: Callable[[str], list[int]]
+        if name == CLIP_NAME:
+            clip = ClipBpe()
+            self._encode, words, context, cleaning = clip.encode, clip.words, CONTEXT, _CLIP_CLEANING
+        else:
+            loaded = _load(name)
+            self._encode, words, context = loaded.encode, list(loaded.encoder), loaded.context_length
+            cleaning = loaded.clean_fn.__name__
+        self.spec = _spec(name, words, cleaning, context)
+        self._start, self._end = words.index(START), words.index(END)
 
     def __call__(self, text: str) -> tuple[NDArray[np.uint16], int, bool]:
         """Tokens uint16 (context,) zero-padded, how many count (start and end too), and whether text was cut."""
         context = self.spec.context
-        ids = [self._tokenizer.sot_token_id, *self._tokenizer.encode(text), self._tokenizer.eot_token_id]
+        ids = [self._start, *self._encode(text), self._end]
         truncated = len(ids) > context
         if truncated:
-            ids = [*ids[: context - 1], self._tokenizer.eot_token_id]
+            ids = [*ids[: context - 1], self._end]
         tokens = np.zeros(context, dtype=np.uint16)
         tokens[: len(ids)] = ids
         return tokens, len(ids), truncated
@@ -64,8 +74,7 @@ def _load(name: str):
     return tokenizer
 
 
-def _spec(name: str, tokenizer) -> TokenizerSpec:
-    words, cleaning = list(tokenizer.encoder), tokenizer.clean_fn.__name__
+def _spec(name: str, words: list[str], cleaning: str, context: int) -> TokenizerSpec:
     if len(words) > MAX_VOCABULARY:
         raise InputError(
             f"the tokenizer of {name!r} has {len(words):,} tokens; shards store ids up to {MAX_VOCABULARY - 1:,}"
@@ -75,6 +84,6 @@ def _spec(name: str, tokenizer) -> TokenizerSpec:
     return TokenizerSpec(
         name=CLIP_NAME if plain else name,
         digest=xxh3_128_hexdigest("\n".join(words if plain else [*words, cleaning]).encode()),
-        context=tokenizer.context_length,
-        vocab_size=tokenizer.vocab_size,
+        context=context,
+        vocab_size=len(words),
     )

@@ -6,17 +6,17 @@ goes when the manifest is written.
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xxhash import xxh3_128
-
 from ingest.config import IngestConfig, SourceConfig
 from ingest.lock import exclusive
-from shards.atomic import write_atomic
+from shards.atomic import remove_temporary, write_atomic
+from shards.digest import file_digest
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.schema import MANIFEST_NAME, SCHEMA_VERSION
@@ -24,7 +24,9 @@ from shards.schema import MANIFEST_NAME, SCHEMA_VERSION
 WORK_NAME = ".ingest"
 _INPUTS = "inputs.json"
 _LOCK = "lock"
-_NOT_INPUTS = ("to_shards", "workers", "dry_run", "max_rejects", "sources")
+_VERSIONS = ("shardclip", "numpy", "pillow", "simplejpeg", "pyarrow", "ftfy", "regex")
+"""Packages that decide the bytes of the result."""
+_NOT_INPUTS = ("to_shards", "workers", "scheduler", "scheduler_wait", "dry_run", "max_rejects", "sources")
 _PATHS = ("h5", "csv", "images", "text_folder")
 
 
@@ -36,10 +38,15 @@ def fingerprint(config: IngestConfig) -> dict[str, Any]:
         for field in dataclasses.fields(config)
         if field.name not in source_fields and field.name not in _NOT_INPUTS
     }
-    inputs: dict[str, Any] = {"schema version": SCHEMA_VERSION, **settings}
+    inputs: dict[str, Any] = {"schema version": SCHEMA_VERSION, **settings, **versions()}
     for number, source in enumerate(config.source_list()):
         inputs |= {f"source {number} {name}": value for name, value in _source_inputs(source).items()}
     return json.loads(json.dumps(inputs))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the bytes of the result, ours included."""
+    return {f"version of {name}": importlib.metadata.version(name) for name in _VERSIONS}
 
 
 def _source_inputs(source: SourceConfig) -> dict[str, Any]:
@@ -67,6 +74,8 @@ def open_work(config: IngestConfig) -> Iterator[Path]:
         _check_folder(out, names, inputs)
         work.mkdir(exist_ok=True)
         with exclusive(work / _LOCK):
+            remove_temporary(out)
+            remove_temporary(work)
             write_atomic(work / _INPUTS, json.dumps(inputs).encode())
             yield work
     except OSError as error:
@@ -110,17 +119,23 @@ def _check_same(out: Path, work: Path, inputs: dict[str, Any]) -> None:
         )
 
 
+def check_unchanged(config: IngestConfig, work: Path) -> None:
+    """InputError where a CSV or HDF5 file is no longer what it was when the ingest was begun."""
+    before, now = json.loads((work / _INPUTS).read_bytes()), fingerprint(config)
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        raise InputError(f"{', '.join(changed)} changed while it was read; empty {work.parent} and ingest again")
+
+
 def remove_work(out: Path) -> None:
-    """Remove OUT/.ingest once the manifest stands."""
+    """Remove OUT/.ingest once the manifest stands, and what lost workers of a cluster left beside the shards."""
+    if (out / WORK_NAME).exists():
+        remove_temporary(out)
     shutil.rmtree(out / WORK_NAME, ignore_errors=True)
 
 
 def _digest(path: Path) -> str:
-    digest = xxh3_128()
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        return file_digest(path)
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror})") from None
-    return digest.hexdigest()

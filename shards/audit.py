@@ -14,6 +14,7 @@ from xxhash import xxh3_64_intdigest, xxh3_128
 
 from shards import tar
 from shards.counter import permutation
+from shards.digest import file_digest
 from shards.errors import InputError
 from shards.index import VERSION, Member, encode_index
 from shards.reader import ShardReader
@@ -21,7 +22,6 @@ from shards.scan import decode_image, read_block
 from shards.schema import LABEL_PREFIX, FileInfo, Manifest, ShardInfo, sample_key, table_schema
 from shards.writer import sample_json, text_bytes
 
-_CHUNK = 1 << 22
 _SEED = 0
 """Which images of a shard are decoded: the same ones every time."""
 
@@ -145,14 +145,11 @@ class Audit:
 
 
 def _check_digest(path: Path, info: ShardInfo, expected: FileInfo) -> None:
-    digest = xxh3_128()
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
+        digest = file_digest(path)
     except OSError as error:
         raise InputError(f"shard {info.name}: cannot read {path.name} ({error.strerror})") from None
-    if digest.hexdigest() != expected.xxh3:
+    if digest != expected.xxh3:
         raise _changed(info, path.suffix[1:])
 
 

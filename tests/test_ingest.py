@@ -27,7 +27,7 @@ from conftest import (
 )
 from PIL import Image
 
-from ingest.text import TOKENIZER, names_side
+from ingest.text import names_side
 from ingest.tokenizer import Tokenizer
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
@@ -60,7 +60,7 @@ def test_what_goes_in_comes_out(source: tuple[Path, Path], shards_dir: Path) -> 
     everything = {split: rows_of(shards_dir, split) for split in ("train", "val", "test")}
     rows = [row for part in everything.values() for row in part]
     assert sorted(row["row"] for row in rows) == list(range(96))
-    tokenizer = Tokenizer(TOKENIZER)
+    tokenizer = Tokenizer()
     for row in rows:
         given = table[row["row"]]
         assert row["text"] == given["impression"]
@@ -84,7 +84,7 @@ def test_tokens_are_open_clips() -> None:
 
     texts = ["No acute process.", "Größe: 3 µm — \ufffd, left; RIGHT", "word " * 200, "x"]
     theirs = get_tokenizer("ViT-B-32-quickgelu")(texts).numpy()
-    ours = Tokenizer(TOKENIZER)
+    ours = Tokenizer()
     for text, expected in zip(texts, theirs, strict=True):
         tokens, count, truncated = ours(text)
         assert tokens.tolist() == expected.tolist()

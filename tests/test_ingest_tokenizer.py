@@ -1,0 +1,68 @@
+"""CLIP's tokens without open_clip in memory: the same ids as open_clip's own tokenizer."""
+
+import subprocess
+import sys
+import tarfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ingest.clip_bpe
+from ingest.clip_bpe import ClipBpe
+from ingest.tokenizer import CLIP_NAME, Tokenizer
+
+OURS = ClipBpe()
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    from open_clip import get_tokenizer
+
+    return get_tokenizer("ViT-B-32-quickgelu")
+
+
+def test_spec_is_open_clips(theirs):
+    assert list(theirs.encoder) == OURS.words
+    assert Tokenizer().spec == Tokenizer("ViT-B-32-quickgelu").spec
+    assert Tokenizer().spec.name == CLIP_NAME and Tokenizer().spec.vocab_size == 49408
+
+
+def test_real_reports(theirs, real_data):
+    with tarfile.open(real_data / "reports" / "NLMCXR_reports.tgz") as reports:
+        texts = [reports.extractfile(member).read().decode() for member in reports if member.isfile()][::20]
+    assert len(texts) > 190 and all(OURS.encode(text) == theirs.encode(text) for text in texts)
+
+
+@given(text=st.text(max_size=200))
+def test_any_text(theirs, text):
+    assert OURS.encode(text) == theirs.encode(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "<start_of_text> A <END_OF_TEXT>",
+        "&amp;lt; Herz&#228;",
+        "don't WE'LL",
+        "ﬁbrosis\u00a0 ½",
+        "a" * 3000,
+        "é ́ Ł🫁",
+    ],
+)
+def test_odd_texts(theirs, text):
+    assert OURS.encode(text) == theirs.encode(text)
+
+
+def test_forgotten_words_come_out_the_same(monkeypatch):
+    monkeypatch.setattr(ingest.clip_bpe, "_MOST_KNOWN", 3)
+    small, text = ClipBpe(), "No acute cardiopulmonary abnormality; no effusion, no pneumothorax. " * 3
+    assert small.encode(text) == OURS.encode(text) == small.encode(text)
+    assert len(small._known) <= 4
+
+
+def test_torch_stays_out_of_an_ingest():
+    code = "import sys, ingest.run, ingest.tokenizer as t; t.Tokenizer()('x'); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
