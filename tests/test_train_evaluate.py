@@ -127,6 +127,17 @@ def test_the_command_writes_json_and_a_table(run: Path, shards_dir: Path, capsys
     assert evaluate(one_file).mean_auroc == record["mean_auroc"]
 
 
+def test_prompts_are_chosen_and_recorded(run: Path, shards_dir: Path, tmp_path: Path) -> None:
+    records = []
+    for number, flags in enumerate(((), ("--prompts", "listed", "--prompt-forms", "{}. PA view.", "{}. AP view."))):
+        path = tmp_path / f"{number}.json"
+        main(["--checkpoint", str(run), "--shards", str(shards_dir), "--json", str(path), *flags])
+        records.append(json.loads(path.read_text()))
+    assert records[0]["prompts"] == {"style": "reports", "forms": ["{}"]}
+    assert records[1]["prompts"] == {"style": "listed", "forms": ["{}. PA view.", "{}. AP view."]}
+    assert records[0]["labels"] != records[1]["labels"]
+
+
 def test_mistakes_are_one_line(run: Path, shards_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*arguments: str) -> str:
         with pytest.raises(SystemExit) as stop:
@@ -142,6 +153,7 @@ def test_mistakes_are_one_line(run: Path, shards_dir: Path, tmp_path: Path, caps
     assert "not a checkpoint" in refused("--checkpoint", str(tmp_path / "x.pt"), *shards)
     assert "no shards here" in refused("--checkpoint", str(run), "--shards", str(tmp_path))
     assert "'dev'" in refused("--checkpoint", str(run), *shards, "--split", "dev")
+    assert "--prompt-forms 'PA'" in refused("--checkpoint", str(run), *shards, "--prompt-forms", "PA")
 
 
 def test_prompt_vectors_have_unit_length(shards_dir: Path) -> None:

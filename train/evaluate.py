@@ -27,7 +27,7 @@ from train.commandline import from_fields
 from train.config import TrainConfig, loader_config
 from train.device import Precision, choose_device
 from train.model import build_model
-from train.prompts import prompt_for
+from train.prompts import Style, Wording
 from train.ranks import Ranks
 from train.rundir import RunFolder
 from train.state import placeholder_config
@@ -36,6 +36,7 @@ from train.validate import embed_split
 PROG = "train.evaluate"
 TOKENIZER = "clip-bpe"
 """The manifest's name for open_clip's tokenizer, which the prompts need as well."""
+_WORDING = Wording()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +59,10 @@ class EvaluateConfig:
     """auto: a GPU where there is one."""
     json: Path | None = None
     """Where the results go; none: evaluation-SPLIT.json in the run's folder."""
+    prompts: Style = "reports"
+    """What a finding is called: as reports say it, CheXzero's `no X`, or as in texts made of a list of labels."""
+    prompt_forms: tuple[str, ...] = ("{}",)
+    """Sentences that prompts stand in, `"{}. PA view."`; averaged. For texts made by ingest's --text-template."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,19 +92,37 @@ class Evaluation:
 
 
 def zero_shot(
-    model: nn.Module, loader: LoaderConfig, *, manifest: Manifest, device: torch.device | str = "cpu"
+    model: nn.Module,
+    loader: LoaderConfig,
+    *,
+    manifest: Manifest,
+    device: torch.device | str = "cpu",
+    wording: Wording = _WORDING,
 ) -> Evaluation:
     """Evaluate any model, trained or not, on the split that `loader` (mode `eval`) names."""
-    precision = Precision(name="fp32", device=torch.device(device))
-    embedded = embed_split(model, loader, precision, Ranks())
-    images, labels = embedded.images.cpu(), embedded.labels.cpu().numpy()
-    scores = {}
-    for number, label in enumerate(manifest.labels):
-        positive, negative = embed_prompts(model, label, manifest, precision.device)
-        scores[label] = score_label(probabilities(images, positive, negative).numpy(), labels[:, number])
+    found, labels = predict(model, loader, manifest=manifest, device=device, wording=wording)
+    scores = {name: score_label(found[:, n], labels[:, n]) for n, name in enumerate(manifest.labels)}
     known = [score.auroc for score in scores.values() if score.auroc is not None]
     mean = float(np.mean(known)) if known else None
-    return Evaluation(split=loader.split, samples=len(embedded), labels=scores, mean_auroc=mean)
+    return Evaluation(split=loader.split, samples=len(labels), labels=scores, mean_auroc=mean)
+
+
+def predict(
+    model: nn.Module,
+    loader: LoaderConfig,
+    *,
+    manifest: Manifest,
+    device: torch.device | str = "cpu",
+    wording: Wording = _WORDING,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Probabilities (N, K) of the data set's labels by their prompts, and the labels (N, K), in row order."""
+    precision = Precision(name="fp32", device=torch.device(device))
+    embedded = embed_split(model, loader, precision, Ranks())
+    images, columns = embedded.images.cpu(), []
+    for label in manifest.labels:
+        positive, negative = embed_prompts(model, label, manifest, precision.device, wording)
+        columns.append(probabilities(images, positive, negative).numpy())
+    return np.stack(columns, axis=1), embedded.labels.cpu().numpy()
 
 
 def probabilities(images: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
@@ -119,15 +142,15 @@ def score_label(probability: NDArray[np.float32], label: NDArray[np.float32]) ->
 
 
 def embed_prompts(
-    model: nn.Module, label: str, manifest: Manifest, device: torch.device
+    model: nn.Module, label: str, manifest: Manifest, device: torch.device, wording: Wording = _WORDING
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The label's positive and negative prompt as unit vectors (D,) on the CPU; several phrasings are averaged."""
-    prompt = prompt_for(label)
+    prompt = wording.prompt(label, manifest.labels)
     was_training = model.training
     model.eval()
     with torch.inference_mode():
         sides = []
-        for texts in (prompt.positive, prompt.negative):
+        for texts in prompt.sides:
             tokens = tokenize(texts, manifest).to(device)
             vectors = F.normalize(model.encode_text(tokens).float(), dim=-1)  # type: ignore[operator]
             sides.append(F.normalize(vectors.mean(dim=0), dim=-1).cpu())
@@ -148,6 +171,7 @@ def tokenize(texts: Sequence[str], manifest: Manifest) -> torch.Tensor:
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Load the checkpoint, evaluate, and write the JSON."""
     manifest = read_manifest(config.shards)
+    wording = Wording(style=config.prompts, forms=config.prompt_forms)
     folder, payload = find_payload(config.checkpoint)
     if payload["fingerprint"]["tokenizer"] != manifest.tokenizer.digest:
         raise InputError(f"{config.checkpoint} was trained on tokens of another tokenizer than {config.shards} has")
@@ -160,9 +184,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     settings = replace(
         trained, shards=config.shards, backend=config.backend, h5=config.h5, batch_size=config.batch_size
     )
-    result = zero_shot(model, loader_config(settings, split=split, mode="eval"), manifest=manifest, device=device)
+    loader = loader_config(settings, split=split, mode="eval")
+    result = zero_shot(model, loader, manifest=manifest, device=device, wording=wording)
     path = config.json or folder / f"evaluation-{split}.json"
-    record = {"step": payload["step"], "shards": manifest.digest, **asdict(result)}
+    record = {"step": payload["step"], "shards": manifest.digest, "prompts": asdict(wording), **asdict(result)}
     write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
     say(f"{path}")
     return result
