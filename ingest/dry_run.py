@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ingest.config import IngestConfig
+from ingest.encoding_choice import settle
 from ingest.films import Film, FolderFilms, H5Films
 from ingest.images import Fault
 from ingest.inputs import Inputs, read_inputs
@@ -28,6 +29,8 @@ def dry_run(config: IngestConfig) -> Iterator[str]:
     for split, rows in inputs.plan.order.items():
         first, end = inputs.plan.ranges.get(split, (0, 0))
         yield f"{split:<6} {len(rows):,} rows" + (f" of {end - first:,} groups" if inputs.plan.ranges else "")
+    config, lines = settle(config, inputs)
+    yield from lines
     seconds, size, measured = _try_films(config, inputs)
     if not measured:
         yield f"none of the first {_FILMS} films of each source can be read"

@@ -20,6 +20,7 @@ from xxhash import xxh3_128_hexdigest
 from ingest.assemble import AssembleTask, assemble_shard
 from ingest.config import IngestConfig
 from ingest.encode import EncodeTask, encode_range, read_records, spill_path
+from ingest.encoding_choice import settle
 from ingest.images import Fault
 from ingest.inputs import Inputs, read_inputs
 from ingest.plan import Plan
@@ -27,6 +28,7 @@ from ingest.pool import Pool, open_pool
 from ingest.rows import Reports, write_rows
 from ingest.workdir import check_unchanged, open_work, remove_work
 from shards.atomic import write_atomic
+from shards.cli import say
 from shards.errors import InputError
 from shards.manifest import write_manifest
 from shards.schema import (
@@ -66,6 +68,9 @@ class Outcome:
 def ingest(config: IngestConfig) -> Outcome:
     """Run an ingest. InputError for whatever is wrong with the input, before anything is written where possible."""
     inputs = read_inputs(config)
+    config, lines = settle(config, inputs)  # before the fingerprint is taken: it holds the codec, not `auto`
+    for line in lines:
+        say(line)
     with open_work(config) as work:
         with open_pool(config, inputs.sources, work) as pool:
             tokenizer = _encode(config, inputs, work, pool)
