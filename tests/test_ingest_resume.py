@@ -1,0 +1,130 @@
+"""What a rerun believes of what an interrupted ingest left: digests, not names and sizes (I2), and the same films (I12)."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, assert_refused, made_up_images, run_module, write_csv, write_h5
+from PIL import Image
+
+from ingest.config import IngestConfig
+from ingest.run import ingest
+
+INJECTED = Path(__file__).parent / "injected"
+
+
+def config(folder: Path, out: Path) -> IngestConfig:
+    return IngestConfig(
+        to_shards=out, h5=(folder / "a.h5",), csv=(folder / "a.csv",), val_fraction=0.25, shard_mb=0.25, workers=1
+    )
+
+
+def content(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in root.iterdir() if path.is_file()}
+
+
+def killed(folder: Path, out: Path, step: int) -> None:
+    """An ingest that dies, with all its processes, at a durable step."""
+    (folder / "count").unlink(missing_ok=True)
+    command = "ingest", "--h5", "a.h5", "--csv", "a.csv", "--val-fraction", "0.25", "--shard-mb", "0.25"
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--workers", "1", "--to-shards", str(out)],
+        cwd=folder,
+        env=os.environ
+        | {
+            "PYTHONPATH": f"{INJECTED}:{REPOSITORY}",
+            "SHARDCLIP_FAULT": f"kill:{step}",
+            "SHARDCLIP_COUNT": str(folder / "count"),
+        },
+        start_new_session=True,
+        capture_output=True,
+    )
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, bytes]]:
+    """Folder of the inputs, what an ingest killed in its last shard left, and what it should have made."""
+    folder = tmp_path_factory.mktemp("left")
+    write_h5(folder / "a.h5", made_up_images(96))
+    write_csv(folder / "a.csv", ["impression"], [[f"Film {i}, no effusion."] for i in range(96)])
+    ingest(config(folder, folder / "whole"))
+    killed(folder, folder / "out", 60)
+    names = {path.name for path in (folder / "out" / ".ingest").iterdir()}
+    assert {"0000000000.spill", "0000000064.spill", "rows.bin", "rows.json", "texts.bin", "train-000000.json"} <= names
+    assert not (folder / "out" / "manifest.json").exists()
+    return folder, folder / "out", content(folder / "whole")
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+@pytest.mark.parametrize("damage", [zero, cut, empty])
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".ingest/0000000064.spill",
+        ".ingest/rows.bin",
+        ".ingest/texts.bin",
+        ".ingest/rows.json",
+        ".ingest/train-000000.json",
+        "train-000000.tar",
+        "train-000000.parquet",
+        "train-000000.idx",
+    ],
+)
+def test_power_loss(
+    left: tuple[Path, Path, dict[str, bytes]], tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    """I2: a file that lost its content is made again, the others are kept, the result is the same."""
+    folder, out, expected = left
+    again = shutil.copytree(out, tmp_path / "again")
+    damage(again / name)
+    shards = {path.name: path.stat().st_mtime_ns for path in again.glob("t*.tar")}
+    ingest(config(folder, again))
+    assert content(again) == expected
+    kept = {path.name for path in again.glob("t*.tar") if shards.get(path.name) == path.stat().st_mtime_ns}
+    lost = {"train-000000.tar"} if "train-000000" in name else set()
+    assert kept == set(shards) - lost
+
+
+def test_only_the_damaged_spill_is_made_again(left: tuple[Path, Path, dict[str, bytes]], tmp_path: Path) -> None:
+    folder, out, _ = left
+    again = shutil.copytree(out, tmp_path / "again")
+    spills = sorted((again / ".ingest").glob("0*.spill"))
+    zero(spills[1])
+    before = [path.stat().st_mtime_ns for path in spills]
+    killed(folder, again, 8)
+    assert [path.stat().st_mtime_ns == time for path, time in zip(spills, before, strict=True)] == [True, False]
+
+
+def test_a_film_that_changes_is_noticed(tmp_path: Path) -> None:
+    """I12: another image file under the same name is no longer the same ingest."""
+    images = made_up_images(80)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    table = write_csv(tmp_path / "a.csv", ["Path", "impression"], [[f"{i}.png", f"Film {i}"] for i in range(80)])
+    command = "ingest", "--images", tmp_path, "--csv", table, "--workers", "1", "--to-shards", tmp_path / "out"
+    environment = {"PYTHONPATH": str(INJECTED), "SHARDCLIP_FAULT": "eio:25", "SHARDCLIP_COUNT": str(tmp_path / "count")}
+    assert_refused(run_module(*command, **environment), "cannot write")
+    assert list((tmp_path / "out" / ".ingest").glob("*.spill"))
+    Image.fromarray(255 - images[3]).save(tmp_path / "3.png")
+    assert_refused(run_module(*command), "image files of rows 0 to 63 changed")
+    Image.fromarray(np.zeros((320, 320), np.uint8)).save(tmp_path / "3.png")
+    shutil.rmtree(tmp_path / "out")
+    assert run_module(*command).returncode == 0
