@@ -112,24 +112,40 @@ def run_demo(config: DemoConfig) -> None:
     """Run every command; InputError, naming it, where one fails."""
     places = Places(root=config.out)
     _clear(config.out)
-    started, seconds = time.monotonic(), {}
-    for command in demo_commands(config, places):
-        shown = "torchrun" if command[0] == "torch.distributed.run" else f"python -m {command[0]}"
-        say(f"\n$ {shown} {' '.join(_quoted(word) for word in command[1:])}")
-        began = time.monotonic()
-        # torchrun would set it to the same and say so in four lines.
-        done = subprocess.run([sys.executable, "-m", *command], env={"OMP_NUM_THREADS": "1", **os.environ})
-        if done.returncode:
-            raise InputError(f"the demo stopped: {command[0]} ended with exit code {done.returncode}, see above")
-        seconds[shown] = round(time.monotonic() - began, 1)
-        say(f"({seconds[shown]:.0f} s)")
+    started = time.monotonic()
+    seconds = run_commands(demo_commands(config, places), what="the demo")
     result = collect(places, {**seconds, "all": round(time.monotonic() - started, 1)})
     write_atomic(places.result, (json.dumps(result, indent=1) + "\n").encode())
     say("\n" + "\n".join(summary(places, result)))
 
 
+def run_commands(commands: list[list[str]], *, what: str) -> dict[str, float]:
+    """Run commands in turn, each shown as a user would type it: seconds by command. InputError where one fails."""
+    seconds = {}
+    for command in commands:
+        say(f"\n$ {typed(command)}")
+        began = time.monotonic()
+        # torchrun would set it to the same and say so in four lines.
+        done = subprocess.run([sys.executable, "-m", *command], env={"OMP_NUM_THREADS": "1", **os.environ})
+        if done.returncode:
+            raise InputError(f"{what} stopped: {command[0]} ended with exit code {done.returncode}, see above")
+        shown = _program(command[0])
+        seconds[shown] = round(time.monotonic() - began, 1)
+        say(f"({seconds[shown]:.0f} s)")
+    return seconds
+
+
+def typed(command: list[str]) -> str:
+    """A command as a user would type it."""
+    return " ".join([_program(command[0]), *(_quoted(word) for word in command[1:])])
+
+
+def _program(module: str) -> str:
+    return "torchrun" if module == "torch.distributed.run" else f"python -m {module}"
+
+
 def _quoted(word: str) -> str:
-    return f'"{word}"' if " " in word else word
+    return f'"{word}"' if " " in word or "{" in word else word
 
 
 def _clear(out: Path) -> None:

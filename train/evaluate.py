@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.config import LoaderConfig
-from shards.atomic import write_atomic
+from shards.atomic import check_writable, write_atomic
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from shards.manifest import read_manifest
@@ -177,16 +177,16 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         raise InputError(f"{config.checkpoint} was trained on tokens of another tokenizer than {config.shards} has")
     device = choose_device(config.device, Ranks())
     trained = trained_config(config.checkpoint, payload)
-    model = build_model(trained.model, vocab_size=manifest.tokenizer.vocab_size, context=manifest.tokenizer.context)
-    model.load_state_dict(payload["model"])
+    model = trained_model(trained, payload, manifest)
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     split = choose_split(config, manifest)
+    path = config.json or folder / f"evaluation-{split}.json"
+    check_writable(path)
     settings = replace(
         trained, shards=config.shards, backend=config.backend, h5=config.h5, batch_size=config.batch_size
     )
     loader = loader_config(settings, split=split, mode="eval")
     result = zero_shot(model, loader, manifest=manifest, device=device, wording=wording)
-    path = config.json or folder / f"evaluation-{split}.json"
     record = {"step": payload["step"], "shards": manifest.digest, "prompts": asdict(wording), **asdict(result)}
     write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
     say(f"{path}")
@@ -199,6 +199,13 @@ def trained_config(path: Path, payload: dict[str, Any]) -> TrainConfig:
         return from_fields(TrainConfig, placeholder_config(payload["config"]))
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} has settings that this version does not know ({error})") from None
+
+
+def trained_model(trained: TrainConfig, payload: dict[str, Any], manifest: Manifest) -> nn.Module:
+    """The model of a checkpoint, on the CPU."""
+    model = build_model(trained.model, vocab_size=manifest.tokenizer.vocab_size, context=manifest.tokenizer.context)
+    model.load_state_dict(payload["model"])
+    return model
 
 
 def find_payload(path: Path) -> tuple[Path, dict[str, Any]]:

@@ -1,0 +1,213 @@
+"""`python -m bench.nih --data DIR --out OUT`: what a few minutes of `tiny` on a thousand NIH films give, undressed.
+
+Reports are made of the label list ("Effusion|Mass. PA view."), patients are split, and every step is the command a user
+would type. Nothing is tuned: the preset as it is, prompts fixed beforehand in the form the texts have. Beside the model
+stand what it has to beat: itself untrained, a regression on thumbnails, and the view (sicker patients are filmed AP).
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.demo import run_commands, typed
+from shards.atomic import write_atomic
+from shards.cli import main_guard, parse, say
+from shards.errors import InputError
+from shards.manifest import read_manifest
+from shards.reader import ShardReader
+from shards.schema import Manifest
+
+TEMPLATE = "{Finding Labels}. {View Position} view."
+FORMS = ("{}. PA view.", "{}. AP view.")
+"""Both views in every prompt, so that the view itself is on neither side."""
+UNTRAINED_SEEDS = (0, 1, 2)
+ROUNDS = 1000
+"""Bootstrap samples of patients."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NihConfig:
+    """Ingest NIH ChestX-ray14 films, train `tiny` on their labels as text, and say what came of it."""
+
+    data: Path
+    """Folder with `images/` and `labels.csv` (columns filename, Finding Labels, Patient ID, View Position)."""
+    out: Path
+    """Folder for shards and run; missing or empty."""
+    json: Path | None = None
+    """Where the results go; none: OUT/nih.json."""
+    steps: int | None = None
+    """Training steps; none: the preset's."""
+    seed: int = 0
+    """Seed of split and training."""
+
+
+def nih_commands(config: NihConfig) -> list[list[str]]:
+    """The commands, in order, without the interpreter."""
+    shards, run, seed = str(config.out / "shards"), str(config.out / "run"), ["--seed", str(config.seed)]
+    films = ["--images", str(config.data / "images"), "--path-column", "filename"]
+    table = ["--csv", str(config.data / "labels.csv"), "--label-list-column", "Finding Labels"]
+    splits = ["--group-column", "Patient ID", "--val-fraction", "0.1", "--test-fraction", "0.3"]
+    train = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "train.main", "--preset", "tiny"]
+    steps = [] if config.steps is None else ["--steps", str(config.steps)]
+    evaluate = ["train.evaluate", "--checkpoint", run, "--shards", shards, "--split", "test"]
+    return [
+        ["ingest", "--to-shards", shards, *films, *table, "--text-template", TEMPLATE, *splits, *seed],
+        ["shards", "verify", shards],
+        [*train, "--shards", shards, "--out", run, *steps, *seed],
+        [*evaluate, "--prompts", "listed", "--prompt-forms", *FORMS],
+    ]
+
+
+def run_nih(config: NihConfig) -> dict[str, Any]:
+    """Run every command, then the controls; the record that was written as JSON."""
+    from bench.environment import environment
+
+    if config.out.exists() and any(config.out.iterdir()):
+        raise InputError(f"{config.out} is not empty; choose another folder with --out")
+    commands = nih_commands(config)
+    seconds = run_commands(commands, what="bench.nih")
+    manifest = read_manifest(config.out / "shards")
+    rows = [json.loads(line) for line in (config.out / "run" / "metrics.jsonl").read_text().splitlines()]
+    record = {
+        "environment": environment(),
+        "commands": [typed(command) for command in commands],
+        "seconds": seconds,
+        "splits": {split: _split_size(manifest, split) for split in manifest.splits},
+        "validation": [{"step": row["step"], "loss": row["val_loss"]} for row in rows if "val_loss" in row],
+        "bootstrap": {"unit": "patient", "rounds": ROUNDS, "interval": "2.5 to 97.5 %"},
+        "test": _scores(config, manifest),
+    }
+    path = config.json or config.out / "nih.json"
+    write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+    say(f"\n{path}")
+    return record
+
+
+def _split_size(manifest: Manifest, split: str) -> dict[str, int]:
+    first, end = manifest.groups[split]
+    return {"films": manifest.rows(split), "patients": end - first}
+
+
+def _scores(config: NihConfig, manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Label, or `mean` -> AUROC on the test split of the model, with its interval, and of what it has to beat."""
+    from train.controls import thumbnails, with_mean
+    from train.evaluate import find_payload, trained_config
+
+    _, payload = find_payload(config.out / "run")
+    settings = replace(trained_config(config.out / "run", payload), shards=config.out / "shards")
+    groups, ap_views = read_test_rows(config.out / "shards", manifest)
+    found, labels = {}, np.empty(0, np.float32)
+    for name, scores, truth in _predictions(settings, payload, manifest):
+        found[name], labels = scores, truth
+    found["view_ap"] = np.repeat(ap_views[:, None], len(manifest.labels), axis=1)
+    aurocs = {name: with_mean(_aurocs(scores, labels, manifest.labels)) for name, scores in found.items()}
+    aurocs["thumbnails"] = thumbnails(settings, manifest, "test")
+    intervals = clustered_intervals(found["model"], labels, groups, seed=config.seed)
+    record: dict[str, dict[str, Any]] = {}
+    for number, label in enumerate((*manifest.labels, "mean")):
+        record[label] = {name: scores[label] for name, scores in aurocs.items()}
+        record[label]["interval"] = intervals[number]
+        if label != "mean":
+            present = labels[:, number] == 1
+            record[label] |= {"films": int(present.sum()), "patients": len(np.unique(groups[present]))}
+    return record
+
+
+def read_test_rows(root: Path, manifest: Manifest) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Patient (N,) and whether the view is AP (N,) of the test split's rows, in order."""
+    groups, views = [], []
+    for info in manifest.splits["test"]:
+        with ShardReader(root, manifest, info) as reader:
+            table = reader.read_table()
+        groups += table["group"].to_pylist()
+        views += [text.endswith("AP view.") for text in table["text"].to_pylist()]
+    return np.array(groups), np.array(views, dtype=np.float32)
+
+
+def _predictions(
+    settings: Any, payload: dict[str, Any], manifest: Manifest
+) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.float32]]]:
+    """Name, scores (N, K), labels (N, K): the model, with CheXzero's prompts too, and untrained ones."""
+    import torch
+
+    from train.config import loader_config
+    from train.evaluate import predict, trained_model
+    from train.model import build_model
+    from train.prompts import Wording
+
+    loader = loader_config(settings, split="test", mode="eval")
+    listed = Wording(style="listed", forms=FORMS)
+    model = trained_model(settings, payload, manifest)
+    yield "model", *predict(model, loader, manifest=manifest, wording=listed)
+    yield "model_chexzero_prompts", *predict(model, loader, manifest=manifest, wording=Wording(style="chexzero"))
+    spec = manifest.tokenizer
+    for seed in UNTRAINED_SEEDS:
+        torch.manual_seed(seed)
+        model = build_model(settings.model, vocab_size=spec.vocab_size, context=spec.context)
+        yield f"untrained_{seed}", *predict(model, loader, manifest=manifest, wording=listed)
+
+
+def _aurocs(
+    scores: NDArray[np.float32], labels: NDArray[np.float32], names: tuple[str, ...]
+) -> dict[str, float | None]:
+    from train.evaluate import score_label
+
+    return {name: score_label(scores[:, n], labels[:, n]).auroc for n, name in enumerate(names)}
+
+
+def clustered_intervals(
+    scores: NDArray[np.float32], labels: NDArray[np.float32], groups: NDArray[np.int64], *, seed: int
+) -> list[list[float] | None]:
+    """95 % intervals of the AUROC of each of K labels and, last, of their mean, over patients drawn with replacement.
+
+    scores, labels (N, K), labels 0 or 1; groups (N,). A draw without a positive leaves the label out of its mean.
+    """
+    rng = np.random.default_rng(seed)
+    patients, member = np.unique(groups, return_inverse=True)
+    drawn = np.full((ROUNDS, scores.shape[1] + 1), np.nan)
+    for row in drawn:
+        weight = np.bincount(rng.integers(len(patients), size=len(patients)), minlength=len(patients))[member]
+        row[:-1] = [_weighted_auroc(scores[:, k], labels[:, k], weight) for k in range(scores.shape[1])]
+        row[-1] = np.nanmean(row[:-1]) if not np.isnan(row[:-1]).all() else np.nan
+    known = [column[~np.isnan(column)] for column in drawn.T]
+    return [np.percentile(values, (2.5, 97.5)).round(4).tolist() if len(values) else None for values in known]
+
+
+def _weighted_auroc(score: NDArray[np.float32], label: NDArray[np.float32], weight: NDArray[np.int64]) -> float:
+    """NaN where a side has no weight."""
+    from sklearn.metrics import roc_auc_score
+
+    taken = weight > 0
+    if len(np.unique(label[taken])) < 2:
+        return float("nan")
+    return float(roc_auc_score(label[taken], score[taken], sample_weight=weight[taken]))
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    """The test split's scores, a line a label."""
+    lines = [f"{'test AUROC':<20}{'model':>7}  {'95 %':^13}  {'thumbs':>7}{'view':>7}{'films':>7}{'patients':>9}"]
+    for label, found in record["test"].items():
+        low, high = found["interval"] or (float("nan"),) * 2
+        values = (found[name] if found[name] is not None else float("nan") for name in ("thumbnails", "view_ap"))
+        model = found["model"] if found["model"] is not None else float("nan")
+        lines.append(
+            f"{label:<20}{model:7.3f}  {low:5.3f} - {high:5.3f}  "
+            + "".join(f"{value:7.3f}" for value in values)
+            + f"{found.get('films', ''):>7}{found.get('patients', ''):>9}"
+        )
+    return lines
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run it all and print the table."""
+    with main_guard("bench.nih"):
+        say("\n" + "\n".join(table(run_nih(parse(NihConfig, argv, prog="python -m bench.nih")))))
+
+
+if __name__ == "__main__":
+    main()
