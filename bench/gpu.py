@@ -38,11 +38,11 @@ def run_gpu(config: GpuConfig) -> Path:
     """Run everything; InputError where there is no GPU or no DALI. Returns the path of the JSON."""
     _require_gpu()
     from bench.environment import environment
-    from shards.atomic import write_atomic
+    from shards.atomic import check_writable, write_atomic
 
     machine = environment()
     out = config.out or Path(os.environ.get("OUT", _ROOT / "bench" / "results"))
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out, folder=True)
     path = out / f"{re.sub(r'[^a-z0-9]+', '-', str(machine['gpu']).lower()).strip('-')}.json"
     result: dict[str, Any] = {"environment": machine, "tests": _tests()}
     write_atomic(path, _encode(result))  # what is known survives a bench that fails

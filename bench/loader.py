@@ -182,8 +182,11 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
     with main_guard("bench.loader"):
         config = parse(LoaderBenchConfig, argv, prog="python -m bench.loader")
+        from shards.atomic import check_writable, write_atomic
+
+        if config.json:
+            check_writable(config.json)
         from bench.environment import one_line
-        from shards.atomic import write_atomic
 
         result = run_bench(config)
         say("\n".join(table(result)))

@@ -9,6 +9,7 @@ write their films straight into the file at the dataset's offset, so memory is f
 
 import contextlib
 import csv
+import errno
 import io
 import multiprocessing
 import os
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from ingest.phantom_case import LABELS, Case, make_case, patient_of_film
 from ingest.phantom_film import SIZE, draw_film
 from ingest.phantom_report import write_report
-from shards.atomic import TEMPORARY_PREFIX, atomic_file, sync_folder
+from shards.atomic import TEMPORARY_PREFIX, atomic_file, check_writable, sync_folder
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 
@@ -66,7 +67,7 @@ def make_phantom(config: PhantomConfig) -> None:
     images, reports = config.out / "cxr.h5", config.out / "reports.csv"
     if _already_there(images, reports, config):
         return
-    config.out.mkdir(parents=True, exist_ok=True)
+    check_writable(config.out, folder=True)
     _check_space(config)
     with _atomic_images(images, config) as (temporary, offset), atomic_file(reports) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
@@ -101,7 +102,7 @@ def _check_space(config: PhantomConfig) -> None:
     need, free = config.samples * (_ROW_BYTES + 1024), shutil.disk_usage(config.out).free
     if need > free:
         raise InputError(
-            f"{config.out} has {free / 1e9:.1f} GB free, {config.samples} films need {need / 1e9:.1f} GB: "
+            f"{config.out} has {free / 1e6:,.0f} MB free, {config.samples:,} films need {need / 1e6:,.0f} MB: "
             "make room, or draw fewer --samples"
         )
 
@@ -167,7 +168,7 @@ def _draw_chunk(seed: int, start: int, patients: list[int], path: Path, offset: 
     finally:
         os.close(handle)
     if written != films.nbytes:
-        raise OSError(f"{path}: {written} of {films.nbytes} bytes written, the disk may be full")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))  # cut short: the next write would say so
     return [_csv_row(case.index, case.patient_index, *_told(case)) for case in cases]
 
 

@@ -1,6 +1,7 @@
 """A file under its final name is complete: temporary name, fsync, rename, fsync the folder."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -51,8 +52,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError) and error.filename is None:
-            # write and fsync do not say which file was too much for the disk.
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            # write and fsync do not say which file was too much for the disk; nobody asked for the temporary one.
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     sync_folder(path.parent)
@@ -62,6 +63,23 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Write `content` to `path`, whole or not at all."""
     with atomic_file(path) as file:
         file.write(content)
+
+
+def check_writable(path: Path, *, folder: bool = False) -> None:
+    """Before long work whose result goes to the file `path`, or into the `folder`, which is made. OSError if it cannot.
+
+    A file is made and removed there: neither permission bits nor root's rights tell of a read-only file system.
+    """
+    if folder:
+        path.mkdir(parents=True, exist_ok=True)
+    elif path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    probe = (path if folder else path.parent) / f"{TEMPORARY_PREFIX}probe-{os.getpid()}"
+    try:
+        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        probe.unlink()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def sync_folder(folder: Path) -> None:

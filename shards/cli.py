@@ -1,6 +1,7 @@
 """Command lines from dataclasses (tyro), with mistakes reported as one plain line and exit code 2."""
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -14,6 +15,14 @@ import tyro
 from shards.errors import InputError
 
 Config = TypeVar("Config")
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
+"""What a disk alone can say: nobody's bug even where the error names no file, as those of `write` do not."""
+_PATH = {
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY, errno.ETXTBSY, errno.EXDEV, errno.EMFILE, errno.ENFILE),
+}
+"""What may be wrong with a path, where the error names one."""
 
 _BOX = re.compile(r"[╭╮╰╯│─]+")
 
@@ -53,7 +62,11 @@ def _one_line(boxed: str) -> str:
 
 @contextlib.contextmanager
 def main_guard(prog: str) -> Iterator[None]:
-    """Turn an InputError into one line on stderr and exit code 2, Ctrl-C into 130, a closed pipe into silence."""
+    """Turn an InputError into one line on stderr and exit code 2, Ctrl-C into 130, a closed pipe into silence.
+
+    So, too, an OSError that is the doing of a path or a disk; any other is a bug and keeps its traceback. Code that
+    opens files with patients' names has to catch its own: the line names the file.
+    """
     if sys.platform != "linux":
         sys.stderr.write(f"{prog}: shardclip runs on Linux only, this is {sys.platform}\n")
         raise SystemExit(2)
@@ -65,7 +78,30 @@ def main_guard(prog: str) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
         raise SystemExit(128 + signal.SIGINT) from None
-    except BrokenPipeError:
-        # A reader such as `head` has gone; point stdout elsewhere so that the interpreter's last flush is quiet too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # a reader such as `head` has gone
+        _drop_output()
         raise SystemExit(1) from None
+    except OSError as error:
+        if (line := _blame(error)) is None:
+            raise
+        sys.stderr.write(f"{prog}: {line}\n")
+        _drop_output()
+        raise SystemExit(2) from None
+
+
+def _blame(error: OSError) -> str | None:
+    """What an error of the system says for people, or None where it may be a bug."""
+    if error.filename is not None and error.errno in _PATH | _DISK:
+        named = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+        return f"cannot read or write {' '.join(named.split())} ({error.strerror}); mend that, or give another path"
+    if error.errno in _DISK:
+        return f"cannot read or write ({' '.join(str(error.strerror).split())}); make room, or give another path"
+    return None
+
+
+def _drop_output() -> None:
+    """Where stdout takes nothing more, point it elsewhere, so that the interpreter's last flush is quiet too."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,13 +4,12 @@ Samples keep their order, which is a shuffle, their split, key and patient's num
 beside DIR2, verified there, and renamed: DIR2 is complete or not there at all, and a killed export is simply run again.
 """
 
-import csv
 import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +84,7 @@ def run(config: ExportConfig) -> None:
     chosen = choose(config.root, manifest, query)
     if not chosen.samples:
         raise InputError(f"no sample of {config.root} is meant by --where {config.where!r}")
-    folder = _begin(config.out)
+    folder = _begin(config.out, chosen)
     try:
         if config.to == "shards":
             _write_rejects(config.root, manifest, query, folder)
@@ -202,21 +201,27 @@ def write_files(root: Path, manifest: Manifest, chosen: Chosen, folder: Path) ->
 def _write_rejects(root: Path, manifest: Manifest, query: Query, folder: Path) -> None:
     """Every source row that is not in the subset: those that ingest rejected, and those not chosen."""
     with atomic_file(folder / REJECTS_NAME) as file:
-        file.write(_old_rejects(root))
+        _copy_rejects(root / REJECTS_NAME, file)
         for block in scan(root, manifest, sorted({*query.columns, "source", "row"})):
             others = np.flatnonzero(~query.mask(block.table, block.split))
             rows: list[dict[str, Any]] = block.table.select(["source", "row"]).take(others).to_pylist()
             file.write("".join(f"{row['source']},{row['row']},{NOT_SELECTED}\n" for row in rows).encode())
 
 
-def _old_rejects(root: Path) -> bytes:
-    try:
-        content = (root / REJECTS_NAME).read_bytes()
-    except OSError:
-        return b"source,row,reason\n"
-    if next(csv.reader([content.decode(errors="replace").split("\n", 1)[0]]), []) != ["source", "row", "reason"]:
-        raise InputError(f"{root / REJECTS_NAME} is no list of rejects; restore or remove it")
-    return content
+_REJECTS_HEADER = b"source,row,reason\n"
+
+
+def _copy_rejects(path: Path, into: BinaryIO) -> None:
+    if not path.exists():
+        into.write(_REJECTS_HEADER)
+        return
+    if not path.is_file():
+        raise InputError(f"{path} is no file; restore or remove it")
+    with open(path, "rb") as file:
+        if file.readline(len(_REJECTS_HEADER)) != _REJECTS_HEADER:
+            raise InputError(f"{path} is no list of rejects; restore or remove it")
+        file.seek(0)
+        shutil.copyfileobj(file, into)
 
 
 def _check_out(root: Path, out: Path) -> None:
@@ -226,14 +231,21 @@ def _check_out(root: Path, out: Path) -> None:
         raise InputError(f"{out} is there already and not an empty folder; choose another")
 
 
-def _begin(out: Path) -> Path:
-    """The folder to write in, empty."""
+def _begin(out: Path, chosen: Chosen) -> Path:
+    """The folder to write in, empty, with room for what was chosen."""
     folder = out.resolve().with_name(f"{TEMPORARY_PREFIX}{out.name}")
     try:
         shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
         folder.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"cannot make a folder in {folder.parent} ({error.strerror})") from None
+    need, free = chosen.image_bytes + chosen.samples * _OVERHEAD, shutil.disk_usage(folder).free
+    if need > free:
+        folder.rmdir()
+        raise InputError(
+            f"{folder.parent} has {free / 1e6:,.0f} MB free, {chosen.samples:,} samples need {need / 1e6:,.0f} MB: "
+            "make room, or choose fewer"
+        )
     return folder
 
 

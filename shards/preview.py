@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from tyro.conf import Positional
 
-from shards.atomic import write_atomic
+from shards.atomic import check_writable, write_atomic
 from shards.cli import say
 from shards.counter import hash64
 from shards.errors import InputError
@@ -72,6 +72,7 @@ def run(config: PreviewConfig) -> None:
     manifest = read_manifest(config.root)
     if config.split not in manifest.splits:
         raise InputError(f"no split {config.split!r} in {config.root}; it has {', '.join(manifest.splits)}")
+    check_writable(config.out)
     rows = choose_rows(manifest.rows(config.split), config.count, config.seed)
     buffer = io.BytesIO()
     draw_sheet(list(read_films(config.root, manifest, config.split, rows))).save(buffer, "PNG")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pipeline.batch import World
 from pipeline.loader import build_loader
-from shards.atomic import write_atomic
+from shards.atomic import check_writable, write_atomic
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from shards.manifest import read_manifest
@@ -72,6 +72,7 @@ def run_controls(config: ControlsConfig) -> dict[str, Any]:
     """All controls; the record that was written to controls.json."""
     manifest = read_manifest(config.shards)
     _check(config, manifest)
+    check_writable(config.out, folder=True)
     settings = replace(preset(config.preset), shards=config.shards, out=config.out, seed=config.seed)
     scores = {
         "untrained": untrained(settings, manifest, config.split),
@@ -80,7 +81,6 @@ def run_controls(config: ControlsConfig) -> dict[str, Any]:
         "model": _evaluated(config, config.checkpoint) if config.checkpoint else _trained(config, "model", []),
     }
     record = {"shards": manifest.digest, "split": config.split, "auroc": scores, "passed": judge(scores)}
-    config.out.mkdir(parents=True, exist_ok=True)
     write_atomic(config.out / "controls.json", (json.dumps(record, indent=1) + "\n").encode())
     return record
 

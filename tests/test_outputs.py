@@ -1,0 +1,110 @@
+"""Outputs that cannot be written: one line and exit code 2, before the work where that is long. By real mounts."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, assert_refused, run_module
+
+from shards.atomic import check_writable, write_atomic
+from shards.cli import main_guard
+
+_MOUNTS = """
+mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && mount -t tmpfs -o size=1m none "$1" && shift && exec "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder that is read-only inside `mounted`, and one that holds 1 MB there."""
+    root = tmp_path_factory.mktemp("mounts")
+    for name in ("ro", "small"):
+        (root / name).mkdir()
+    if shutil.which("unshare") is None or mounted((root / "ro", root / "small"), "--version").returncode:
+        pytest.skip("no mount namespaces here (unshare -Urm)")
+    return root / "ro", root / "small"
+
+
+def mounted(places: tuple[Path, Path], *python: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run Python with the two folders mounted: root ignores permission bits, not mounts."""
+    command = ["unshare", "-Urm", "sh", "-c", _MOUNTS, *places, sys.executable, *python]
+    return subprocess.run(list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("command", "out", "word"),
+    [
+        ("shards preview SET", "ro/p.png", "Read-only"),
+        ("shards preview SET --count 96", "small/nodir/p.png", "no folder"),
+        ("shards export SET --where row>=0", "ro/x", "Read-only"),
+        ("shards export SET --where row>=0", "small/x", "1 MB free"),
+        ("shards export SET --where row>=0 --to files", "small/x", "1 MB free"),
+        ("ingest.phantom --samples 3", "ro", "Read-only"),
+        ("ingest.phantom --samples 3", "small", "MB free"),
+        ("bench.demo", "ro/x", "Read-only"),
+    ],
+)
+def test_a_folder_that_takes_nothing(
+    places: tuple[Path, Path], shards_dir: Path, command: str, out: str, word: str
+) -> None:
+    root = places[0].parent
+    words = [str(shards_dir) if each == "SET" else each.replace(">=", " >= ") for each in command.split()]
+    assert_refused(mounted(places, "-m", *words, "--out", root / out), word, str(root / out.split("/")[0]))
+    assert sorted(root.iterdir()) == [places[0], places[1]] and not any(map(any, map(Path.iterdir, places)))
+
+
+def test_a_disk_that_fills_during_the_work(places: tuple[Path, Path], shards_dir: Path) -> None:
+    """What no check before can see: somebody else's file takes the room."""
+    script = f"""
+import shutil, sys
+shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 0, 10**9)
+from shards.__main__ import main
+main(["export", {str(shards_dir)!r}, "--where", "row >= 0", "--out", {str(places[1] / "x")!r}])
+"""
+    assert_refused(mounted(places, "-c", script), "No space left on device", str(places[1]))
+
+
+def test_the_bench_does_not_measure_for_nothing(shards_dir: Path, tmp_path: Path) -> None:
+    """`--json` into no folder is refused before the first batch; the refused path is named, not a temporary one."""
+    for path in (tmp_path / "nodir" / "b.json", tmp_path):
+        done = run_module("bench.loader", "--shards", shards_dir, "--json", path)
+        assert_refused(done, f"cannot read or write {path} (")
+        assert "round 1" not in done.stdout
+
+
+def test_the_demo_into_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert_refused(run_module("bench.demo", "--out", tmp_path / "file"), "Not a directory")
+
+
+def test_a_full_stdout(shards_dir: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "shards", "inspect", str(shards_dir)],
+            cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "shards: cannot read or write (No space left on device); make room, or give another path"
+    ]
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    """Errors of the system that name no path, and say nothing of a disk, are not the user's."""
+    for error in (OSError("no errno"), OSError(2, "No such file or directory"), ConnectionResetError(104, "reset")):
+        with pytest.raises(OSError) as found, main_guard("p"):
+            raise error
+        assert found.value is error
+
+
+def test_check_writable_leaves_nothing(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b", folder=True)
+    check_writable(tmp_path / "a" / "x.json")
+    write_atomic(tmp_path / "there", b"1")
+    check_writable(tmp_path / "there")
+    assert (tmp_path / "there").read_bytes() == b"1"
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["a", "b", "there"]
+    with pytest.raises(OSError):
+        check_writable(tmp_path / "there", folder=True)
