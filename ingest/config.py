@@ -99,7 +99,7 @@ class IngestConfig(SourceConfig):
     workers: int | None = None
     """Encoding processes; None for one a CPU of this job's affinity mask."""
     scheduler: str | None = None
-    """Work on a Dask cluster instead: `tcp://HOST:PORT`, `tls://HOST:PORT`, or the file its scheduler wrote (`.json`)."""
+    """Work on a Dask cluster instead: `tcp://HOST:PORT`, `tls://HOST:PORT`, or the file that the scheduler wrote."""
     scheduler_wait: float = 60.0
     """Seconds to wait for that scheduler, and for a worker whenever it has none."""
     encoding: Literal["auto", "jpeg", "png", "webp", "jpeg2k", "raw"] = "jpeg"

@@ -1,13 +1,16 @@
-"""Worker processes that die with their parent, and whose death ends the run with one line."""
+"""Who does an ingest's tasks: processes here that die with their parent, or a Dask cluster."""
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
+from ingest.config import IngestConfig, SourceConfig
 from shards.errors import InputError
 from shards.processes import start_worker
 
@@ -15,7 +18,28 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-class Pool:
+class Pool(Protocol):
+    """Does tasks, several at a time."""
+
+    def map_unordered(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """Results as they come. Few tasks exist at a time; each may be done twice, with the same outcome."""
+        ...
+
+
+@contextlib.contextmanager
+def open_pool(config: IngestConfig, sources: Sequence[SourceConfig], work: Path) -> Iterator[Pool]:
+    """The pool that the config asks for; `work` is the folder of what is being made."""
+    if config.scheduler is None:
+        with Processes(config.worker_count) as processes:
+            yield processes
+    else:
+        from ingest.cluster import open_cluster
+
+        with open_cluster(config.scheduler, config.scheduler_wait, sources, work) as cluster:
+            yield cluster
+
+
+class Processes:
     """Processes started afresh (spawn: nothing inherited), with a bounded number of tasks under way."""
 
     def __init__(self, workers: int) -> None:
