@@ -1,10 +1,13 @@
 """`python -m ingest --to-shards OUT --h5 cxr.h5 --csv reports.csv ...`: parse, ingest, say what came of it."""
 
 import time
-from collections import Counter
+from typing import TYPE_CHECKING
 
 from ingest.config import IngestConfig
 from shards.cli import main_guard, parse, say
+
+if TYPE_CHECKING:
+    from ingest.report import Report
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,22 +23,20 @@ def main(argv: list[str] | None = None) -> None:
         from ingest.run import ingest  # heavy: pyarrow, h5py
 
         started = time.monotonic()
-        outcome = ingest(config)
-        manifest, seconds = outcome.manifest, time.monotonic() - started
-        samples = sum(map(manifest.rows, manifest.splits))
-        sizes = ", ".join(
-            f"{split} {manifest.rows(split):,} in {len(manifest.splits[split])}" for split in manifest.splits
-        )
-        say(f"{config.to_shards}: {samples:,} samples ({sizes} shards)")
-        say(f"took {seconds:.1f} s, {samples / seconds:,.0f} films/s")
-        reasons = Counter(reason for found in outcome.rejects.values() for reason in found.split("; "))
-        say(
-            f"rejected {len(outcome.rejects):,} rows" + "".join(f"; {why}: {count:,}" for why, count in reasons.items())
-        )
-        say(
-            f"JPEG quality {manifest.image.quality}: PSNR {outcome.psnr:.1f} dB; after the resize to 224 x 224 "
-            f"{outcome.resized_psnr:.1f} dB, {outcome.resized_difference:.2f} grey levels on average"
-        )
+        report = ingest(config)
+        _say(config, report, time.monotonic() - started)
+
+
+def _say(config: IngestConfig, report: "Report", seconds: float) -> None:
+    from ingest.report import encoding_lines
+
+    sizes = ", ".join(f"{split} {stats.samples:,}" for split, stats in report.stats.splits.items())
+    say(f"{config.to_shards}: {report.samples:,} samples ({sizes}); more in report.txt there")
+    say(f"took {seconds:.1f} s, {report.samples / seconds:,.0f} films/s")
+    rejected = "".join(f"; {why}: {count:,}" for why, count in report.rejected.items())
+    say(f"rejected {report.rows - report.samples:,} rows{rejected}")
+    for line in encoding_lines(report.encoded):
+        say(line)
 
 
 if __name__ == "__main__":

@@ -5,32 +5,31 @@ Runs in worker processes; imports neither torch nor open_clip.
 
 import os
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from xxhash import xxh3_64_intdigest
 
 from ingest.config import SourceConfig
-from ingest.films import Film, FolderFilms, H5Films
+from ingest.films import Film, Films, FolderFilms, H5Films
 from ingest.images import Fault
+from ingest.loss import loss
 from shards.atomic import atomic_file
 from shards.digest import DIGEST_SIZE, HashingFile, stream_digest
 from shards.encodings import decode, encode
 from shards.errors import InputError
 from shards.schema import ImageSpec
 
-_MODEL_SIZE = 224
-
 RECORD = np.dtype(
     [
         ("offset", "<i8"),  # in the spill
         ("size", "<i4"),  # 0 where the row was not encoded
-        ("fault", "u1"),  # a Fault
+        ("fault", "u1"),  # a Fault: why the row cannot become a sample
+        ("blank", "u1"),  # a Fault: whether the film shows nothing
+        ("stored", "<i8"),  # bytes that the film takes in its source
         ("pixels", "<u8"),  # xxh3-64 of the row as uint8, 0 where there are none
         ("error", "<f4"),  # mean squared error of the encoding in grey levels^2, NaN where not measured
         ("resized_error", "<f4"),  # the same after the bicubic resize to 224
@@ -71,21 +70,22 @@ def encode_range(task: EncodeTask) -> int:
     if source.images is None:
         if not _is_whole(task, _NO_STAMP):
             with H5Films(source) as films:
-                _write_spill(films.read(task.first, task.end), task, _NO_STAMP)
+                _write_spill(films, task, _NO_STAMP)
         return task.end - task.first
     folder = FolderFilms(source.images, source.image_size, task.names, task.first)
     stamp = folder.stamp()
     if not _is_whole(task, stamp):
-        _write_spill(folder.read(task.first, task.end), task, stamp)
+        _write_spill(folder, task, stamp)
     return task.end - task.first
 
 
-def _write_spill(films: Iterator[Film], task: EncodeTask, stamp: str) -> None:
+def _write_spill(films: Films, task: EncodeTask, stamp: str) -> None:
     """Images end to end, a record a row, a trailer with the digest of all of it: for a disk that lost power."""
     records = np.zeros(task.end - task.first, dtype=RECORD)
+    records["stored"] = films.stored(task.first, task.end)
     with atomic_file(task.spill) as file:
         sink = HashingFile(file)
-        for number, film in enumerate(films):
+        for number, film in enumerate(films.read(task.first, task.end)):
             _encode_row(number, film, task, records[number], sink)
         sink.write(records.tobytes() + _TRAILER.pack(len(records), bytes.fromhex(stamp)))
         file.write(sink.digest)
@@ -116,36 +116,24 @@ def _read_trailer(file: BinaryIO) -> tuple[int, bytes]:
 
 def _encode_row(number: int, film: Film, task: EncodeTask, record: np.void, sink: HashingFile) -> None:
     record["error"] = record["resized_error"] = record["resized_difference"] = np.nan
-    record["fault"] = film if isinstance(film, Fault) else blank(film)
     if isinstance(film, Fault):
+        record["fault"] = film
         return
+    record["blank"] = record["fault"] = blank(film)
     record["pixels"] = xxh3_64_intdigest(np.ascontiguousarray(film).data)
     if record["fault"] or not task.wanted[number]:
         return
     encoded = encode(film, task.image)
     record["offset"], record["size"] = sink.written, sink.write(encoded)
     if (task.first + number) % task.measure_every == 0:
-        _measure(film, decode(encoded, task.image), record)
+        for name, value in asdict(loss(film, decode(encoded, task.image))).items():
+            record[name] = value
 
 
 def blank(film: NDArray[np.uint8]) -> Fault:
     """Whether a film shows nothing at all."""
     low, high = film.min(), film.max()
     return Fault.NONE if low != high else Fault.CONSTANT if high else Fault.ALL_ZERO
-
-
-def _measure(before: NDArray[np.uint8], after: NDArray[np.uint8], record: np.void) -> None:
-    record["error"] = (_difference(before, after) ** 2).mean()
-    resized = [
-        np.asarray(Image.fromarray(pixels).resize((_MODEL_SIZE, _MODEL_SIZE), Image.Resampling.BICUBIC))
-        for pixels in (before, after)
-    ]
-    difference = _difference(*resized)
-    record["resized_error"], record["resized_difference"] = (difference**2).mean(), np.abs(difference).mean()
-
-
-def _difference(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return before.astype(np.float32) - after
 
 
 def read_records(folder: Path, starts: NDArray[np.int64]) -> NDArray[np.void]:

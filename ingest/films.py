@@ -32,6 +32,10 @@ class Films(Protocol):
         """Films first..end of the source, in order."""
         ...
 
+    def stored(self, first: int, end: int) -> NDArray[np.int64]:
+        """(end - first,) bytes that films take in the source."""
+        ...
+
 
 class H5Films:
     """HDF5 files with one dataset each, seen as one."""
@@ -56,11 +60,19 @@ class H5Films:
 
     def read(self, first: int, end: int) -> Iterator[Film]:
         """Films first..end, which lie in one file."""
-        number = int(np.searchsorted(self._starts, first, side="right")) - 1
+        number = self._part(first)
         part, start = self._parts[number], int(self._starts[number])
         step = max(READ_ROWS // part.chunk_rows, 1) * part.chunk_rows
         for row in range(first - start, end - start, step):
             yield from part.read_uint8(row, min(row + step, end - start), self._range)
+
+    def stored(self, first: int, end: int) -> NDArray[np.int64]:
+        """(end - first,) bytes of films first..end, which lie in one file: compressed or not, its mean."""
+        part = self._parts[self._part(first)]
+        return np.full(end - first, part.stored_bytes // part.rows, dtype=np.int64)
+
+    def _part(self, row: int) -> int:
+        return int(np.searchsorted(self._starts, row, side="right")) - 1
 
     def __enter__(self) -> Self:
         return self
@@ -87,6 +99,11 @@ class FolderFilms:
                 raise InputError(
                     f"the image file of row {row} cannot be read ({error.strerror}); run the command again to go on"
                 ) from None
+
+    def stored(self, first: int, end: int) -> NDArray[np.int64]:
+        """(end - first,) bytes of the image files, 0 for missing ones."""
+        stamps = (_stamp(self._path(self._names[row - self._first])) for row in range(first, end))
+        return np.array([int(stamp.split()[0]) if stamp else 0 for stamp in stamps], dtype=np.int64)
 
     def stamp(self) -> str:
         """Digest of the files' sizes and times of change: another one means other films. Nothing is opened."""

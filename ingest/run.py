@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +24,13 @@ from ingest.images import Fault
 from ingest.inputs import Inputs, read_inputs
 from ingest.plan import Plan
 from ingest.pool import Pool, open_pool
+from ingest.report import Report, make_report, write_report
 from ingest.rows import Reports, write_rows
 from ingest.workdir import check_unchanged, open_work, remove_work
 from shards.atomic import write_atomic
 from shards.cli import say
 from shards.errors import InputError
-from shards.manifest import write_manifest
+from shards.manifest import signed, write_manifest
 from shards.schema import (
     REJECTS_NAME,
     SCHEMA_VERSION,
@@ -50,23 +50,11 @@ _MEASURE_EVERY, _MEASURED = 32, 500
 """What the encoding loses is measured on every 32nd film, or on 500 in all."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What came of an ingest."""
+def ingest(config: IngestConfig) -> Report:
+    """Run an ingest; returns what came of it.
 
-    manifest: Manifest
-    rejects: dict[int, str]
-    """Source row -> why."""
-    psnr: float
-    """dB, of the JPEG against the source, over the films measured."""
-    resized_psnr: float
-    """dB, both resized to 224 x 224 first."""
-    resized_difference: float
-    """Mean absolute difference after that resize, grey levels."""
-
-
-def ingest(config: IngestConfig) -> Outcome:
-    """Run an ingest. InputError for whatever is wrong with the input, before anything is written where possible."""
+    InputError for whatever is wrong with the input, before anything is written where possible.
+    """
     inputs = read_inputs(config)
     config, lines = settle(config, inputs)  # before the fingerprint is taken: it holds the codec, not `auto`
     for line in lines:
@@ -81,15 +69,11 @@ def ingest(config: IngestConfig) -> Outcome:
             order = _accepted(inputs.plan, rejects)
             manifest = _assemble(config, inputs, tokenizer, records, order, pool, work)
         _write_rejects(config.to_shards, inputs, rejects)
+        report = make_report(config.to_shards, signed(manifest), inputs, records, rejects)
+        write_report(config.to_shards, report)
         write_manifest(config.to_shards, manifest)
     remove_work(config.to_shards)
-    return Outcome(
-        manifest=manifest,
-        rejects=rejects,
-        psnr=_psnr(_mean(records["error"])),
-        resized_psnr=_psnr(_mean(records["resized_error"])),
-        resized_difference=_mean(records["resized_difference"]),
-    )
+    return report
 
 
 def _image_spec(config: IngestConfig, inputs: Inputs) -> ImageSpec:
@@ -248,14 +232,3 @@ def _write_rejects(out: Path, inputs: Inputs, rejects: dict[int, str]) -> None:
     for row, reason in rejects.items():
         writer.writerow([source_of[row], row - starts[source_of[row]], reason])
     write_atomic(out / REJECTS_NAME, text.getvalue().encode())
-
-
-def _mean(values: NDArray[np.float32]) -> float:
-    """Mean over the rows that were measured; 0 where none was."""
-    measured = values[~np.isnan(values)]
-    return float(measured.mean()) if len(measured) else 0.0
-
-
-def _psnr(mean_squared_error: float) -> float:
-    """Peak signal-to-noise ratio in dB for a peak of 255."""
-    return 10 * math.log10(255**2 / mean_squared_error) if mean_squared_error else math.inf

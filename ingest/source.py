@@ -39,6 +39,8 @@ class H5Source:
             raise
         self.rows, self.height, self.width = self._data.shape
         self.dtype = self._data.dtype
+        self.stored_bytes: int = self._data.id.get_storage_size()
+        """Bytes in the file, compressed or not."""
         self.chunk_rows: int = self._data.chunks[0] if self._data.chunks else 1
         """Rows that are stored, and if compressed can only be read, together."""
 

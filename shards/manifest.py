@@ -1,9 +1,10 @@
 """`manifest.json`: dataclasses to JSON and back, checked on the way in because a manifest may come from anywhere."""
 
+import errno
 import itertools
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ from shards.atomic import write_atomic
 from shards.errors import InputError
 from shards.schema import (
     MANIFEST_NAME,
+    MAX_BLOCK_ROWS,
+    MAX_BLOCKS,
+    MAX_CONTEXT,
+    MAX_LABELS,
+    MAX_SOURCE_ROWS,
     SCHEMA_VERSION,
     SPLITS,
     FileInfo,
@@ -24,6 +30,10 @@ from shards.schema import (
     shard_name,
 )
 
+MAX_BYTES = 64 << 20
+"""A manifest takes 500 bytes a shard: 2,000 shards of 256 MB are a megabyte."""
+MIN_SAMPLE_BYTES = 5 * 512
+"""What a sample takes in the tar: three headers, an image and labels; its report may be empty."""
 _HEX = re.compile(r"[0-9a-f]{32}")
 
 
@@ -32,6 +42,11 @@ def encode_manifest(manifest: Manifest) -> bytes:
     fields = asdict(manifest)
     del fields["digest"]
     return (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def signed(manifest: Manifest) -> Manifest:
+    """The manifest with the digest that it will have once written."""
+    return replace(manifest, digest=xxh3_128_hexdigest(encode_manifest(manifest)))
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
@@ -43,7 +58,7 @@ def read_manifest(root: Path) -> Manifest:
     """Read and check `manifest.json`. InputError where it is missing, damaged, or of another version."""
     path = Path(root) / MANIFEST_NAME
     try:
-        content = path.read_bytes()
+        content = _read(path)
     except OSError as error:
         raise InputError(
             f"no shards here: cannot read {path} ({error.strerror}); make them with python -m ingest"
@@ -56,25 +71,58 @@ def read_manifest(root: Path) -> Manifest:
         return _decode(fields, xxh3_128_hexdigest(content))
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a manifest ({type(error).__name__}: {error}); ingest again") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} is not a manifest ({type(error).__name__}: {reason}); ingest again") from None
+
+
+def _read(path: Path) -> bytes:
+    """The file, but no pipe, which would never end, and nothing huge."""
+    stat = path.stat()
+    if not path.is_file() or stat.st_size > MAX_BYTES:
+        raise OSError(errno.EINVAL, f"it is no file of at most {MAX_BYTES:,} bytes")
+    return path.read_bytes()
 
 
 def _decode(fields: dict[str, Any], digest: str) -> Manifest:
     manifest = Manifest(
         schema_version=fields["schema_version"],
         image=ImageSpec(**fields["image"]),
-        tokenizer=TokenizerSpec(**fields["tokenizer"]),
-        labels=tuple(str(name) for name in fields["labels"]),
-        block_rows=_count(fields["block_rows"]),
+        tokenizer=_decode_tokenizer(fields["tokenizer"]),
+        labels=_decode_labels(fields["labels"]),
+        block_rows=_count(fields["block_rows"], MAX_BLOCK_ROWS),
         seed=int(fields["seed"]),
-        sources=tuple(SourceInfo(**source) for source in fields["sources"]),
+        sources=tuple(_decode_source(source) for source in fields["sources"]),
         splits={split: _decode_split(split, shards) for split, shards in fields["splits"].items()},
         groups={split: (int(first), int(end)) for split, (first, end) in fields["groups"].items()},
         digest=digest,
     )
     _check_groups(manifest)
+    _check_counts(manifest)
     return manifest
+
+
+def _decode_tokenizer(fields: dict[str, Any]) -> TokenizerSpec:
+    return TokenizerSpec(
+        name=str(fields["name"]),
+        digest=_digest(fields["digest"]),
+        context=_count(fields["context"], MAX_CONTEXT),
+        vocab_size=_count(fields["vocab_size"], 1 << 16),
+    )
+
+
+def _decode_labels(names: list[Any]) -> tuple[str, ...]:
+    labels = tuple(str(name) for name in names)
+    if not isinstance(names, list) or len(set(labels)) != len(labels) or len(labels) > MAX_LABELS:
+        raise ValueError(f"{len(labels):,} labels, or one twice; {MAX_LABELS:,} different ones are the most")
+    return labels
+
+
+def _decode_source(fields: dict[str, Any]) -> SourceInfo:
+    source = SourceInfo(**fields)
+    _count(source.rows, MAX_SOURCE_ROWS)
+    _count(source.samples + 1, MAX_SOURCE_ROWS + 1)
+    return source
 
 
 def _decode_split(split: str, shards: list[dict[str, Any]]) -> tuple[ShardInfo, ...]:
@@ -102,9 +150,9 @@ def _decode_file(fields: dict[str, Any]) -> FileInfo:
     return FileInfo(bytes=_count(fields["bytes"]), xxh3=_digest(fields["xxh3"]))
 
 
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{value!r} is not a positive count")
+def _count(value: Any, most: int = (1 << 63) - 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ValueError(f"{value!r} is not a positive count up to {most:,}")
     return value
 
 
@@ -120,3 +168,14 @@ def _check_groups(manifest: Manifest) -> None:
     for (_, end), (first, _) in itertools.pairwise(ranges):
         if first < end:
             raise ValueError(f"group ranges {ranges} of the splits overlap")
+
+
+def _check_counts(manifest: Manifest) -> None:
+    """Rows that the sources cannot have, or that could not be put in order, are a lie."""
+    shards = [shard for split in manifest.splits.values() for shard in split]
+    blocks = sum(-(-shard.rows // manifest.block_rows) for shard in shards)
+    if blocks > MAX_BLOCKS:
+        raise ValueError(f"{blocks:,} blocks; {MAX_BLOCKS:,} are the most")
+    crowded = [shard.name for shard in shards if shard.rows * MIN_SAMPLE_BYTES > shard.tar.bytes]
+    if crowded:
+        raise ValueError(f"shard {crowded[0]} names more rows than its tar has room for")

@@ -11,6 +11,8 @@ import pyarrow as pa
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 REJECTS_NAME = "rejects.csv"
+REPORT_NAME, REPORT_PAGE_NAME = "report.json", "report.txt"
+"""What the ingest found, for people and programs; no tool of ours reads it."""
 SPLITS = ("train", "val", "test")
 
 CODEC_EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "jpeg2k": "jp2", "raw": "raw"}
@@ -27,6 +29,15 @@ MINIMUM_BLOCKS = 1000
 MINIMUM_BLOCK_ROWS = 16
 """A block is about 4 MiB, and small enough that a set has 1,000 blocks, but never under 16 rows: reading a row group
 costs 0.55 ms whatever it holds (pyarrow 26, one EPYC core: 550 us a sample at 1 row, 48 at 16, 19 at 128)."""
+
+MAX_BLOCK_ROWS = 1 << 16
+MAX_BLOCK_TEXT_BYTES = 128 << 20
+MAX_BLOCKS = 1 << 24
+MAX_IMAGE_PIXELS = 1 << 24
+MAX_CONTEXT = 4096
+MAX_LABELS = 1000
+MAX_SOURCE_ROWS = 10**10
+"""What no data set of ours exceeds. A set may come from anywhere, and a lie beyond these must not fill the memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,13 +58,21 @@ class ImageSpec:
     def __post_init__(self) -> None:
         if self.codec not in CODEC_EXTENSIONS:
             raise ValueError(f"unknown codec {self.codec!r}; valid: {', '.join(CODEC_EXTENSIONS)}")
+        pixels = self.height * self.width
         if min(self.height, self.width) < 1 or self.channels not in (1, 3) or not 1 <= self.quality <= 100:
             raise ValueError(f"impossible image spec {self}")
+        if not isinstance(pixels, int) or pixels > MAX_IMAGE_PIXELS:
+            raise ValueError(f"images of {self.height} x {self.width}; {MAX_IMAGE_PIXELS:,} pixels are the most")
 
     @property
     def extension(self) -> str:
         """Extension of the image's member in the tar, without a dot."""
         return CODEC_EXTENSIONS[self.codec]
+
+    @property
+    def max_bytes(self) -> int:
+        """More than any encoder makes of such an image."""
+        return 2 * self.height * self.width * self.channels + (64 << 10)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,7 +158,7 @@ class Manifest:
 def block_rows_for(samples: int, mean_bytes: float) -> int:
     """Rows in a block of a set with so many samples whose images take `mean_bytes` each."""
     wanted = min(TARGET_BLOCK_BYTES / max(mean_bytes, 1.0), samples / MINIMUM_BLOCKS)
-    return max(MINIMUM_BLOCK_ROWS, int(wanted))
+    return min(max(MINIMUM_BLOCK_ROWS, int(wanted)), MAX_BLOCK_ROWS)
 
 
 def shard_name(split: str, number: int) -> str:

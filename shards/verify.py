@@ -29,7 +29,7 @@ from shards.errors import InputError
 from shards.leaks import Leaks
 from shards.manifest import read_manifest
 from shards.processes import start_worker
-from shards.schema import MANIFEST_NAME, REJECTS_NAME, Manifest, ShardInfo
+from shards.schema import MANIFEST_NAME, REJECTS_NAME, REPORT_NAME, REPORT_PAGE_NAME, Manifest, ShardInfo
 
 DECODE = 16
 """Images of a shard to decode by default."""
@@ -166,7 +166,7 @@ def _check(root: Path, manifest: Manifest, info: ShardInfo, decode: Decode) -> C
 
 
 def _stray_files(root: Path, manifest: Manifest) -> list[str]:
-    known = {MANIFEST_NAME, REJECTS_NAME}
+    known = {MANIFEST_NAME, REJECTS_NAME, REPORT_NAME, REPORT_PAGE_NAME}
     for shards in manifest.splits.values():
         known |= {f"{info.name}.{suffix}" for info in shards for suffix in ("tar", "idx", "parquet")}
     return sorted(name for name in os.listdir(root) if name not in known)

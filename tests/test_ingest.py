@@ -323,5 +323,5 @@ def test_uint8_and_float32_make_the_same_images(tmp_path: Path) -> None:
     for number, path in enumerate((h5, tmp_path / "u.h5")):
         out = tmp_path / f"out{number}"
         assert run_module("ingest", "--to-shards", out, "--h5", path, "--csv", table, "--workers", "1").returncode == 0
-        sets.append(tree(out))
+        sets.append({name: digest for name, digest in tree(out).items() if not name.startswith("report.")})
     assert sets[0] == sets[1]

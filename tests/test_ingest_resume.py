@@ -1,4 +1,4 @@
-"""What a rerun believes of what an interrupted ingest left: digests, not names and sizes (I2), and the same films (I12)."""
+"""What a rerun believes of what an interrupted ingest left: digests, not names and sizes (I2); the same films (I12)."""
 
 import os
 import shutil

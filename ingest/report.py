@@ -1,0 +1,212 @@
+"""What an ingest gives back beside the shards: `report.json`, and the same as a page of text, `report.txt`.
+
+Numbers and opaque keys only: no path, no patient, no report. The same input gives the same report.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ingest.images import Fault
+from ingest.inputs import Inputs
+from shards.atomic import write_atomic
+from shards.schema import REPORT_NAME, REPORT_PAGE_NAME, Manifest, sample_key
+from shards.stats import Stats, gather
+from shards.stats import page as stats_page
+
+_MOST_LISTED = 1000
+"""Sets of equal films that are listed by their keys."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceReport:
+    """What became of one source."""
+
+    kind: str
+    """`hdf5` or `images`."""
+    rows: int
+    samples: int
+    rejected: dict[str, int]
+    """Reason -> rows; a row may have several."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Films:
+    """What the films are like."""
+
+    all_zero: int
+    constant: int
+    """Rows whose film has one grey level only, all zero aside."""
+    repeated: int
+    """Samples whose film another sample has too, pixel for pixel."""
+    repeated_most: int
+    """Samples that have the commonest film."""
+    equal: tuple[tuple[str, ...], ...]
+    """Keys of samples with the same film, a tuple each, at most 1,000 of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """What encoding saved and lost."""
+
+    codec: str
+    quality: int | None
+    """JPEG quality; None for the lossless codecs."""
+    source_bytes: int
+    """Of all films of all sources as they were stored."""
+    set_bytes: int
+    """Of all shards: tars, indices and tables."""
+    measured: int
+    """Films that were decoded again for the figures below."""
+    psnr: float | None
+    """dB for a peak of 255; None without loss."""
+    resized_psnr: float | None
+    """The same after the bicubic resize to 224 x 224."""
+    resized_difference: float
+    """Mean absolute difference after that resize, grey levels."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What came of an ingest."""
+
+    sources: tuple[SourceReport, ...]
+    films: Films
+    encoded: Encoded
+    stats: Stats
+    """What `python -m shards stats` says: reports, tokens, sides, labels, groups, split by split."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of all sources."""
+        return sum(source.rows for source in self.sources)
+
+    @property
+    def samples(self) -> int:
+        """Rows that became samples."""
+        return sum(source.samples for source in self.sources)
+
+    @property
+    def rejected(self) -> Counter[str]:
+        """Reason -> rows of all sources."""
+        total: Counter[str] = Counter()
+        for source in self.sources:
+            total.update(source.rejected)
+        return total
+
+
+def make_report(
+    root: Path, manifest: Manifest, inputs: Inputs, records: NDArray[np.void], rejects: dict[int, str]
+) -> Report:
+    """Look at the finished shards in `root` and at phase one's `records` (rows,); every table is read once."""
+    return Report(
+        sources=tuple(_sources(manifest, inputs, rejects)),
+        films=_films(inputs, records, rejects),
+        encoded=_encoded(manifest, records),
+        stats=gather(root, manifest),
+    )
+
+
+def write_report(root: Path, report: Report) -> None:
+    """Write both files."""
+    write_atomic(root / REPORT_NAME, (json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(root / REPORT_PAGE_NAME, ("\n".join(page(report)) + "\n").encode())
+
+
+def _sources(manifest: Manifest, inputs: Inputs, rejects: dict[int, str]) -> Iterator[SourceReport]:
+    starts = inputs.starts
+    rejected: list[Counter[str]] = [Counter() for _ in inputs.sources]
+    for row, reasons in rejects.items():
+        rejected[int(np.searchsorted(starts, row, side="right")) - 1].update(reasons.split("; "))
+    for info, counts in zip(manifest.sources, rejected, strict=True):
+        yield SourceReport(kind=info.kind, rows=info.rows, samples=info.samples, rejected=dict(counts.most_common()))
+
+
+def _films(inputs: Inputs, records: NDArray[np.void], rejects: dict[int, str]) -> Films:
+    accepted = np.ones(len(records), dtype=bool)
+    accepted[list(rejects)] = False
+    rows = np.flatnonzero(accepted)
+    _, members, counts = np.unique(records["pixels"][rows], return_inverse=True, return_counts=True)
+    again = rows[counts[members] > 1]
+    sets: dict[int, list[str]] = {}
+    for row, member in zip(again.tolist(), members[counts[members] > 1].tolist(), strict=True):
+        sets.setdefault(member, []).append(_key(inputs, row))
+    return Films(
+        all_zero=int((records["blank"] == Fault.ALL_ZERO).sum()),
+        constant=int((records["blank"] == Fault.CONSTANT).sum()),
+        repeated=len(again),
+        repeated_most=int(counts.max(initial=0)),
+        equal=tuple(tuple(keys) for keys in list(sets.values())[:_MOST_LISTED]),
+    )
+
+
+def _key(inputs: Inputs, row: int) -> str:
+    source = int(np.searchsorted(inputs.starts, row, side="right")) - 1
+    return sample_key(source, row - int(inputs.starts[source]))
+
+
+def _encoded(manifest: Manifest, records: NDArray[np.void]) -> Encoded:
+    measured = ~np.isnan(records["error"])
+    error, resized, difference = (
+        float(records[name][measured].mean()) if measured.any() else 0.0
+        for name in ("error", "resized_error", "resized_difference")
+    )
+    files = [file.bytes for shards in manifest.splits.values() for info in shards
+             for file in (info.tar, info.idx, info.parquet)]  # fmt: skip
+    return Encoded(
+        codec=manifest.image.codec,
+        quality=manifest.image.quality if manifest.image.codec == "jpeg" else None,
+        source_bytes=int(records["stored"].sum()),
+        set_bytes=sum(files),
+        measured=int(measured.sum()),
+        psnr=_psnr(error),
+        resized_psnr=_psnr(resized),
+        resized_difference=difference,
+    )
+
+
+def _psnr(mean_squared_error: float) -> float | None:
+    """Peak signal-to-noise ratio in dB for a peak of 255; None where nothing was lost."""
+    return 10 * math.log10(255**2 / mean_squared_error) if mean_squared_error else None
+
+
+def page(report: Report) -> Iterator[str]:
+    """The page, line by line."""
+    yield f"{report.samples:,} of {report.rows:,} rows became samples"
+    for number, source in enumerate(report.sources):
+        yield f"  source {number} ({source.kind}): {source.samples:,} of {source.rows:,}"
+        yield from (f"    rejected {count:,}: {why}" for why, count in source.rejected.items())
+    yield ""
+    yield from _film_lines(report.films)
+    yield from encoding_lines(report.encoded)
+    yield ""
+    yield from stats_page(report.stats)
+
+
+def _film_lines(films: Films) -> Iterator[str]:
+    yield f"films that show nothing: {films.all_zero:,} all zero, {films.constant:,} of one other grey level"
+    listed = f", in {len(films.equal):,} sets that {REPORT_NAME} lists" if films.equal else ""
+    yield f"samples whose film another one has too, pixel for pixel: {films.repeated:,}{listed}"
+
+
+def encoding_lines(encoded: Encoded) -> Iterator[str]:
+    """Bytes saved, and what it cost."""
+    factor = encoded.source_bytes / encoded.set_bytes
+    yield (
+        f"films took {encoded.source_bytes / 1e6:,.1f} MB, the set takes {encoded.set_bytes / 1e6:,.1f} MB: "
+        f"{factor:.1f} times less"
+    )
+    name = encoded.codec if encoded.quality is None else f"{encoded.codec} quality {encoded.quality}"
+    if encoded.psnr is None:
+        yield f"{name}: no loss in {encoded.measured:,} films measured"
+    else:
+        yield (
+            f"{name}: PSNR {encoded.psnr:.1f} dB; after the resize to 224 x 224 {encoded.resized_psnr:.1f} dB, "
+            f"{encoded.resized_difference:.2f} grey levels on average, over {encoded.measured:,} films measured"
+        )
