@@ -1,7 +1,6 @@
 """`python -m shards inspect DIR [--sample KEY]`: the manifest in a page of text, or one sample."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from shards.cli import say
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
-from shards.scan import scan
+from shards.scan import read_image, scan
 from shards.schema import LABEL_PREFIX, Manifest, table_schema
 
 
@@ -70,7 +69,7 @@ def show_sample(root: Path, key: str) -> Iterator[str]:
 
 def _describe_row(reader: ShardReader, manifest: Manifest, number: int, row: dict) -> Iterator[str]:
     labels = {name: row[LABEL_PREFIX + name] for name in manifest.labels}
-    image = os.pread(reader.fd, row["size"], row["offset"])
+    image = read_image(reader, row)
     yield f"key          {row['key']}  (shard {reader.info.name}, row {number})"
     yield f"image        {len(image):,} bytes at offset {row['offset']:,}, xxh3 {row['xxh3']:016x}"
     yield f"text         {row['text']}"

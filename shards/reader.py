@@ -12,12 +12,13 @@ from typing import Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from xxhash import xxh3_128_hexdigest
 
 from shards.errors import InputError
-from shards.schema import LABEL_PREFIX, FileInfo, Manifest, ShardInfo, sample_key, table_schema
+from shards.schema import LABEL_PREFIX, MAX_BLOCK_TEXT_BYTES, FileInfo, Manifest, ShardInfo, sample_key, table_schema
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,12 +57,22 @@ class Rows:
 TRAINING_COLUMNS = ("source", "row", "offset", "size", "xxh3", "tokens", "token_count", "side_words", "group")
 
 
+_MAX_FOOTER_BYTES = 32 << 20
+"""A footer takes about 100 bytes a column and block."""
+_ENCODINGS = frozenset({"PLAIN", "RLE"})
+"""Of columns and of which values are there. Dictionaries and deltas let a small file hold any amount of text."""
+_SLACK_BYTES = 4096
+"""Page headers and the like in a column of a block."""
+_SAMPLE_BYTES = 64 << 10
+"""What a sample has in the tar beside image and report: headers, padding, labels."""
+
+
 class ShardReader:
     """One open shard. InputError, naming it, where a file is missing or is not the one the manifest describes."""
 
     def __init__(self, root: Path, manifest: Manifest, info: ShardInfo) -> None:
         self.info = info
-        self._manifest = manifest
+        self.manifest = manifest
         self._groups = manifest.groups.get(info.name.rsplit("-", 1)[0])
         check_file(Path(root) / f"{info.name}.idx", info.idx)
         path = Path(root) / f"{info.name}.parquet"
@@ -70,22 +81,23 @@ class ShardReader:
         self.path = Path(root) / f"{info.name}.tar"
         check_file(self.path, info.tar)
         self._parquet = _open_table(path, manifest, info)
+        self._numbers = {name: number for number, name in enumerate(self._parquet.schema_arrow.names)}
         self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         """File descriptor of the tar."""
 
     @property
     def blocks(self) -> int:
         """Number of blocks in the shard."""
-        return -(-self.info.rows // self._manifest.block_rows)
+        return -(-self.info.rows // self.manifest.block_rows)
 
     def block_span(self, block: int) -> tuple[int, int]:
         """First row of a block and the row after its last."""
-        first = block * self._manifest.block_rows
-        return first, min(first + self._manifest.block_rows, self.info.rows)
+        first = block * self.manifest.block_rows
+        return first, min(first + self.manifest.block_rows, self.info.rows)
 
     def read_rows(self, block: int) -> Rows:
         """The rows of one block, from one Parquet row group, its page checksums verified."""
-        columns = [*TRAINING_COLUMNS, *(LABEL_PREFIX + name for name in self._manifest.labels)]
+        columns = [*TRAINING_COLUMNS, *(LABEL_PREFIX + name for name in self.manifest.labels)]
         table = self.read_columns(block, columns)
         rows = Rows(
             source=table["source"].to_numpy(),
@@ -93,11 +105,11 @@ class ShardReader:
             offset=table["offset"].to_numpy(),
             size=table["size"].to_numpy(),
             xxh3=table["xxh3"].to_numpy(),
-            tokens=_tokens(table, self._manifest.tokenizer.context),
+            tokens=_tokens(table, self.manifest.tokenizer.context),
             token_count=table["token_count"].to_numpy().astype(np.int64),
             side_words=table["side_words"].to_numpy(),
             group=table["group"].to_numpy(),
-            labels=_labels(table, self._manifest.labels),
+            labels=_labels(table, self.manifest.labels),
         )
         self._check_rows(block, rows)
         return rows
@@ -108,10 +120,8 @@ class ShardReader:
 
     def read_table(self) -> pa.Table:
         """The whole table, every column, page checksums verified."""
-        try:
-            return self._parquet.read(use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            raise self._damaged("table", error) from None
+        names = self._parquet.schema_arrow.names
+        return pa.concat_tables([self.read_columns(block, names) for block in range(self.blocks)])
 
     def close(self) -> None:
         """Close both files."""
@@ -127,11 +137,57 @@ class ShardReader:
         self.close()
 
     def read_columns(self, block: int, columns: list[str]) -> pa.Table:
-        """The named columns of one block, page checksums verified."""
+        """The named columns of one block, page checksums verified, without nulls but in labels."""
+        self._check_group(block, columns)
         try:
-            return self._parquet.read_row_group(block, columns=columns, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
+            table = self._parquet.read_row_group(block, columns=columns, use_threads=False)
+        except (OSError, MemoryError, pa.ArrowException) as error:
             raise self._damaged(f"block {block}", error) from None
+        self._check_values(block, table)
+        return table
+
+    def _check_values(self, block: int, table: pa.Table) -> None:
+        """InputError for values that no writer of ours makes and that would trip whoever takes them for granted."""
+        try:
+            table.validate(full=True)
+        except pa.ArrowException:
+            raise self._senseless(block, "some text is not UTF-8") from None
+        for name in table.column_names:
+            column = table[name]
+            holes = column.null_count or (name == "tokens" and any(part.flatten().null_count for part in column.chunks))
+            if holes and not name.startswith(LABEL_PREFIX):
+                raise self._senseless(block, f"column {name!r} has blanks")
+        if "source" in table.column_names and pc.max(table["source"]).as_py() >= len(self.manifest.sources):
+            raise self._senseless(block, "it names a source that the manifest does not")
+
+    def _check_group(self, block: int, columns: list[str]) -> None:
+        """InputError where a block is not what our writer makes, seen before any of it is decompressed."""
+        group = self._parquet.metadata.row_group(block)
+        first, end = self.block_span(block)
+        if group.num_rows != end - first:
+            raise self._senseless(block, f"it has {group.num_rows:,} rows, not {end - first:,}")
+        for number in range(group.num_columns):
+            column = group.column(number)
+            name = column.path_in_schema.removesuffix(".list.element")
+            if name not in columns:
+                continue
+            if (
+                column.has_dictionary_page
+                or column.compression != "ZSTD"
+                or not _ENCODINGS.issuperset(column.encodings)
+            ):
+                raise self._senseless(block, f"column {name!r} is encoded another way than ours")
+            if column.total_uncompressed_size > self._most_bytes(name, group.num_rows):
+                raise self._senseless(block, f"column {name!r} declares {column.total_uncompressed_size:,} bytes")
+
+    def _most_bytes(self, name: str, rows: int) -> int:
+        """More than our writer makes of a column of one block."""
+        if name == "text":
+            return MAX_BLOCK_TEXT_BYTES + _SLACK_BYTES
+        return rows * (3 * self.manifest.tokenizer.context if name == "tokens" else 32) + _SLACK_BYTES
+
+    def _senseless(self, block: int, why: str) -> InputError:
+        return InputError(f"shard {self.info.name}: block {block} of its table makes no sense: {why}; ingest again")
 
     def _damaged(self, what: str, error: Exception) -> InputError:
         reason = " ".join(str(error).split())[:120]
@@ -141,9 +197,14 @@ class ShardReader:
 
     def _check_rows(self, block: int, rows: Rows) -> None:
         first, end = self.block_span(block)
-        inside = (rows.offset >= 0) & (rows.size > 0) & (rows.offset + rows.size <= self.info.tar.bytes)
-        if len(rows) != end - first or not inside.all():
+        most = min(self.manifest.image.max_bytes, self.info.tar.bytes)
+        sized = (rows.size > 0) & (rows.size <= most)
+        inside = (rows.offset >= 0) & (rows.offset <= self.info.tar.bytes - rows.size)
+        if len(rows) != end - first or not (sized & inside).all():
             raise InputError(f"shard {self.info.name}: block {block} has rows that do not fit its tar; ingest again")
+        span = int((rows.offset + rows.size).max() - rows.offset.min())
+        if span > int(rows.size.sum()) + MAX_BLOCK_TEXT_BYTES + len(rows) * _SAMPLE_BYTES:
+            raise InputError(f"shard {self.info.name}: block {block} is scattered over its tar; ingest again")
         if self._groups and not ((rows.group >= self._groups[0]) & (rows.group < self._groups[1])).all():
             raise InputError(
                 f"shard {self.info.name}: block {block} holds a group of another split (leak); ingest again"
@@ -164,6 +225,8 @@ def check_file(path: Path, expected: FileInfo) -> None:
 
 
 def _check_footer(path: Path, info: ShardInfo) -> None:
+    if info.footer_bytes > _MAX_FOOTER_BYTES:
+        raise InputError(f"shard {info.name}: a Parquet footer of {info.footer_bytes:,} bytes is none of ours")
     with open(path, "rb") as file:
         file.seek(-min(info.footer_bytes, info.parquet.bytes), os.SEEK_END)
         footer = file.read()
@@ -179,7 +242,9 @@ def _open_table(path: Path, manifest: Manifest, info: ShardInfo) -> pq.ParquetFi
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"shard {info.name}: {path.name} is not a Parquet file ({error})") from None
     expected = table_schema(manifest.tokenizer.context, manifest.labels)
-    if not table.schema_arrow.equals(expected) or table.metadata.num_rows != info.rows:
+    blocks = -(-info.rows // manifest.block_rows)
+    counts = (table.metadata.num_rows, table.metadata.num_row_groups)
+    if not table.schema_arrow.equals(expected) or counts != (info.rows, blocks):
         raise InputError(
             f"shard {info.name}: {path.name} has other columns or rows than the manifest says; ingest again"
         )

@@ -91,7 +91,7 @@ def read_image(reader: ShardReader, row: Mapping[str, Any]) -> bytes:
     """
     offset, size = row["offset"], row["size"]
     image = b""
-    if 0 <= offset and 0 < size <= reader.info.tar.bytes - offset:
+    if 0 <= offset and 0 < size <= min(reader.info.tar.bytes - offset, reader.manifest.image.max_bytes):
         image = os.pread(reader.fd, size, offset)
     if xxh3_64_intdigest(image) != row["xxh3"]:
         raise InputError(

@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
+from shards.errors import InputError
 from shards.schema import LABEL_PREFIX, NO_GROUP, Manifest
 
 BATCH = 64
@@ -73,8 +74,8 @@ class Tally:
         self._labels = manifest.labels
         self._context = manifest.tokenizer.context
         self._filled = 0
-        self._texts, self._tokens, self.films = (np.zeros(rows, dtype=np.uint64) for _ in range(3))
-        self._groups = np.full(rows, NO_GROUP, dtype=np.int64)
+        self._texts, self._tokens, self.films = (_room(rows).view(np.uint64) for _ in range(3))
+        self._groups = _room(rows)
         self._lengths = np.zeros(1 << 16, dtype=np.int64)
         self._sizes: list[tuple[int, int, int]] = []
         self._flags = {"truncated": 0, "side_words": 0}
@@ -124,6 +125,14 @@ class Tally:
             },
             **self._flags,
         )
+
+
+def _room(rows: int) -> NDArray[np.int64]:
+    """(rows,) that cost nothing before they are filled: a manifest may say any number."""
+    try:
+        return np.empty(rows, dtype=np.int64)
+    except (MemoryError, ValueError):
+        raise InputError(f"the manifest names {rows:,} samples, more than fit this machine's memory") from None
 
 
 def _count_values(values: NDArray) -> NDArray[np.int64]:

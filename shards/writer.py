@@ -19,9 +19,11 @@ from xxhash import xxh3_64_intdigest, xxh3_128, xxh3_128_hexdigest
 
 from shards import tar
 from shards.atomic import atomic_file, write_atomic
+from shards.errors import InputError
 from shards.index import Member, encode_index
 from shards.schema import (
     LABEL_PREFIX,
+    MAX_BLOCK_TEXT_BYTES,
     NO_GROUP,
     FileInfo,
     ImageSpec,
@@ -96,7 +98,7 @@ class ShardWriter:
         self._members: list[tuple[Member, ...]] = []
         self._stack = ExitStack()
         self._digest = xxh3_128()
-        self._offset = 0
+        self._offset = self._text_bytes = 0
 
     def __enter__(self) -> Self:
         self._tar = self._stack.enter_context(atomic_file(self._folder / f"{self._name}.tar"))
@@ -118,6 +120,7 @@ class ShardWriter:
         labels = dict(zip(self._labels, sample.labels, strict=True))
         image = self._write_member(key, self._extension, sample.image)
         text = self._write_member(key, "txt", text_bytes(sample.text))
+        self._count_text(text.size)
         record = self._write_member(key, "json", sample_json(labels, sample.row, sample.source))
         self._members.append((image, text, record))
         values = {
@@ -143,6 +146,17 @@ class ShardWriter:
             raise ValueError(f"tokens {sample.tokens.dtype}{sample.tokens.shape} are not uint16({self._context},)")
         if self._groups is not None and not self._groups[0] <= sample.group < self._groups[1]:
             raise ValueError(f"group {sample.group} lies outside {self._groups}, the groups of this split: a leak")
+
+    def _count_text(self, size: int) -> None:
+        """InputError where the reports of a block become more than a reader takes."""
+        if len(self._members) % self._block_rows == 0:
+            self._text_bytes = 0
+        self._text_bytes += size
+        if self._text_bytes > MAX_BLOCK_TEXT_BYTES:
+            raise InputError(
+                f"shard {self._name}: the reports of {self._block_rows} rows take more than "
+                f"{MAX_BLOCK_TEXT_BYTES:,} bytes; is it the right column?"
+            )
 
     def _write_member(self, key: str, extension: str, content: bytes) -> Member:
         name = f"{key}.{extension}"

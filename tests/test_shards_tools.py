@@ -196,7 +196,7 @@ def forge(root: Path, column: str, values: pa.Array) -> Path:
         ("size", pa.array([1 << 62] * 8), "do not fit its tar"),
         ("row", pa.array(range(8)), "the key does not name its source row"),
         ("key", pa.array([f"00-{row:010d}" for row in range(8)]), "the key does not name its source row"),
-        ("source", pa.array([200] * 8, pa.uint8()), "the key does not name its source row"),
+        ("source", pa.array([200] * 8, pa.uint8()), "names a source that the manifest does not"),
         ("xxh3", pa.array([1] * 8, pa.uint64()), "not those that were ingested"),
         ("offset", pa.array([1024] * 8), "header or offset is wrong"),
     ],
