@@ -2,12 +2,19 @@
 
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
+import simplejpeg
+from conftest import write_h5
 
+from pipeline import hdf5
 from pipeline.batch import World
 from pipeline.config import LoaderConfig, available_cpus, stream_count, thread_count
 from pipeline.loader import build_loader
 from shards.errors import InputError
+from shards.manifest import read_manifest
+from shards.schema import ImageSpec
 
 
 def config(shards: Path = Path("nowhere"), **settings: object) -> LoaderConfig:
@@ -71,9 +78,6 @@ def test_missing_sets_splits_and_odd_positions_are_refused(shards_dir: Path, tmp
 
 
 def test_an_hdf5_file_of_another_shape_is_refused(shards_dir: Path, tmp_path: Path) -> None:
-    import h5py
-    import numpy as np
-
     path = tmp_path / "other.h5"
     with h5py.File(path, "w") as file:
         file["cxr"] = np.zeros((3, 320, 320), dtype=np.float32)
@@ -81,6 +85,46 @@ def test_an_hdf5_file_of_another_shape_is_refused(shards_dir: Path, tmp_path: Pa
         build_loader(config(shards_dir, backend="hdf5", h5=path), World())
     with pytest.raises(InputError, match="no HDF5 file"):
         build_loader(config(shards_dir, backend="hdf5", h5=tmp_path / "missing.h5"), World())
+
+
+def other_films(images: np.ndarray, kind: str) -> np.ndarray:
+    """A file of the same shape that the shards were not made from."""
+    return {
+        "random": lambda: np.random.default_rng(0).integers(0, 256, images.shape).astype(np.float32),
+        "shifted": lambda: np.roll(images, 1, axis=0),
+        "scaled": lambda: images / 255,
+        "flipped": lambda: images[:, :, ::-1],
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["random", "shifted", "scaled", "flipped"])
+def test_an_hdf5_file_of_other_films_is_refused(
+    source: tuple[Path, Path], shards_dir: Path, tmp_path: Path, kind: str
+) -> None:
+    """The same shape is not enough; films are compared with the shards' before any is trained on."""
+    with h5py.File(source[0]) as file:
+        images = file["cxr"][:]
+    path = write_h5(tmp_path / "other.h5", other_films(images, kind))
+    with pytest.raises(InputError, match="row [0-9]+ of .*whole grey" if kind == "scaled" else "is not the film"):
+        build_loader(config(shards_dir, backend="hdf5", h5=path), World())
+
+
+def test_another_version_of_the_encoder_is_no_other_film(
+    source: tuple[Path, Path], shards_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """simplejpeg's fast DCT in place of Pillow's gives other bytes of the same films."""
+
+    def encode(pixels: np.ndarray, spec: ImageSpec) -> bytes:
+        return simplejpeg.encode_jpeg(pixels[..., None], quality=spec.quality, colorspace="GRAY", fastdct=True)
+
+    manifest = read_manifest(shards_dir)
+    settings = config(shards_dir, backend="hdf5", h5=source[0])
+    table = hdf5.read_split(settings, manifest)
+    monkeypatch.setattr(hdf5, "encode", encode)
+    compared = []
+    monkeypatch.setattr(hdf5, "_alike", lambda *given, real=hdf5._alike: compared.append(real(*given)) or compared[-1])
+    hdf5.check_films(settings, manifest, table)
+    assert compared == [True] * hdf5.CHECKED_FILMS
 
 
 def test_images_that_the_backends_do_not_read_are_refused(shards_dir: Path, tmp_path: Path) -> None:
