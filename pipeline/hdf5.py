@@ -45,8 +45,8 @@ from shards.schema import Manifest
 CHECKED_FILMS = 24
 """Films compared with the shards' when a loader is opened: 1.5 ms each."""
 ALIKE_LEVELS = 3.0
-"""Mean difference, in grey levels, within which two JPEGs are of one film. Two DCTs of libjpeg-turbo differ by up to 0.6
-on NIH's films and 1.0 on the tests' noise; a film and its mirror image, the closest other one, by 12 and more."""
+"""Mean difference, in grey levels, within which two JPEGs are of one film. Two DCTs of libjpeg-turbo differ by up to
+0.6 on NIH's films and 1.0 on the tests' noise; a film and its mirror image, the closest other one, by 12 and more."""
 
 Item = tuple[int, list[int], bool]
 """Row in the HDF5 file, crop box (y, x, h, w), flip."""
