@@ -43,6 +43,8 @@ class AssembleTask:
     """(n,) where the image lies in its spill."""
     sizes: NDArray[np.int32]
     """(n,) bytes of the image."""
+    hashes: NDArray[np.uint64]
+    """(n,) xxh3-64 of the image."""
 
 
 def assemble_shard(task: AssembleTask) -> ShardInfo:
@@ -62,7 +64,8 @@ def assemble_shard(task: AssembleTask) -> ShardInfo:
     )
     with contextlib.closing(SpillReader(task.work, task.starts)) as spills, RowReader(task.work) as rows, writer:
         for number, row in enumerate(task.rows.tolist()):
-            image = spills.image(row, int(task.offsets[number]), int(task.sizes[number]))
+            place = (int(column[number]) for column in (task.offsets, task.sizes, task.hashes))
+            image = spills.image(row, *place)
             writer.add(_sample(task, number, image, *rows.read(row)))
     write_atomic(note, json.dumps(asdict(writer.info)).encode())
     return writer.info
@@ -79,7 +82,7 @@ def _sample(task: AssembleTask, number: int, image: bytes, record: np.void, text
         truncated=bool(record["truncated"]),
         side_words=bool(record["side_words"]),
         group=int(record["group"]),
-        labels=tuple(None if np.isnan(value) else float(value) for value in record["labels"]),
+        labels=tuple(None if value != value else value for value in record["labels"].tolist()),  # NaN is not itself
     )
 
 

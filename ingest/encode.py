@@ -30,6 +30,7 @@ RECORD = np.dtype(
         ("fault", "u1"),  # a Fault: why the row cannot become a sample
         ("blank", "u1"),  # a Fault: whether the film shows nothing
         ("stored", "<i8"),  # bytes that the film takes in its source
+        ("xxh3", "<u8"),  # xxh3-64 of the encoded image
         ("pixels", "<u8"),  # xxh3-64 of the row as uint8, 0 where there are none
         ("error", "<f4"),  # mean squared error of the encoding in grey levels^2, NaN where not measured
         ("resized_error", "<f4"),  # the same after the bicubic resize to 224
@@ -83,7 +84,7 @@ def _write_spill(films: Films, task: EncodeTask, stamp: str) -> None:
     """Images end to end, a record a row, a trailer with the digest of all of it: for a disk that lost power."""
     records = np.zeros(task.end - task.first, dtype=RECORD)
     records["stored"] = films.stored(task.first, task.end)
-    with atomic_file(task.spill) as file:
+    with atomic_file(task.spill, durable=False) as file:
         sink = HashingFile(file)
         for number, film in enumerate(films.read(task.first, task.end)):
             _encode_row(number, film, task, records[number], sink)
@@ -125,6 +126,7 @@ def _encode_row(number: int, film: Film, task: EncodeTask, record: np.void, sink
         return
     encoded = encode(film, task.image)
     record["offset"], record["size"] = sink.written, sink.write(encoded)
+    record["xxh3"] = xxh3_64_intdigest(encoded)
     if (task.first + number) % task.measure_every == 0:
         for name, value in asdict(loss(film, decode(encoded, task.image))).items():
             record[name] = value
@@ -158,10 +160,16 @@ class SpillReader:
         self._folder, self._starts = folder, starts
         self._open: dict[int, int] = {}
 
-    def image(self, row: int, offset: int, size: int) -> bytes:
-        """The encoded image of a row, from where its record says it lies."""
+    def image(self, row: int, offset: int, size: int, xxh3: int) -> bytes:
+        """The encoded image of a row, as its record describes it. InputError where the disk gives back another one."""
         start = int(self._starts[np.searchsorted(self._starts, row, side="right") - 1])
-        return os.pread(self._handle(start), size, offset)
+        content = os.pread(self._handle(start), size, offset)
+        if xxh3_64_intdigest(content) != xxh3:
+            raise InputError(
+                f"{spill_path(self._folder, start).name} in {self._folder} is not what was written there; look after "
+                "the disk, then run the same command again: it makes the file anew"
+            )
+        return content
 
     def close(self) -> None:
         """Close the file handles."""

@@ -172,6 +172,7 @@ def _assemble(
                 source_rows=rows - starts[source_of[rows]],
                 offsets=records["offset"][rows],
                 sizes=records["size"][rows],
+                hashes=records["xxh3"][rows],
             )
 
     infos: dict[str, ShardInfo] = {}

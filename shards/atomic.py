@@ -36,18 +36,19 @@ def remove_temporary(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` for writing; rename it to `path` on success, delete it on any error.
 
     The temporary name is fixed for a path (unless inside `writing_as`), so what a killed process left is overwritten by
-    the next try.
+    the next try. `durable=False` does not wait for the disk: for work files that prove themselves by a digest.
     """
     temporary = path.with_name(TEMPORARY_PREFIX + _writer.get() + path.name)
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -56,7 +57,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             # write and fsync do not say which file was too much for the disk; nobody asked for the temporary one.
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -17,12 +17,22 @@ def header(name: str, size: int) -> bytes:
     encoded = name.encode("ascii")
     if not 0 < len(encoded) <= MAX_NAME or "/" in name or not 0 <= size <= MAX_SIZE:
         raise ValueError(f"a tar member cannot be called {name!r} with {size} bytes")
+    block = bytearray(_TEMPLATE)
+    block[: len(encoded)] = encoded
+    block[124:136] = b"%011o\0" % size
+    # The checksum counts its own field as spaces, as the template has it.
+    block[148:156] = b"%06o\0 " % (_TEMPLATE_SUM + sum(encoded) + sum(block[124:136]))
+    return bytes(block)
+
+
+def _template() -> bytes:
+    """A header with a name of nothing and, for a size, zero bytes."""
     fields = [
-        encoded.ljust(100, b"\0"),
+        bytes(100),  # name
         b"0000644\0",  # mode
         b"0000000\0",  # uid
         b"0000000\0",  # gid
-        b"%011o\0" % size,
+        bytes(12),  # size
         b"%011o\0" % 0,  # mtime
         b" " * 8,  # checksum, counted as spaces
         b"0",  # regular file
@@ -32,9 +42,11 @@ def header(name: str, size: int) -> bytes:
         bytes(8 + 8),  # device numbers: none
         bytes(155 + 12),  # prefix, padding
     ]
-    block = bytearray(b"".join(fields))
-    block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block)
+    return b"".join(fields)
+
+
+_TEMPLATE = _template()
+_TEMPLATE_SUM = sum(_TEMPLATE)
 
 
 def padding(size: int) -> bytes:

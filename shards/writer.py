@@ -118,11 +118,10 @@ class ShardWriter:
         self._check(sample)
         key = sample_key(sample.source, sample.row)
         labels = dict(zip(self._labels, sample.labels, strict=True))
-        image = self._write_member(key, self._extension, sample.image)
-        text = self._write_member(key, "txt", text_bytes(sample.text))
-        self._count_text(text.size)
-        record = self._write_member(key, "json", sample_json(labels, sample.row, sample.source))
-        self._members.append((image, text, record))
+        text = text_bytes(sample.text)
+        self._count_text(len(text))
+        record = sample_json(labels, sample.row, sample.source)
+        image = self._write_members(key, {self._extension: sample.image, "txt": text, "json": record})
         values = {
             "key": key,
             "source": sample.source,
@@ -158,11 +157,17 @@ class ShardWriter:
                 f"{MAX_BLOCK_TEXT_BYTES:,} bytes; is it the right column?"
             )
 
-    def _write_member(self, key: str, extension: str, content: bytes) -> Member:
-        name = f"{key}.{extension}"
-        offset = self._offset + tar.BLOCK
-        self._write(tar.member(name, content))
-        return Member(extension, offset, len(content), name)
+    def _write_members(self, key: str, contents: dict[str, bytes]) -> Member:
+        """Write a sample's members at once and note where each lies; returns the first, the image."""
+        members, pieces, at = [], [], self._offset
+        for extension, content in contents.items():
+            name = f"{key}.{extension}"
+            members.append(Member(extension, at + tar.BLOCK, len(content), name))
+            pieces.append(tar.member(name, content))
+            at += len(pieces[-1])
+        self._write(b"".join(pieces))
+        self._members.append(tuple(members))
+        return members[0]
 
     def _write(self, content: bytes) -> None:
         self._tar.write(content)

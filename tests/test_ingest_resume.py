@@ -55,7 +55,7 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str
     write_h5(folder / "a.h5", made_up_images(96))
     write_csv(folder / "a.csv", ["impression"], [[f"Film {i}, no effusion."] for i in range(96)])
     ingest(config(folder, folder / "whole"))
-    killed(folder, folder / "out", 60)
+    killed(folder, folder / "out", 44)
     names = {path.name for path in (folder / "out" / ".ingest").iterdir()}
     assert {"0000000000.spill", "0000000064.spill", "rows.bin", "rows.json", "texts.bin", "train-000000.json"} <= names
     assert not (folder / "out" / "manifest.json").exists()
@@ -109,7 +109,7 @@ def test_only_the_damaged_spill_is_made_again(left: tuple[Path, Path, dict[str, 
     spills = sorted((again / ".ingest").glob("0*.spill"))
     zero(spills[1])
     before = [path.stat().st_mtime_ns for path in spills]
-    killed(folder, again, 8)
+    killed(folder, again, 6)
     assert [path.stat().st_mtime_ns == time for path, time in zip(spills, before, strict=True)] == [True, False]
 
 
