@@ -37,8 +37,8 @@ class Audit:
 
     def __init__(self, root: Path, manifest: Manifest, info: ShardInfo, decode: Decode) -> None:
         self._root, self._manifest, self._info = root, manifest, info
-        count = info.rows if decode == "all" else decode
-        self._decode = frozenset(permutation(info.rows, _SEED, int(info.name[-6:]))[:count].tolist())
+        self._count = info.rows if decode == "all" else decode
+        self._decode: frozenset[int] = frozenset()
         self._digest = xxh3_128()
         self.sources: list[NDArray[np.uint8]] = []
         self.rows: list[NDArray[np.int64]] = []
@@ -55,6 +55,8 @@ class Audit:
             open(self._root / f"{info.name}.tar", "rb") as file,
             open(self._root / f"{info.name}.idx", "rb") as index,
         ):
+            # Not sooner: by now the table has confirmed how many rows there are.
+            self._decode = frozenset(permutation(info.rows, _SEED, int(info.name[-6:]))[: self._count].tolist())
             self._expect(index, f"{VERSION} {info.rows}\n".encode())
             for block in range(reader.blocks):
                 table = read_block(reader, block, columns)
