@@ -5,6 +5,7 @@ is taken within a round, and medians over rounds are reported.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -47,8 +48,8 @@ class LoaderBenchConfig:
         for name in ("batch_size", "rounds", "warmup_batches"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is not a positive number")
-        if not self.seconds > 0:
-            raise InputError(f"--seconds {self.seconds} is not positive")
+        if not 0 < self.seconds < math.inf:
+            raise InputError(f"--seconds {self.seconds} is not a positive number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -66,7 +66,7 @@ class SourceConfig:
             raise InputError("--split and --split-column contradict each other; give one")
         if self.group_regex is not None:
             self._check_regex()
-        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+        if self.value_range is not None and not -math.inf < self.value_range[0] < self.value_range[1] < math.inf:
             raise InputError(f"--value-range {self.value_range[0]:g} {self.value_range[1]:g} is not a range")
         if self.image_size < 1:
             raise InputError(f"--image-size {self.image_size} is not positive")
@@ -128,8 +128,8 @@ class IngestConfig(SourceConfig):
             raise InputError(f"--scheduler-wait {self.scheduler_wait} is not a positive number of seconds")
         if not 1 <= self.quality <= 100:
             raise InputError(f"--quality {self.quality} is not in 1..100")
-        if not self.shard_mb > 0:
-            raise InputError(f"--shard-mb {self.shard_mb} is not positive")
+        if not 0.001 <= self.shard_mb <= 1e6:
+            raise InputError(f"--shard-mb {self.shard_mb} is not in 0.001..1,000,000")
 
     @property
     def worker_count(self) -> int:

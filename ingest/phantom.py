@@ -58,6 +58,8 @@ class PhantomConfig:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise InputError(f"--samples is {self.samples}: at least 1 film")
+        if not -(2**63) <= self.seed < 2**63:
+            raise InputError(f"--seed is {self.seed}: it has to fit 64 bits")
         if self.workers is not None and self.workers < 1:
             raise InputError(f"--workers is {self.workers}: at least 1 process")
 

@@ -1,5 +1,6 @@
 """Settings of a loader, checked where they are made."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ BACKENDS = ("auto", "cpu", "dali", "hdf5", "hdf5-tuned")
 MODES = ("train", "eval")
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULT_STREAMS = 48
+MAX_IMAGE_SIZE = 8192
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,10 +69,14 @@ class LoaderConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; it has to be at least 1")
+        if self.image_size > MAX_IMAGE_SIZE:
+            raise InputError(f"image_size is {self.image_size}; {MAX_IMAGE_SIZE} is the most")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise InputError(f"crop scale {self.scale} is not a range within (0, 1]")
-        if not 0 <= self.flip <= 1 or min(self.std) <= 0:
+        if not 0 <= self.flip <= 1 or not all(0 < value < math.inf for value in self.std):
             raise InputError(f"flip {self.flip} has to lie in [0, 1] and std {self.std} above 0")
+        if not all(map(math.isfinite, self.mean)):
+            raise InputError(f"mean {self.mean} has to be of finite numbers")
         if self.backend.startswith("hdf5") and self.h5 is None:
             raise InputError(f"backend {self.backend} reads the HDF5 file itself; give its path with --h5")
 

@@ -56,8 +56,8 @@ class ExportConfig:
     """Aim for tars of this many megabytes (10^6 bytes)."""
 
     def __post_init__(self) -> None:
-        if not self.shard_mb > 0:
-            raise InputError(f"--shard-mb {self.shard_mb} is not positive")
+        if not 0.001 <= self.shard_mb <= 1e6:
+            raise InputError(f"--shard-mb {self.shard_mb} is not in 0.001..1,000,000")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

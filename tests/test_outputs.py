@@ -1,4 +1,4 @@
-"""Outputs that cannot be written: one line and exit code 2, before the work where that is long. By real mounts."""
+"""Outputs that cannot be: one line and exit code 2, before the work where that is long. By real mounts."""
 
 import shutil
 import subprocess
@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, assert_refused, run_module
 
+from ingest.config import IngestConfig, SourceConfig
 from shards.atomic import check_writable, write_atomic
 from shards.cli import main_guard
+from shards.errors import InputError
+from shards.export import ExportConfig
 
 _MOUNTS = """
 mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && mount -t tmpfs -o size=1m none "$1" && shift && exec "$@"
@@ -108,3 +111,19 @@ def test_check_writable_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["a", "b", "there"]
     with pytest.raises(OSError):
         check_writable(tmp_path / "there", folder=True)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-9, float("nan"), float("inf")])
+def test_sizes_that_no_shard_can_have(value: float) -> None:
+    for make in (
+        lambda: IngestConfig(to_shards=Path("o"), shard_mb=value),
+        lambda: ExportConfig(root=Path("r"), where="row >= 0", out=Path("o"), shard_mb=value),
+    ):
+        with pytest.raises(InputError, match=f"--shard-mb {value}"):
+            make()
+
+
+@pytest.mark.parametrize("low_high", [(1.0, 1.0), (float("nan"), 1.0), (0.0, float("inf")), (float("-inf"), 0.0)])
+def test_value_ranges_that_are_none(low_high: tuple[float, float]) -> None:
+    with pytest.raises(InputError, match="--value-range .* is not a range"):
+        SourceConfig(h5=(Path("a"),), csv=(Path("b"),), value_range=low_high).check()

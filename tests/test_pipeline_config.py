@@ -16,6 +16,8 @@ from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.schema import ImageSpec
 
+NAN, INF = float("nan"), float("inf")
+
 
 def config(shards: Path = Path("nowhere"), **settings: object) -> LoaderConfig:
     return LoaderConfig(shards=shards, **settings)  # type: ignore[arg-type]
@@ -31,6 +33,12 @@ def config(shards: Path = Path("nowhere"), **settings: object) -> LoaderConfig:
         ({"streams": -1}, "streams is -1"),
         ({"scale": (0.0, 1.0)}, "crop scale"),
         ({"flip": 1.5}, "flip 1.5"),
+        ({"flip": NAN}, "flip nan"),
+        ({"scale": (NAN, 1.0)}, "crop scale (nan, 1.0)"),
+        ({"std": (1.0, NAN, 1.0)}, "std (1.0, nan, 1.0)"),
+        ({"std": (1.0, INF, 1.0)}, "std (1.0, inf, 1.0)"),
+        ({"mean": (0.0, 0.0, INF)}, "mean (0.0, 0.0, inf)"),
+        ({"image_size": 10**8}, "image_size is 100000000"),
         ({"backend": "hdf5"}, "--h5"),
     ],
 )

@@ -1,5 +1,6 @@
 """Settings of a run, checked where they are made. What people type often stands at the top, the rest nests."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -53,10 +54,16 @@ class OptimConfig:
     """Largest norm of the gradient of all parameters together; longer ones are scaled down to it. None: no limit."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or (self.clip is not None and self.clip <= 0):
-            raise InputError(f"lr {self.lr} and clip {self.clip} have to be above 0")
-        if self.warmup < 0 or self.weight_decay < 0:
-            raise InputError(f"warmup {self.warmup} and weight_decay {self.weight_decay} have to be at least 0")
+        for name in ("lr", "eps", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"--optim.{name} {value} is not a number above 0")
+        if self.warmup < 0:
+            raise InputError(f"--optim.warmup {self.warmup} is below 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"--optim.weight-decay {self.weight_decay} is not a number of at least 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"--optim.betas {self.betas[0]} {self.betas[1]} do not both lie in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +121,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; it has to be at least 1")
+        if not -(2**63) <= self.seed < 2**63:
+            raise InputError(f"seed is {self.seed}; it has to fit 64 bits")
         if self.validate_every < 0:
             raise InputError(f"validate_every is {self.validate_every}; it has to be at least 0")
 

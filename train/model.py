@@ -37,6 +37,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.tower not in TOWERS:
             raise InputError(f"--model.tower is {self.tower}: choose one of {', '.join(TOWERS)}")
+        for name in ("embed_dim", "text_width", "text_layers", "text_heads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--model.{name.replace('_', '-')} {getattr(self, name)} is not at least 1")
+        if not all(width > 0 and width % _groups(width) == 0 for width in self.widths):
+            raise InputError(
+                f"--model.widths {' '.join(map(str, self.widths))}: each has to lie in 1..31 or to be a multiple of 16"
+            )
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"--model.temperature {self.temperature} is not a number above 0")
         if self.text_width % self.text_heads:
             raise InputError(
                 f"--model.text-width {self.text_width} is not a multiple of --model.text-heads {self.text_heads}"
@@ -114,12 +123,17 @@ class TinyImageTower(nn.Module):
         return self.project(torch.cat([where, *what], dim=1))
 
 
+def _groups(width: int) -> int:
+    """Groups of about 16 channels; they have to divide the width."""
+    return max(1, width // 16)
+
+
 class _Down(nn.Sequential):
     """Halve the grid."""
 
     def __init__(self, inside: int, outside: int) -> None:
         conv = nn.Conv2d(inside, outside, 3, stride=2, padding=1, bias=False)
-        super().__init__(conv, nn.GroupNorm(max(1, outside // 16), outside), nn.ReLU(inplace=True))
+        super().__init__(conv, nn.GroupNorm(_groups(outside), outside), nn.ReLU(inplace=True))
 
 
 class _Residual(nn.Module):
@@ -128,7 +142,7 @@ class _Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm = nn.GroupNorm(max(1, width // 16), width)
+        self.norm = nn.GroupNorm(_groups(width), width)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.norm(self.conv(x)))
