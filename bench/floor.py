@@ -1,0 +1,54 @@
+"""What an ingest cannot do without: reading and encoding, by its own functions, with nothing written."""
+
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+from ingest.config import SourceConfig
+from shards.processes import start_worker
+from shards.schema import ImageSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Floor:
+    """Reading and encoding alone."""
+
+    seconds: float
+    cpu_s: float
+    films: int
+
+
+def measure_floor(source: SourceConfig, workers: int) -> Floor:
+    """Read and encode all films in so many processes, started and warm."""
+    from ingest.films import H5Films
+    from ingest.inputs import range_rows
+
+    with H5Films(source) as films:
+        spec = ImageSpec(height=films.height, width=films.width)
+        tasks = [(source, spec, *span) for span in films.ranges(range_rows(films.rows))]
+        count = films.rows
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(os.getpid(),)
+    ) as pool:
+        for _ in pool.map(read_and_encode, tasks[:1] * workers * 2):  # imports, and the files' first pages
+            pass
+        started = time.perf_counter()
+        cpu_s = sum(pool.map(read_and_encode, tasks))
+        return Floor(seconds=time.perf_counter() - started, cpu_s=cpu_s, films=count)
+
+
+def read_and_encode(task: tuple[SourceConfig, ImageSpec, int, int]) -> float:
+    """The floor of one range of rows: CPU seconds."""
+    from ingest.films import H5Films
+    from ingest.images import Fault
+    from shards.encodings import encode
+
+    source, spec, first, end = task
+    started = time.process_time()
+    with H5Films(source) as films:
+        for film in films.read(first, end):
+            if not isinstance(film, Fault):
+                encode(film, spec)
+    return time.process_time() - started

@@ -1,0 +1,250 @@
+"""`python -m bench.ingest --h5 FILE ... --csv FILE --json F`: what an ingest costs beside reading and encoding.
+
+The floor is reading and encoding alone, by the functions that the ingest itself uses, in as many processes, started and
+warm, with nothing written. Each round measures floor and ingest for each file and number of workers, in turn; ratios
+are taken within a round, medians over rounds. CPU time stands beside the clock: it tells more where others are at work.
+Then memory: the ingest of made-up films of several sizes, all its processes together.
+"""
+
+import csv
+import itertools
+import json
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.floor import Floor, measure_floor
+from bench.watch import Run, run_watched
+from ingest.config import SourceConfig
+from shards.cli import main_guard, parse, say
+from shards.errors import InputError
+
+PHASES = ("start", "encode", "assemble", "finish")
+"""Start: interpreter, imports, tables, plan, until the first spill is begun. Finish: report and manifest."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IngestBenchConfig:
+    """Measure an ingest against reading and encoding alone, with one worker and with several, and its memory."""
+
+    h5: tuple[Path, ...]
+    """HDF5 file of films; or several, which hold the same films stored in other ways, each measured by itself."""
+    csv: Path
+    """Their CSV file."""
+    dataset: str = "cxr"
+    """Path of the dataset in the HDF5 files."""
+    text_column: str = "impression"
+    """Column of the reports."""
+    repeat: int = 10
+    """The films are taken so many times over, so that starting up does not count for more than it does in earnest."""
+    workers: tuple[int, ...] = (1, 2)
+    """Numbers of workers."""
+    rounds: int = 3
+    """Rounds; medians are taken over them."""
+    memory_gb: tuple[float, ...] = (1, 5)
+    """Sizes (10^9 bytes of float32) of made-up inputs for the memory; none to leave that out."""
+    out: Path | None = None
+    """Folder for what is made on the way, removed afterwards; the system's for temporary files when not given."""
+    json: Path | None = None
+    """Where the results go, as JSON."""
+
+    def __post_init__(self) -> None:
+        for name, values in {"repeat": [self.repeat], "rounds": [self.rounds], "workers": self.workers}.items():
+            if not values or min(values) < 1:
+                raise InputError(f"--{name} {' '.join(map(str, values))} is not a positive number")
+        if self.memory_gb and min(self.memory_gb) <= 0:
+            raise InputError(f"--memory-gb {min(self.memory_gb):g} is not positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One file, one number of workers."""
+
+    source: SourceConfig
+    layout: str
+    """How the films are stored."""
+    workers: int
+
+
+Rounds = list[tuple[Floor, Run]]
+
+
+def run_bench(config: IngestBenchConfig) -> dict[str, Any]:
+    """Measure everything; the result is what `--json` writes."""
+    from bench.environment import environment
+    from bench.sizes import measure_sizes
+
+    settings = {"repeat": config.repeat, "rounds": config.rounds}
+    result: dict[str, Any] = {"environment": environment(), "settings": settings}
+    with tempfile.TemporaryDirectory(prefix="bench-ingest-", dir=config.out) as name:
+        folder = Path(name)
+        taken = _measure_speed(config, folder)
+        result["cases"] = [_summary(case, rounds) for case, rounds in taken]
+        result["scaling"] = list(_scaling(taken))
+        if config.memory_gb:
+            result["memory"] = measure_sizes(config.memory_gb, folder, max(config.workers))
+    return result
+
+
+def _measure_speed(config: IngestBenchConfig, folder: Path) -> list[tuple[Case, Rounds]]:
+    table = repeat_csv(config.csv, folder / "reports.csv", config.repeat)
+    taken: list[tuple[Case, Rounds]] = [(case, []) for case in _cases(config)]
+    for number in range(config.rounds):
+        for case, rounds in taken:
+            floor = measure_floor(case.source, case.workers)
+            run = _measure_ingest(config, case, table, folder / "shards")
+            rounds.append((floor, run))
+            rates = f"floor {floor.films / floor.seconds:,.0f} films/s, ingest {floor.films / run.seconds:,.0f}"
+            say(f"round {number + 1}/{config.rounds}  {case.layout}, workers {case.workers}: {rates}")
+    return taken
+
+
+def _cases(config: IngestBenchConfig) -> Iterator[Case]:
+    for path in config.h5:
+        source = SourceConfig(h5=(path.resolve(),) * config.repeat, dataset=config.dataset)
+        layout = _layout(source)
+        yield from (Case(source=source, layout=layout, workers=workers) for workers in config.workers)
+
+
+def _layout(source: SourceConfig) -> str:
+    """How the films are stored. InputError where they cannot be read."""
+    import h5py
+
+    from ingest.source import H5Source
+
+    with H5Source(source.h5[0], source.dataset) as checked, h5py.File(source.h5[0]) as file:
+        data = file[source.dataset]
+        chunks = f"chunks of {data.chunks[0]}" if data.chunks else "contiguous"
+        return f"{checked.dtype} {chunks}" + (f" {data.compression}" if data.compression else "")
+
+
+def repeat_csv(path: Path, target: Path, times: int) -> Path:
+    """The rows of a CSV file so many times over."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header, *rows = csv.reader(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} ({error})") from None
+    with open(target, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows * times])
+    return target
+
+
+def _measure_ingest(config: IngestBenchConfig, case: Case, table: Path, out: Path) -> Run:
+    command: list[str | Path] = [
+        "ingest",
+        "--to-shards",
+        out,
+        "--h5",
+        *case.source.h5,
+        "--dataset",
+        config.dataset,
+        "--csv",
+        table,
+    ]
+    command += ["--text-column", config.text_column, "--workers", str(case.workers)]
+    try:
+        return run_watched(command, list(_marks(out)), memory=False)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def _marks(out: Path) -> Iterator[Any]:
+    """Whether a spill is begun, a shard is begun, the rejects are written."""
+    for folder, pattern in ((out / ".ingest", "*spill*"), (out, "*.tar"), (out, "rejects.csv")):
+        yield lambda folder=folder, pattern=pattern: any(folder.glob(pattern))
+
+
+def _summary(case: Case, rounds: Rounds) -> dict[str, Any]:
+    films = rounds[0][0].films
+    ratios = [floor.seconds / run.seconds for floor, run in rounds]
+    lengths = zip(*map(_lengths, rounds), strict=True)
+    return {
+        "layout": case.layout,
+        "workers": case.workers,
+        "films": films,
+        "floor_films_per_s": statistics.median(films / floor.seconds for floor, _ in rounds),
+        "ingest_films_per_s": statistics.median(films / run.seconds for _, run in rounds),
+        "of_floor": statistics.median(ratios),
+        "of_floor_range": [min(ratios), max(ratios)],
+        "of_floor_after_start": statistics.median(
+            floor.seconds / (run.seconds - run.marks[0]) for floor, run in rounds
+        ),
+        "of_floor_cpu": statistics.median(floor.cpu_s / run.cpu_s for floor, run in rounds),
+        "floor_cpu_ms_a_film": statistics.median(floor.cpu_s for floor, _ in rounds) / films * 1e3,
+        "ingest_cpu_ms_a_film": statistics.median(run.cpu_s for _, run in rounds) / films * 1e3,
+        "phases_s": {phase: statistics.median(each) for phase, each in zip(PHASES, lengths, strict=True)},
+        "rounds": [{"floor": asdict(floor), "ingest": asdict(run)} for floor, run in rounds],
+    }
+
+
+def _lengths(taken: tuple[Floor, Run]) -> list[float]:
+    """Seconds of each of PHASES."""
+    marks = [0.0, *taken[1].marks, taken[1].seconds]
+    return [end - start for start, end in itertools.pairwise(marks)]
+
+
+def _scaling(taken: list[tuple[Case, Rounds]]) -> Iterator[dict[str, Any]]:
+    """From a file's first number of workers to its last: how much faster the ingest is, and how much the floor."""
+    for layout in dict.fromkeys(case.layout for case, _ in taken):
+        (first, one), *_, (last, many) = [each for each in taken if each[0].layout == layout] * 2
+        pairs = list(zip(one, many, strict=True))
+        yield {
+            "layout": layout,
+            "from": first.workers,
+            "to": last.workers,
+            "ingest": statistics.median(before[1].seconds / after[1].seconds for before, after in pairs),
+            "floor": statistics.median(before[0].seconds / after[0].seconds for before, after in pairs),
+        }
+
+
+def table(result: dict[str, Any]) -> Iterator[str]:
+    """The results as lines of text."""
+    from bench.sizes import size_table
+
+    yield (
+        f"{'films':<26} {'workers':>7} {'floor':>9} {'ingest':>9} {'of floor':>8} {'after start':>11} {'of CPU':>6} "
+        + " ".join(f"{phase:>9}" for phase in PHASES)
+    )
+    for case in result["cases"]:
+        phases = " ".join(f"{case['phases_s'][phase]:7.2f} s" for phase in PHASES)
+        yield (
+            f"{case['layout']:<26} {case['workers']:7} {case['floor_films_per_s']:7,.0f}/s "
+            f"{case['ingest_films_per_s']:7,.0f}/s {case['of_floor']:8.2f} {case['of_floor_after_start']:11.2f} "
+            f"{case['of_floor_cpu']:6.2f} {phases}"
+        )
+    for scaling in result["scaling"]:
+        if scaling["from"] != scaling["to"]:
+            yield (
+                f"{scaling['layout']}: from {scaling['from']} to {scaling['to']} workers the ingest is "
+                f"{scaling['ingest']:.2f}x as fast, the floor {scaling['floor']:.2f}x"
+            )
+    if "memory" in result:
+        yield from size_table(result["memory"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print tables, write JSON."""
+    with main_guard("bench.ingest"):
+        config = parse(IngestBenchConfig, argv, prog="python -m bench.ingest")
+        from bench.environment import one_line
+        from shards.atomic import check_writable, write_atomic
+
+        if config.json:
+            check_writable(config.json)
+        result = run_bench(config)
+        for line in table(result):
+            say(line)
+        films = result["cases"][0]["films"]
+        say(f"median of {config.rounds} rounds, {films:,} films, on {one_line(result['environment'])}")
+        if config.json:
+            write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
+            say(f"written to {config.json}")
+
+
+if __name__ == "__main__":
+    main()

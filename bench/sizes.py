@@ -1,0 +1,142 @@
+"""Memory of an ingest against the size of its input: made-up HDF5 files of any declared size, made in seconds.
+
+A chunk of films is compressed once and then stored again and again, so that 50 GB of float32 take a few hundred MB.
+Reading it is real work: every chunk is decompressed and checked. Its films repeat, its reports and patients do not.
+"""
+
+import csv
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.watch import run_watched
+from shards.cli import say
+
+SIDE, CHUNK_ROWS = 320, 32
+_CHUNKS = 4
+"""Different chunks."""
+_SENTENCES = (
+    "The heart is normal in size and the mediastinal contours are stable.",
+    "Small left pleural effusion with adjacent atelectasis, unchanged since the prior study.",
+    "No focal consolidation, effusion or pneumothorax.",
+    "Mild pulmonary vascular congestion without overt oedema.",
+    "Endotracheal tube ends 4 cm above the carina; right internal jugular line in the superior vena cava.",
+    "Low lung volumes accentuate the bronchovascular markings.",
+    "Degenerative changes of the thoracic spine.",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SizeRun:
+    """One ingest of made-up films."""
+
+    gigabytes: float
+    """Of float32, as declared."""
+    films: int
+    file_bytes: int
+    """Of the HDF5 file."""
+    seconds: float
+    peak: int
+    """Bytes, PSS of all processes together."""
+    parent: int
+    children: tuple[int, ...]
+
+
+def measure_sizes(sizes: tuple[float, ...], folder: Path, workers: int) -> dict[str, Any]:
+    """An ingest of each size; the slope is that of a straight line through all of them."""
+    runs = [_measure(gigabytes, folder / "size", workers) for gigabytes in sizes]
+    result: dict[str, Any] = {"workers": workers, "runs": [asdict(run) for run in runs]}
+    if len(runs) > 1:
+        slope, base = np.polyfit([run.films for run in runs], [run.peak for run in runs], 1)
+        result |= {"bytes_a_film": float(slope), "base_bytes": float(base)}
+    return result
+
+
+def size_table(result: dict[str, Any]) -> Iterator[str]:
+    """The results as lines of text."""
+    yield f"{'float32':>9} {'films':>9} {'file':>9} {'took':>8} {'peak PSS':>9}  parent + workers, MiB"
+    for run in result["runs"]:
+        parts = " + ".join(f"{size / 2**20:.0f}" for size in (run["parent"], *run["children"]))
+        yield (
+            f"{run['gigabytes']:6.1f} GB {run['films']:9,} {run['file_bytes'] / 1e6:6,.0f} MB {run['seconds']:6.1f} s "
+            f"{run['peak'] / 2**20:5.0f} MiB  {parts}"
+        )
+    if "bytes_a_film" in result:
+        yield f"{result['bytes_a_film']:,.0f} bytes a film on top of {result['base_bytes'] / 2**20:,.0f} MiB"
+
+
+def _measure(gigabytes: float, folder: Path, workers: int) -> SizeRun:
+    films = max(round(gigabytes * 1e9 / (SIDE * SIDE * 4)), CHUNK_ROWS)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        h5, table = write_films(folder / "films.h5", films), write_reports(folder / "reports.csv", films)
+        command: list[str | Path] = [
+            "ingest",
+            "--to-shards",
+            folder / "out",
+            "--h5",
+            h5,
+            "--csv",
+            table,
+            "--workers",
+            str(workers),
+        ]
+        command += ["--label-columns", "Effusion", "Oedema", "--group-column", "patient", "--val-fraction", "0.05"]
+        run = run_watched(command, memory=True)
+        size = h5.stat().st_size
+    finally:
+        shutil.rmtree(folder)
+    say(f"{gigabytes:g} GB: {run.peak.total / 2**20:.0f} MiB, {run.seconds:.0f} s")
+    return SizeRun(
+        gigabytes=gigabytes,
+        films=films,
+        file_bytes=size,
+        seconds=run.seconds,
+        peak=run.peak.total,
+        parent=run.peak.parent,
+        children=run.peak.children,
+    )
+
+
+def write_films(path: Path, films: int) -> Path:
+    """(films, 320, 320) float32, 32 films or more, in chunks of 32, gzip: a few chunks, stored again and again."""
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        data = file.create_dataset(
+            "cxr", (films, SIDE, SIDE), "f4", chunks=(CHUNK_ROWS, SIDE, SIDE), compression="gzip", shuffle=True
+        )
+        count = -(-films // CHUNK_ROWS)
+        stored = []
+        for number in range(min(_CHUNKS, count)):
+            data[number * CHUNK_ROWS : (number + 1) * CHUNK_ROWS] = _soft_films(number)[: films - number * CHUNK_ROWS]
+            stored.append(data.id.read_direct_chunk((number * CHUNK_ROWS, 0, 0)))
+        for number in range(_CHUNKS, count):
+            mask, content = stored[number % _CHUNKS]
+            data.id.write_direct_chunk((number * CHUNK_ROWS, 0, 0), content, mask)
+    return path
+
+
+def _soft_films(seed: int) -> NDArray[np.float32]:
+    """(32, 320, 320) grey levels: a bright and a dark blob on a slope, whole numbers, cheap to compress."""
+    centres = np.random.default_rng(seed).uniform(60, 260, (2, 2, CHUNK_ROWS, 1, 1))
+    row, column = np.indices((SIDE, SIDE), dtype=np.float64)
+    bright, dark = (np.exp(-((row - y) ** 2 + (column - x) ** 2) / 5000) for y, x in centres)
+    return np.rint(90 + row / 8 + 110 * bright - 80 * dark).clip(0, 255).astype(np.float32)
+
+
+def write_reports(path: Path, rows: int) -> Path:
+    """A CSV with a report of some 250 characters for each film, none like another, two labels, a patient for three."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["impression", "patient", "Effusion", "Oedema"])
+        for row in range(rows):
+            found = [_SENTENCES[(row // 7**place + place) % 7] for place in range(3)]
+            writer.writerow([f"Study {row}. {' '.join(found)}", f"P{row // 3:08d}", row % 2, ("", 1, 0, -1)[row % 4]])
+    return path

@@ -1,0 +1,103 @@
+"""A command run to its end and watched from outside: phases by the files it makes, memory by the kernel's count."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shards.errors import InputError
+
+_LOOK_EVERY_S, _SAMPLE_EVERY_S = 0.02, 0.2
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What a command took."""
+
+    seconds: float
+    cpu_s: float
+    """User and system time of the process and of all it waited for."""
+    marks: tuple[float, ...]
+    """Seconds after the start at which each of the things looked for was first there."""
+    peak: "Footprint"
+    """Of all processes together at the worst moment; zero where memory was not sampled."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """Memory of a process tree: proportional set size, in which a page that n processes share counts 1/n for each."""
+
+    total: int = 0
+    """Bytes."""
+    parent: int = 0
+    """Bytes of the process that was started."""
+    children: tuple[int, ...] = field(default=())
+    """Bytes of each of its descendants, largest first."""
+
+
+def run_watched(command: Sequence[str | Path], marks: Sequence[Callable[[], bool]] = (), *, memory: bool) -> Run:
+    """Run `python -m COMMAND`; `marks` are asked, in order, until they say yes. InputError where the command fails."""
+    seen: list[float] = []
+    peak, sampled = Footprint(), 0.0
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", *map(str, command)], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        while True:
+            done, status, usage = os.wait4(process.pid, os.WNOHANG)
+            now = time.perf_counter()
+            if done:
+                break
+            while len(seen) < len(marks) and marks[len(seen)]():
+                seen.append(now - started)
+            if memory and now - sampled >= _SAMPLE_EVERY_S:
+                peak, sampled = max(peak, footprint(process.pid), key=lambda found: found.total), now
+            time.sleep(_LOOK_EVERY_S)
+    except BaseException:
+        process.kill()
+        raise
+    process.returncode = os.waitstatus_to_exitcode(status)  # reaped here, for its usage
+    _check(process)
+    seen += [now - started] * (len(marks) - len(seen))
+    return Run(seconds=now - started, cpu_s=usage.ru_utime + usage.ru_stime, marks=tuple(seen), peak=peak)
+
+
+def _check(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdout is not None
+    with process.stdout as stream:
+        said = stream.read().decode(errors="replace").strip().splitlines()
+    if process.returncode:
+        raise InputError(f"a measured run ended with exit code {process.returncode}: {said[-1] if said else 'silent'}")
+
+
+def footprint(pid: int) -> Footprint:
+    """Memory of a process and its descendants now."""
+    sizes = [_pss(each) for each in tree(pid)]
+    return Footprint(total=sum(sizes), parent=sizes[0], children=tuple(sorted(sizes[1:], reverse=True)))
+
+
+def tree(pid: int) -> Iterator[int]:
+    """A process and its descendants, as far as they are still there."""
+    yield pid
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found = path.read_text().split()
+        except OSError:
+            continue
+        for child in found:
+            yield from tree(int(child))
+
+
+def _pss(pid: int) -> int:
+    """Bytes; 0 for a process that has gone."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)

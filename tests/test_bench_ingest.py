@@ -1,0 +1,89 @@
+"""The ingest bench: its made-up inputs are what they claim, its watching sees what is there, its figures add up."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import assert_refused, run_module
+
+from bench.sizes import CHUNK_ROWS, SIDE, write_films, write_reports
+from bench.watch import footprint, run_watched, tree
+from ingest.source import H5Source
+from shards.errors import InputError
+
+
+def test_made_up_films(tmp_path: Path) -> None:
+    """Any number of rows, readable as any other file, far smaller than declared, and no film blank."""
+    films = 20 * CHUNK_ROWS + 5
+    path = write_films(tmp_path / "a.h5", films)
+    assert path.stat().st_size < films * SIDE * SIDE * 4 / 20
+    with H5Source(path) as source:
+        assert (source.rows, source.height, source.width, source.chunk_rows) == (films, SIDE, SIDE, CHUNK_ROWS)
+        first, same, last = (source.read_uint8(row, row + 1)[0] for row in (3, 4 * CHUNK_ROWS + 3, films - 1))
+    assert (first == same).all() and (first != last).any()
+    assert all(len(np.unique(film)) > 50 for film in (first, last))
+
+
+def test_made_up_reports(tmp_path: Path) -> None:
+    with open(write_reports(tmp_path / "a.csv", 1000), newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    texts = {row["impression"] for row in rows}
+    assert len(texts) == 1000 and 150 < sum(map(len, texts)) / 1000 < 300
+    assert len({row["patient"] for row in rows}) == 334
+
+
+def test_footprint_counts_the_whole_tree() -> None:
+    """Memory of the process itself, of its children and of theirs."""
+    code = "import subprocess, sys; held = b'x' * (30 << 20); subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    inner = "import sys; held = b'x' * (50 << 20); print(flush=True); sys.stdin.read()"
+    before = footprint(os.getpid())
+    child = subprocess.Popen([sys.executable, "-c", code, inner], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdin and child.stdout
+    with child.stdin, child.stdout:
+        child.stdout.readline()
+        assert len(list(tree(child.pid))) == 2
+        held, found = b"x" * (40 << 20), footprint(os.getpid())
+    child.wait()
+    assert found.total == found.parent + sum(found.children)
+    assert found.parent - before.parent > len(held) * 0.9
+    assert found.children[0] > 50 << 20 and found.children[1] > 30 << 20
+
+
+def test_run_watched(tmp_path: Path) -> None:
+    run = run_watched(["tabnanny", "-q", "shards"], [lambda: True, lambda: False], memory=True)
+    assert run.marks[0] <= run.marks[1] == run.seconds and 0 < run.cpu_s
+    assert run.peak.total >= run.peak.parent > 1 << 20
+    with pytest.raises(InputError, match=r"exit code 2: .*no-such-folder"):
+        run_watched(["shards", "verify", tmp_path / "no-such-folder"], memory=False)
+
+
+def test_the_bench(source: tuple[Path, Path], tmp_path: Path) -> None:
+    h5, table = source
+    (tmp_path / "work").mkdir()
+    command = ["bench.ingest", "--h5", h5, "--csv", table, "--rounds", "1", "--repeat", "2", "--workers", "1"]
+    command += ["--memory-gb", "0.02", "0.05", "--out", tmp_path / "work", "--json", tmp_path / "r.json"]
+    done = run_module(*command)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "work").iterdir()) == []
+    result = json.loads((tmp_path / "r.json").read_bytes())
+    (case,) = result["cases"]
+    assert (case["films"], case["workers"], case["layout"]) == (192, 1, "float32 contiguous")
+    assert case["layout"] in done.stdout and "bytes a film on top of" in done.stdout
+    (taken,) = case["rounds"]
+    assert sum(case["phases_s"].values()) == pytest.approx(taken["ingest"]["seconds"])
+    assert case["phases_s"]["start"] > 0 and case["phases_s"]["encode"] > 0
+    assert case["of_floor"] == pytest.approx(taken["floor"]["seconds"] / taken["ingest"]["seconds"])
+    assert taken["floor"]["cpu_s"] < taken["ingest"]["cpu_s"]
+    assert [run["films"] for run in result["memory"]["runs"]] == [49, 122]
+    for run in result["memory"]["runs"]:
+        assert run["peak"] == run["parent"] + sum(run["children"]) > 50 << 20
+
+
+@pytest.mark.parametrize(("flags", "word"), [(["--rounds", "0"], "--rounds"), (["--memory-gb", "-1"], "--memory-gb")])
+def test_mistakes(source: tuple[Path, Path], flags: list[str], word: str) -> None:
+    assert_refused(run_module("bench.ingest", "--h5", source[0], "--csv", source[1], *flags), word)
