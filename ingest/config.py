@@ -31,6 +31,8 @@ class SourceConfig:
     """Column of the image files' paths, relative to the folder."""
     image_size: int = 320
     """Image files are fitted into a square of this side, long side first, zero-padded, as CheXzero does."""
+    allow_blank: bool = False
+    """Films of one value throughout become samples like any other; without it they are rejected, and counted."""
     csv: tuple[Path, ...] = ()
     """One or more CSV files, row-aligned."""
     text_column: str = "impression"
@@ -195,6 +197,8 @@ def _convert(hint: Any, value: Any, folder: Path) -> Any:
         return value
     if hint is Path:
         return folder / str(value)
+    if hint is bool and isinstance(value, bool):
+        return value
     if hint is float and isinstance(value, int):
         return float(value)
     if not isinstance(value, hint) or isinstance(value, bool):

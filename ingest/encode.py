@@ -120,7 +120,8 @@ def _encode_row(number: int, film: Film, task: EncodeTask, record: np.void, sink
     if isinstance(film, Fault):
         record["fault"] = film
         return
-    record["blank"] = record["fault"] = blank(film)
+    record["blank"] = blank(film)
+    record["fault"] = Fault.NONE if task.source.allow_blank else record["blank"]
     record["pixels"] = xxh3_64_intdigest(np.ascontiguousarray(film).data)
     if record["fault"] or not task.wanted[number]:
         return

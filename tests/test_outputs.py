@@ -125,5 +125,5 @@ def test_sizes_that_no_shard_can_have(value: float) -> None:
 
 @pytest.mark.parametrize("low_high", [(1.0, 1.0), (float("nan"), 1.0), (0.0, float("inf")), (float("-inf"), 0.0)])
 def test_value_ranges_that_are_none(low_high: tuple[float, float]) -> None:
-    with pytest.raises(InputError, match="--value-range .* is not a range"):
+    with pytest.raises(InputError, match=r"--value-range .* is not a range"):
         SourceConfig(h5=(Path("a"),), csv=(Path("b"),), value_range=low_high).check()
