@@ -2,7 +2,8 @@
 
 Reports are made of the label list ("Effusion|Mass. PA view."), patients are split, and every step is the command a user
 would type. Nothing is tuned: the preset as it is, prompts fixed beforehand in the form the texts have. Beside the model
-stand what it has to beat: itself untrained, a regression on thumbnails, and the view (sicker patients are filmed AP).
+stands what it has to beat: itself untrained, a regression on thumbnails, and the view (sicker patients are filmed AP).
+Telling sick from well alone lifts every label, so each is scored among the abnormal films too.
 """
 
 import json
@@ -21,6 +22,7 @@ from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
 from shards.schema import Manifest
+from train.prompts import NORMAL
 
 TEMPLATE = "{Finding Labels}. {View Position} view."
 FORMS = ("{}. PA view.", "{}. AP view.")
@@ -108,10 +110,13 @@ def _scores(config: NihConfig, manifest: Manifest) -> dict[str, dict[str, Any]]:
     aurocs = {name: with_mean(_aurocs(scores, labels, manifest.labels)) for name, scores in found.items()}
     aurocs["thumbnails"] = thumbnails(settings, manifest, "test")
     intervals = clustered_intervals(found["model"], labels, groups, seed=config.seed)
+    sick = labels[:, manifest.labels.index(NORMAL)] == 0
+    aurocs["model_among_abnormal"] = with_mean(_aurocs(found["model"][sick], labels[sick], manifest.labels))
+    among = clustered_intervals(found["model"][sick], labels[sick], groups[sick], seed=config.seed)
     record: dict[str, dict[str, Any]] = {}
     for number, label in enumerate((*manifest.labels, "mean")):
         record[label] = {name: scores[label] for name, scores in aurocs.items()}
-        record[label]["interval"] = intervals[number]
+        record[label] |= {"interval": intervals[number], "interval_among_abnormal": among[number]}
         if label != "mean":
             present = labels[:, number] == 1
             record[label] |= {"films": int(present.sum()), "patients": len(np.unique(groups[present]))}
@@ -132,7 +137,7 @@ def read_test_rows(root: Path, manifest: Manifest) -> tuple[NDArray[np.int64], N
 def _predictions(
     settings: Any, payload: dict[str, Any], manifest: Manifest
 ) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.float32]]]:
-    """Name, scores (N, K), labels (N, K): the model, with CheXzero's prompts too, and untrained ones."""
+    """Name, scores (N, K), labels (N, K): the model, then with prompts unlike its texts, then untrained ones."""
     import torch
 
     from train.config import loader_config
@@ -144,7 +149,8 @@ def _predictions(
     listed = Wording(style="listed", forms=FORMS)
     model = trained_model(settings, payload, manifest)
     yield "model", *predict(model, loader, manifest=manifest, wording=listed)
-    yield "model_chexzero_prompts", *predict(model, loader, manifest=manifest, wording=Wording(style="chexzero"))
+    for name, wording in (("bare", Wording(style="listed")), ("chexzero", Wording(style="chexzero"))):
+        yield f"model_{name}_prompts", *predict(model, loader, manifest=manifest, wording=wording)
     spec = manifest.tokenizer
     for seed in UNTRAINED_SEEDS:
         torch.manual_seed(seed)
@@ -190,16 +196,13 @@ def _weighted_auroc(score: NDArray[np.float32], label: NDArray[np.float32], weig
 
 def table(record: dict[str, Any]) -> list[str]:
     """The test split's scores, a line a label."""
-    lines = [f"{'test AUROC':<20}{'model':>7}  {'95 %':^13}  {'thumbs':>7}{'view':>7}{'films':>7}{'patients':>9}"]
+    names = {"model": "model", "among_abnormal": "model_among_abnormal", "thumbnails": "thumbnails", "view": "view_ap"}
+    lines = [f"{'test AUROC':<20}" + "".join(f"{name:>16}" for name in (*names, "95 %", "films", "patients"))]
     for label, found in record["test"].items():
-        low, high = found["interval"] or (float("nan"),) * 2
-        values = (found[name] if found[name] is not None else float("nan") for name in ("thumbnails", "view_ap"))
-        model = found["model"] if found["model"] is not None else float("nan")
-        lines.append(
-            f"{label:<20}{model:7.3f}  {low:5.3f} - {high:5.3f}  "
-            + "".join(f"{value:7.3f}" for value in values)
-            + f"{found.get('films', ''):>7}{found.get('patients', ''):>9}"
-        )
+        values = ["-" if found[name] is None else f"{found[name]:.3f}" for name in names.values()]
+        values.append("{:.3f} - {:.3f}".format(*found["interval"]) if found["interval"] else "-")
+        values += [str(found.get(name, "")) for name in ("films", "patients")]
+        lines.append(f"{label:<20}" + "".join(f"{value:>16}" for value in values))
     return lines
 
 
