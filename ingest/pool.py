@@ -17,6 +17,9 @@ from shards.processes import start_worker
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+_TASKS_PER_WORKER = 2
+"""One at work and one that waits: this process tokenises meanwhile, and is slow to hand out the next."""
+
 
 class Pool(Protocol):
     """Does tasks, several at a time."""
@@ -49,12 +52,12 @@ class Processes:
         )
 
     def map_unordered(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
-        """Results as they come. A task is drawn when a worker is nearly free, so that few exist at a time."""
+        """Results as they come. A task is drawn when there is room for it, so that few exist at a time."""
         pending: set[Future[Result]] = set()
         try:
             for task in tasks:
                 pending.add(self._executor.submit(function, task))
-                if len(pending) > self._workers:
+                if len(pending) > _TASKS_PER_WORKER * self._workers:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
             while pending:
