@@ -118,7 +118,10 @@ class FolderFilms:
         # A name from a CSV may say anything; it may not lead out of the folder, by `..` or by a link.
         if not name.strip() or "\0" in name:
             return None
-        path = (self._folder / name).resolve()
+        try:
+            path = (self._folder / name).resolve()
+        except (OSError, RuntimeError):  # links in a circle
+            return None
         return path if path.is_relative_to(self._folder) else None
 
 

@@ -1,5 +1,6 @@
 """Everything that is read before the first film: tables of all sources, what their films look like, the plan."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -95,6 +96,8 @@ def _look(source: SourceConfig, table: SourceTable, step: int) -> tuple[tuple[in
     if source.images is not None:
         if not source.images.is_dir():
             raise InputError(f"no folder of images at {source.images}")
+        if not os.access(source.images, os.R_OK | os.X_OK):
+            raise InputError(f"the folder of images {source.images} may not be read; change its permissions")
         return (source.image_size,) * 2, list(_cut(table.rows, step))
     with H5Films(source) as films:
         if films.rows != table.rows:

@@ -3,6 +3,7 @@
 Rows of all sources are numbered through, source after source; that number is what `row` means here.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,7 @@ def make_plan(config: IngestConfig, tables: Sequence[SourceTable]) -> Plan:
         raise InputError(f"none of the {len(kept):,} rows has a report; is it the right column?")
     codes, known = _codes(tables)
     splits = _split(codes, _fixed(tables), rows, config)
+    _check_shared_files(tables, splits, len(kept))
     order = {
         split: splits[split][permutation(len(splits[split]), config.seed, _SHUFFLE_STREAM, SPLITS.index(split))]
         for split in SPLITS
@@ -102,6 +104,24 @@ def _fixed_groups(groups: int, members: NDArray[np.int64], fixed: NDArray[np.int
         count = len(np.unique(members[torn]))
         raise InputError(f"{count:,} groups have rows in two splits, which leaks patients; mend the split column")
     return split_of
+
+
+def _check_shared_files(tables: Sequence[SourceTable], splits: dict[str, NDArray[np.int64]], rows: int) -> None:
+    """Several rows may name one image file (a report each, say), but not in two splits: that film would leak."""
+    split_of = np.full(rows, -1)
+    for number, split in enumerate(splits):
+        split_of[splits[split]] = number
+    start = 0
+    for table in tables:
+        first_of: dict[str, int] = {}
+        for row, name in enumerate(table.names):
+            first = first_of.setdefault(os.path.normpath(name), row) if split_of[start + row] >= 0 else row
+            if split_of[start + first] != split_of[start + row]:
+                raise InputError(
+                    f"rows {first} and {row} name the same image file but fall into two splits, which leaks it; "
+                    "put them together with --group-column (the column of the files will do), or drop one"
+                )
+        start += table.rows
 
 
 def _by_fraction(sizes: NDArray[np.int64], config: IngestConfig) -> NDArray[np.int64]:

@@ -68,12 +68,15 @@ def strings(column: pa.ChunkedArray) -> Iterator[str]:
 
 def _header(path: Path) -> list[str]:
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        # What follows the header is read with it; whatever is wrong there is said of its own row.
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             header = next(csv.reader(file), [])
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror})") from None
-    except (UnicodeDecodeError, csv.Error):
-        raise InputError(f"the header of {path} is not CSV in UTF-8; convert it (iconv -t UTF-8)") from None
+    except csv.Error:
+        header = ["\udc80"]
+    if _is_foreign(header):
+        raise InputError(f"the header of {path} is not CSV in UTF-8; convert it (iconv -t UTF-8)")
     if not header:
         raise InputError(f"{path} is empty; it needs a header line")
     if len(set(header)) != len(header):
@@ -135,6 +138,24 @@ def _rows(path: Path, width: int) -> Iterator[list[str]]:
                     )
                 yield row
     except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 somewhere after row {number}; convert it (iconv -t UTF-8)") from None
+        raise InputError(
+            f"row {_foreign_row(path)} of {path} is not UTF-8; convert the file (iconv -t UTF-8)"
+        ) from None
     except csv.Error as error:
         raise InputError(f"row {number + 1} of {path} is not CSV ({error}); mend the row") from None
+
+
+def _foreign_row(path: Path) -> int:
+    """The first row with bytes that are not UTF-8."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file)
+        next(reader)
+        for number, row in enumerate(reader):
+            if _is_foreign(row):
+                return number
+    raise AssertionError("every row is UTF-8")
+
+
+def _is_foreign(row: list[str]) -> bool:
+    """Whether a row read with `surrogateescape` has bytes that are not UTF-8."""
+    return any("\udc80" <= letter <= "\udcff" for field in row for letter in field)

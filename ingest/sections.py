@@ -42,7 +42,7 @@ def _cut_xml(report: str, section: str) -> str:
         return ""
     try:
         root = ElementTree.fromstring(report.encode())
-    except ElementTree.ParseError:
+    except (ElementTree.ParseError, ValueError, LookupError):  # the latter two for an encoding it cannot read
         return ""
     texts = [node.text or "" for node in root.iter("AbstractText") if node.get("Label", "").lower() == section.lower()]
     return "\n".join(text.strip() for text in texts if text.strip())
@@ -50,12 +50,14 @@ def _cut_xml(report: str, section: str) -> str:
 
 def read_report(folder: Path, name: str) -> str | None:
     """Content of a report file inside `folder`; None where it is missing, leads outside, is too large or not UTF-8."""
-    path = (folder / name).resolve()
-    if not name.strip() or not path.is_relative_to(folder.resolve()):
+    if not name.strip() or "\0" in name:
         return None
     try:
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder.resolve()) or not path.is_file():  # a pipe would never end
+            return None
         with open(path, "rb") as file:
             content = file.read(MAX_REPORT_BYTES + 1)
         return content.decode("utf-8-sig") if len(content) <= MAX_REPORT_BYTES else None
-    except (OSError, UnicodeDecodeError):
+    except (OSError, RuntimeError, UnicodeDecodeError):  # RuntimeError: links in a circle
         return None

@@ -34,9 +34,13 @@ class H5Source:
         self._file = _open(path)
         try:
             self._data = _dataset(self._file, dataset, self._name)
-        except BaseException:
+        except InputError:
             self._file.close()
             raise
+        except Exception as error:  # HDF5 says nearly anything of damaged metadata
+            self._file.close()
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(f"{self._name} is damaged ({reason}); restore the file") from None
         self.rows, self.height, self.width = self._data.shape
         self.dtype = self._data.dtype
         self.stored_bytes: int = self._data.id.get_storage_size()

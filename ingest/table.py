@@ -158,7 +158,8 @@ def _patients(config: SourceConfig, columns: dict[str, pa.ChunkedArray]) -> NDAr
         matches = [pattern.search(text) for text in strings(column)]
         taken = [match[1] if match and pattern.groups else match[0] if match else "" for match in matches]
         column = pa.chunked_array([pa.array(taken, pa.large_string())])
-    blank = np.flatnonzero(pc.equal(pc.utf8_trim_whitespace(column), "").to_numpy())
+    column = pc.utf8_trim_whitespace(column)  # `7` and `7 ` are one patient; `007` is another
+    blank = np.flatnonzero(pc.equal(column, "").to_numpy())
     if len(blank):
         raise InputError(f"{len(blank):,} rows have no {config.group_column!r}, row {blank[0]} first; fill them in")
     return column.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
