@@ -23,7 +23,7 @@ from ingest.encode import blank
 from ingest.films import Film, FolderFilms, H5Films
 from ingest.images import Fault
 from ingest.inputs import Inputs
-from ingest.loss import Loss, loss
+from ingest.loss import Loss, loss, psnr
 from shards.encodings import Pixels, decode, encode
 from shards.errors import InputError
 from shards.schema import ImageSpec
@@ -54,8 +54,7 @@ class Trial:
     @property
     def psnr(self) -> float:
         """dB over all films, for a peak of 255."""
-        error = sum(each.error for each in self.losses) / len(self.losses)
-        return 10 * math.log10(255**2 / error) if error else math.inf
+        return psnr(sum(each.error for each in self.losses) / len(self.losses))
 
     @property
     def difference(self) -> float:

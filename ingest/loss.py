@@ -1,5 +1,6 @@
 """What an encoding loses, in grey levels: at full size, and after the resize that a model sees."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,12 +24,17 @@ class Loss:
 
 def loss(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> Loss:
     """Compare two films (H, W)."""
-    difference = _difference(_resize(before), _resize(after))
+    resized = _difference(_resize(before), _resize(after))
     return Loss(
         error=float((_difference(before, after) ** 2).mean()),
-        resized_error=float((difference**2).mean()),
-        resized_difference=float(np.abs(difference).mean()),
+        resized_error=float((resized**2).mean()),
+        resized_difference=float(np.abs(resized).mean()),
     )
+
+
+def psnr(mean_squared_error: float) -> float:
+    """Peak signal-to-noise ratio in dB for a peak of 255; infinite without loss."""
+    return 10 * math.log10(255**2 / mean_squared_error) if mean_squared_error else math.inf
 
 
 def _resize(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

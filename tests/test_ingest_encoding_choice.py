@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,7 +188,8 @@ def test_worker_count_and_auto_change_nothing(tmp_path: Path) -> None:
     sets = {}
     for name, changes in {"1": {}, "2": {"workers": 2}, "named": {"encoding": "jpeg"}}.items():
         config = config_of(tmp_path, film_like(24), to_shards=tmp_path / name, **changes)
-        sets[name] = ingest(config).manifest
+        ingest(config)
+        sets[name] = read_manifest(config.to_shards)
     assert sets["1"] == sets["2"] == sets["named"] and sets["1"].image.codec == "jpeg"
 
 
@@ -203,25 +205,24 @@ def test_said_by_dry_run_and_run(tmp_path: Path) -> None:
 
 def test_goes_on_after_a_kill(tmp_path: Path) -> None:
     """What was begun with `auto` goes on with it, or with the codec by name, and with no other."""
-    command = ["ingest", *command_of(tmp_path, film_like(24)), "--workers", "1"]
-    assert run_module(*command, "--to-shards", tmp_path / "whole").returncode == 0
+    config = config_of(tmp_path, film_like(24), to_shards=tmp_path / "whole")
+    ingest(config)
     expected = (tmp_path / "whole" / "manifest.json").read_bytes()
-    for name, encoding in (("auto", "auto"), ("named", "jpeg")):
-        out, again = tmp_path / name, [*command, "--to-shards", tmp_path / name, "--encoding"]
-        environment = {
-            "PYTHONPATH": str(INJECTED),
-            "SHARDCLIP_FAULT": "kill:6",
-            "SHARDCLIP_COUNT": str(tmp_path / name) + ".n",
-        }
-        killed = subprocess.run(
-            [sys.executable, "-m", *map(str, [*again, "auto"])],
-            cwd=REPOSITORY,
-            env={**os.environ, **environment},
-            start_new_session=True,
-            capture_output=True,
-        )
-        assert killed.returncode == -signal.SIGKILL
-        assert json.loads((out / ".ingest" / "inputs.json").read_bytes())["encoding"] == "jpeg"
-        assert_refused(run_module(*again, "png"), "another encoding")
-        assert run_module(*again, encoding).returncode == 0
-        assert (out / "manifest.json").read_bytes() == expected
+    command = ["ingest", *command_of(tmp_path, film_like(24)), "--workers", "1"]
+    out = tmp_path / "auto"
+    environment = {"PYTHONPATH": str(INJECTED), "SHARDCLIP_FAULT": "kill:6", "SHARDCLIP_COUNT": str(tmp_path / "count")}
+    killed = subprocess.run(
+        [sys.executable, "-m", *command, "--to-shards", str(out)],
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+        start_new_session=True,
+        capture_output=True,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert json.loads((out / ".ingest" / "inputs.json").read_bytes())["encoding"] == "jpeg"
+    assert_refused(run_module(*command, "--to-shards", out, "--encoding", "png"), "another encoding")
+    shutil.copytree(out, tmp_path / "jpeg")
+    for encoding in ("auto", "jpeg"):
+        done = run_module(*command, "--to-shards", tmp_path / encoding, "--encoding", encoding)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / encoding / "manifest.json").read_bytes() == expected

@@ -1,0 +1,234 @@
+"""`python -m bench.encodings --h5 FILE ... | --shards DIR ... --json F`: what each encoding costs and keeps.
+
+Bytes, CPU time to encode and to decode on one core, and what is lost, over the same films for all encodings, each timed
+in every round, one after the other; medians over rounds.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ingest.loss import loss, psnr
+from shards import tar
+from shards.cli import main_guard, parse, say
+from shards.encodings import ENCODINGS, Pixels, decode, encode
+from shards.errors import InputError
+from shards.schema import CODEC_EXTENSIONS, ImageSpec, sample_key
+
+_OTHER_MEMBERS = 2 * 2 * tar.BLOCK
+"""Bytes in the tar of a sample's report and labels: two headers, and a block each where they take up to 512 bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodingsBenchConfig:
+    """Measure every encoding on some films: bytes, time to encode and decode, loss."""
+
+    h5: tuple[Path, ...] = ()
+    """HDF5 files of films; a table each."""
+    shards: tuple[Path, ...] = ()
+    """Folders of shards; a table each. What JPEG loses is told only by films that never were JPEG."""
+    names: tuple[str, ...] = ()
+    """What to call them in the results, in that order; their numbers when not given."""
+    dataset: str = "cxr"
+    """Path of the dataset in the HDF5 files."""
+    films: int = 1000
+    """Films of each, evenly spread; films that show nothing are left out."""
+    qualities: tuple[int, ...] = (85, 90, 95, 98)
+    """JPEG qualities."""
+    rounds: int = 3
+    """Rounds; medians are taken over them."""
+    json: Path | None = None
+    """Where the results go, as JSON."""
+
+    def __post_init__(self) -> None:
+        inputs = len(self.h5) + len(self.shards)
+        if not inputs:
+            raise InputError("neither --h5 nor --shards names any films")
+        if self.names and len(self.names) != inputs:
+            raise InputError(f"--names gives {len(self.names)} names to {inputs} inputs")
+        for name, values in {"films": [self.films], "rounds": [self.rounds], "qualities": self.qualities}.items():
+            if values and min(values) < 1:
+                raise InputError(f"--{name} {min(values)} is not a positive number")
+        if self.qualities and max(self.qualities) > 100:
+            raise InputError(f"--qualities {max(self.qualities)} is not in 1..100")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """One encoding of all films."""
+
+    name: str
+    spec: ImageSpec
+    contents: list[bytes]
+
+
+def run_bench(config: EncodingsBenchConfig) -> dict[str, Any]:
+    """Measure everything; the result is what `--json` writes."""
+    from bench.environment import environment
+
+    readers: list[Callable[[], list[Pixels]]] = [
+        *(lambda path=path: _h5_films(path, config.dataset, config.films) for path in config.h5),
+        *(lambda path=path: _shard_films(path, config.films) for path in config.shards),
+    ]
+    names = config.names or tuple(map(str, range(len(readers))))
+    inputs = [measure(name, read(), config) for name, read in zip(names, readers, strict=True)]
+    return {"environment": environment(), "settings": {"rounds": config.rounds}, "inputs": inputs}
+
+
+def _h5_films(path: Path, dataset: str, wanted: int) -> list[Pixels]:
+    from ingest.source import H5Source
+
+    with H5Source(path, dataset) as source:
+        return [film for row in _spread(source.rows, wanted) if _shows(film := source.read_uint8(row, row + 1)[0])]
+
+
+def _shard_films(root: Path, wanted: int) -> list[Pixels]:
+    from shards.manifest import read_manifest
+    from shards.scan import decode_image, read_image, read_samples
+
+    manifest = read_manifest(root)
+    split = max(manifest.splits, key=manifest.rows)
+    rows = np.array(_spread(manifest.rows(split), wanted))
+    samples = read_samples(root, manifest, split, rows, ("key", "offset", "size", "xxh3"))
+    return [decode_image(read_image(reader, row), manifest.image) for reader, row in samples]
+
+
+def _spread(rows: int, wanted: int) -> list[int]:
+    """Rows spread evenly over so many."""
+    count = min(rows, wanted)
+    return [number * rows // count for number in range(count)]
+
+
+def _shows(film: Pixels) -> bool:
+    return bool(film.min() != film.max())
+
+
+def measure(name: str, films: Sequence[Pixels], config: EncodingsBenchConfig) -> dict[str, Any]:
+    """All encodings of some films, (H, W) each. InputError where there is none."""
+    if not films:
+        raise InputError(f"input {name}: no film shows anything")
+    height, width = films[0].shape
+    kept = [_encode_all(label, spec, films) for label, spec in _specs(height, width, config.qualities)]
+    times: dict[str, list[dict[str, float]]] = {encoded.name: [] for encoded in kept}
+    for number in range(config.rounds):
+        for encoded in kept:
+            times[encoded.name].append(_time(encoded, films))
+        say(f"{name}: round {number + 1}/{config.rounds}")
+    rows = [_summary(encoded, films, times[encoded.name]) for encoded in kept]
+    return {"name": name, "films": len(films), "height": height, "width": width, "encodings": rows}
+
+
+def _specs(height: int, width: int, qualities: Sequence[int]) -> Iterator[tuple[str, ImageSpec]]:
+    for codec in CODEC_EXTENSIONS:
+        if ENCODINGS[codec].lossless:
+            yield codec, ImageSpec(height=height, width=width, codec=codec)
+        else:
+            for quality in qualities:
+                yield f"{codec} {quality}", ImageSpec(height=height, width=width, codec=codec, quality=quality)
+
+
+def _encode_all(name: str, spec: ImageSpec, films: Sequence[Pixels]) -> Encoded:
+    return Encoded(name=name, spec=spec, contents=[encode(film, spec) for film in films])
+
+
+def _time(encoded: Encoded, films: Sequence[Pixels]) -> dict[str, float]:
+    """CPU milliseconds a film: to encode, to decode, and to decode as `pipeline.cpu` does."""
+    load = _loader_decode(encoded.spec)
+    return {
+        "encode_ms": _cpu_ms(lambda film: encode(film, encoded.spec), films),
+        "decode_ms": _cpu_ms(lambda content: decode(content, encoded.spec), encoded.contents),
+        "load_ms": _cpu_ms(load, [np.frombuffer(content, dtype=np.uint8) for content in encoded.contents]),
+    }
+
+
+def _cpu_ms(work: Callable[[Any], object], items: Sequence[Any]) -> float:
+    started = time.process_time()
+    for item in items:
+        work(item)
+    return (time.process_time() - started) / len(items) * 1e3
+
+
+def _loader_decode(spec: ImageSpec) -> Callable[[Any], object]:
+    """What `pipeline.kernels` does with an encoded image: into a buffer that is there already."""
+    import simplejpeg
+
+    pixels = np.empty((spec.height, spec.width, 1), dtype=np.uint8)
+    if spec.codec == "jpeg":
+        return lambda content: simplejpeg.decode_jpeg(content, "GRAY", buffer=pixels)
+    return lambda content: np.copyto(pixels[..., 0], decode(content.data, spec))
+
+
+def _summary(encoded: Encoded, films: Sequence[Pixels], times: list[dict[str, float]]) -> dict[str, Any]:
+    back = [decode(content, encoded.spec) for content in encoded.contents]
+    losses = list(map(loss, films, back))
+    error, resized_error, resized_difference = (
+        statistics.fmean(getattr(each, field) for each in losses)
+        for field in ("error", "resized_error", "resized_difference")
+    )
+    member = f"{sample_key(0, 0)}.{encoded.spec.extension}"
+    return {
+        "name": encoded.name,
+        "bytes": statistics.fmean(map(len, encoded.contents)),
+        "tar_bytes": statistics.fmean(len(tar.member(member, each)) + _OTHER_MEMBERS for each in encoded.contents),
+        **{field: statistics.median(taken[field] for taken in times) for field in times[0]},
+        "psnr": psnr(error) if error else None,  # JSON has no infinity
+        "difference": statistics.fmean(map(_mean_difference, films, back)),
+        "resized_psnr": psnr(resized_error) if resized_error else None,
+        "resized_difference": resized_difference,
+        "resized_difference_worst": max(each.resized_difference for each in losses),
+        "rounds": times,
+    }
+
+
+def _mean_difference(before: Pixels, after: Pixels) -> float:
+    return float(np.abs(before.astype(np.int16) - after).mean())
+
+
+def table(result: dict[str, Any]) -> Iterator[str]:
+    """The results as lines of text."""
+    for found in result["inputs"]:
+        yield f"{found['name']}: {found['films']:,} films of {found['height']} x {found['width']}; ms of one core"
+        yield (
+            f"{'encoding':<8} {'bytes':>8} {'in the tar':>10} {'encode':>7} {'decode':>7} {'loader':>7}   "
+            f"{'PSNR':>7} {'mean':>5}   {'224: PSNR':>9} {'mean':>5} {'worst film':>10}"
+        )
+        for row in found["encodings"]:
+            times = " ".join(f"{row[field]:7.2f}" for field in ("encode_ms", "decode_ms", "load_ms"))
+            yield f"{row['name']:<8} {row['bytes']:8,.0f} {row['tar_bytes']:10,.0f} {times}   {_lost(row)}"
+
+
+def _lost(row: dict[str, Any]) -> str:
+    if row["psnr"] is None:
+        return f"{'lossless':>10}"
+    return (
+        f"{row['psnr']:4.1f} dB {row['difference']:5.2f}   {row['resized_psnr']:6.1f} dB "
+        f"{row['resized_difference']:5.2f} {row['resized_difference_worst']:10.2f}"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print tables, write JSON."""
+    with main_guard("bench.encodings"):
+        config = parse(EncodingsBenchConfig, argv, prog="python -m bench.encodings")
+        from bench.environment import one_line
+        from shards.atomic import check_writable, write_atomic
+
+        if config.json:
+            check_writable(config.json)
+        result = run_bench(config)
+        for line in table(result):
+            say(line)
+        say(f"median of {config.rounds} rounds, on {one_line(result['environment'])}")
+        if config.json:
+            write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
+            say(f"written to {config.json}")
+
+
+if __name__ == "__main__":
+    main()

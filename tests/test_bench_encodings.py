@@ -1,0 +1,79 @@
+"""The encodings bench: its bytes are those of real shards, its losses follow from the codec."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import assert_refused, run_module
+
+from bench.encodings import _encode_all, _h5_films, _shard_films, _summary
+from ingest.config import IngestConfig
+from ingest.run import ingest
+from shards.encodings import ENCODINGS
+from shards.schema import CODEC_EXTENSIONS, ImageSpec
+
+
+@pytest.fixture(scope="module")
+def result(source: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The command's JSON for a file and for shards of it, lossless."""
+    folder = tmp_path_factory.mktemp("bench")
+    ingest(IngestConfig(to_shards=folder / "png", h5=(source[0],), csv=(source[1],), encoding="png", workers=1))
+    command = ["bench.encodings", "--h5", source[0], "--shards", folder / "png", "--names", "file", "set"]
+    done = run_module(*command, "--films", "8", "--rounds", "1", "--qualities", "50", "95", "--json", folder / "r.json")
+    assert done.returncode == 0, done.stderr
+    assert "file: 8 films of 320 x 320" in done.stdout and "set: 8 films" in done.stdout
+    return json.loads((folder / "r.json").read_bytes())
+
+
+def test_every_codec_of_every_input(result: dict) -> None:
+    names = ["jpeg 50", "jpeg 95", *(codec for codec in CODEC_EXTENSIONS if ENCODINGS[codec].lossless)]
+    for found in result["inputs"]:
+        assert [row["name"] for row in found["encodings"]] == names
+        for row in found["encodings"]:
+            assert row["encode_ms"] >= 0 and row["decode_ms"] >= 0 and row["load_ms"] >= 0
+            assert row["bytes"] + 512 + 2048 <= row["tar_bytes"] <= row["bytes"] + 1024 + 2048
+
+
+def test_what_is_lost(result: dict) -> None:
+    for found in result["inputs"]:
+        rows = {row["name"]: row for row in found["encodings"]}
+        assert rows["raw"]["bytes"] == 320 * 320
+        assert all(rows[name]["psnr"] is None and rows[name]["difference"] == 0 for name in ("png", "webp", "jpeg2k"))
+        coarse, fine = rows["jpeg 50"], rows["jpeg 95"]
+        assert coarse["bytes"] < fine["bytes"] < rows["png"]["bytes"]
+        assert coarse["psnr"] < fine["psnr"] and coarse["resized_psnr"] < fine["resized_psnr"]
+        assert coarse["resized_difference"] > fine["resized_difference"] > 0
+        assert fine["resized_difference"] <= fine["resized_difference_worst"] < fine["difference"]
+
+
+def test_bytes_are_those_of_shards(source: tuple[Path, Path], shards_dir: Path) -> None:
+    """What the bench counts for a sample in the tar is what ingested tars hold, end and all."""
+    from shards.manifest import read_manifest
+
+    manifest = read_manifest(shards_dir)
+    infos = [info for shards in manifest.splits.values() for info in shards]
+    films = _h5_films(source[0], "cxr", 96)
+    jpeg = _summary(_encode_all("jpeg 95", ImageSpec(), films), films, [{}])
+    assert len(films) == sum(info.rows for info in infos) == 96
+    assert jpeg["tar_bytes"] * 96 == pytest.approx(sum(info.tar.bytes - 1024 for info in infos))
+
+
+def test_films_are_spread(source: tuple[Path, Path], shards_dir: Path) -> None:
+    few, all_of_them = (_h5_films(source[0], "cxr", wanted) for wanted in (4, 1000))
+    assert len(all_of_them) == 96
+    assert all((film == all_of_them[row]).all() for film, row in zip(few, (0, 24, 48, 72), strict=True))
+    assert len(_shard_films(shards_dir, 5)) == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ([], "names any films"),
+        (["--h5", "a.h5", "--names", "a", "b"], "2 names to 1"),
+        (["--h5", "a.h5", "--rounds", "0"], "--rounds 0"),
+        (["--h5", "a.h5", "--qualities", "101"], "--qualities 101"),
+        (["--h5", "no-such.h5"], "no HDF5 file"),
+    ],
+)
+def test_mistakes(flags: list[str], word: str) -> None:
+    assert_refused(run_module("bench.encodings", *flags), word)
