@@ -14,6 +14,7 @@ PACKAGES = (
     "nvidia-dali-cuda120",
     "nvidia-dali-cuda130",
     "simplejpeg",
+    "pillow",
     "h5py",
     "pyarrow",
     "numpy",
