@@ -135,8 +135,8 @@ def _films(inputs: Inputs, records: NDArray[np.void], rejects: dict[int, str]) -
     _, members, counts = np.unique(records["pixels"][rows], return_inverse=True, return_counts=True)
     again = rows[counts[members] > 1]
     sets: dict[int, list[str]] = {}
-    for row, member in zip(again.tolist(), members[counts[members] > 1].tolist(), strict=True):
-        sets.setdefault(member, []).append(_key(inputs, row))
+    for key, member in zip(_keys(inputs, again), members[counts[members] > 1].tolist(), strict=True):
+        sets.setdefault(member, []).append(key)
     return Films(
         all_zero=int((records["blank"] == Fault.ALL_ZERO).sum()),
         constant=int((records["blank"] == Fault.CONSTANT).sum()),
@@ -146,9 +146,11 @@ def _films(inputs: Inputs, records: NDArray[np.void], rejects: dict[int, str]) -
     )
 
 
-def _key(inputs: Inputs, row: int) -> str:
-    source = int(np.searchsorted(inputs.starts, row, side="right")) - 1
-    return sample_key(source, row - int(inputs.starts[source]))
+def _keys(inputs: Inputs, rows: NDArray[np.int64]) -> Iterator[str]:
+    """Keys of rows that are numbered through all sources."""
+    starts = inputs.starts
+    sources = np.searchsorted(starts, rows, side="right") - 1
+    return map(sample_key, sources.tolist(), (rows - starts[sources]).tolist())
 
 
 def _encoded(manifest: Manifest, records: NDArray[np.void]) -> Encoded:

@@ -56,4 +56,4 @@ def padding(size: int) -> bytes:
 
 def member(name: str, content: bytes) -> bytes:
     """Header, content and padding of one member."""
-    return header(name, len(content)) + content + padding(len(content))
+    return b"".join((header(name, len(content)), content, padding(len(content))))

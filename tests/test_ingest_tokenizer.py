@@ -34,7 +34,7 @@ def test_real_reports(theirs, real_data):
     assert len(texts) > 190 and all(OURS.encode(text) == theirs.encode(text) for text in texts)
 
 
-@given(text=st.text(max_size=200))
+@given(text=st.one_of(st.text(max_size=200), st.text(st.characters(max_codepoint=127), max_size=200)))
 def test_any_text(theirs, text):
     assert OURS.encode(text) == theirs.encode(text)
 
@@ -49,6 +49,8 @@ def test_any_text(theirs, text):
         "don't WE'LL",
         "ﬁbrosis\u00a0 ½",
         "a" * 3000,
+        "tab\there\r\nand\x1b[31m red \x00\x85",
+        "plain, 100% 'quoted' \"twice\" <b>~</b> ``x``",
         "é ́ Ł🫁",
     ],
 )
