@@ -79,6 +79,10 @@ class CpuBackend:
         for _ in range(config.ahead + 1):
             self._free.put(_Slot(shape, getattr(torch, config.dtype), self._device.type == "cuda"))
         self.threads = thread_count(config, world)
+        # made here and not in the threads: the first one compiles, and what goes wrong has to reach the caller
+        self._kernels: queue.SimpleQueue[ImageKernel] = queue.SimpleQueue()
+        for _ in range(self.threads):
+            self._kernels.put(self._kernel())
         self._feeder = threading.Thread(target=self._feed, name="shardclip-feed", daemon=True)
         self._decoders = start_single_threaded(self._decode, self.threads)
         self._feeder.start()
@@ -140,9 +144,12 @@ class CpuBackend:
         except BaseException as error:  # raised by next(), where the trainer sees it
             self._ready.put(error)
 
+    def _kernel(self) -> ImageKernel:
+        config = self._config
+        return ImageKernel(self._manifest.image, size=config.image_size, normalise=self._normalise, dtype=config.dtype)
+
     def _decode(self) -> None:
-        image = self._manifest.image
-        kernel = ImageKernel(image, size=self._config.image_size, normalise=self._normalise)
+        kernel = self._kernels.get()
         while (task := self._tasks.get()) is not None:
             try:
                 self._run(kernel, task)

@@ -1,0 +1,269 @@
+"""The compiled resize: bicubic with antialias, torch's uint8 kernel bit for bit, and everything after it in one go.
+
+    pixels -> transpose the crop -> weigh rows (along x; flipped by writing backwards) -> transpose back
+        -> weigh rows (along y) -> normalise, three channels -> straight into the batch
+
+A resize along x gathers grey pixels within a row, which vector units are bad at. Between two transposes both passes
+weigh whole rows, 32 pixels at once. The first rounds to uint8, as in aten and Pillow (`weights` has their weights).
+
+Loops are numba's; the innermost steps are LLVM vector code, because LLVM makes no shuffles of such loops on its own
+(it transposes a film in 80 us, this does in 7). The batch does not fit into a cache, so it is written past it, which
+halves the traffic. One file, because numba's cache on disk looks at the file of a function alone for changes.
+
+Addresses instead of arrays: unboxing a dozen arrays takes longer than a pass over some of them. `kernels` owns the
+memory and checks the sizes.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+from numba import extending, njit, types
+from numba.core import cgutils
+
+from pipeline.compiled import compiled
+
+intrinsic: Any = extending.intrinsic
+"""Its own type does not know that the first argument is not for callers."""
+TILE = 16
+"""Edge of the squares of a transpose, and pixels that are expanded at once."""
+LANES = 32
+"""Pixels of a row that are weighed at once."""
+ALIGNED = 64
+"""Bytes: writes past the cache need this alignment."""
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+"""Output dtype -> its number in compiled code."""
+
+
+# What follows is compiled: vectors first, then the loops over them. All arguments are integers, addresses in bytes.
+
+_I8, _I16, _I32, _HALF, _FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
+
+
+def _shuffle(indices: list[int]) -> ir.Constant:
+    return ir.Constant(ir.VectorType(_I32, len(indices)), indices)
+
+
+def _load(builder: ir.IRBuilder, address: Any, kind: ir.Type) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
+
+
+def _store(builder: ir.IRBuilder, vector: Any, address: Any, past_cache: bool = False) -> None:
+    size = vector.type.count * {_FLOAT: 4, _HALF: 2, _I16: 2, _I8: 1}[vector.type.element]
+    stored = builder.store(vector, builder.inttoptr(address, vector.type.as_pointer()), align=size if past_cache else 1)
+    if past_cache:
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
+
+
+def _splat(builder: ir.IRBuilder, value: Any, count: int) -> Any:
+    one = builder.insert_element(
+        ir.Constant(ir.VectorType(value.type, count), ir.Undefined), value, ir.Constant(_I32, 0)
+    )
+    return builder.shuffle_vector(one, one, _shuffle([0] * count))
+
+
+def _at(builder: ir.IRBuilder, base: Any, number: int, step: Any) -> Any:
+    return builder.add(base, builder.mul(step, ir.Constant(base.type, number)))
+
+
+@intrinsic
+def _transpose_tile(typing, source, step, target, target_step):  # noqa: ARG001
+    """16 x 16 bytes, rows `step` bytes apart, to their transpose: four perfect shuffles of the rows."""
+    row = ir.VectorType(_I8, TILE)
+    halves = [_shuffle([first + i // 2 + TILE * (i % 2) for i in range(TILE)]) for first in (0, TILE // 2)]
+
+    def generate(context, builder, signature, args):  # noqa: ARG001
+        source, step, target, target_step = args
+        rows = [_load(builder, _at(builder, source, i, step), row) for i in range(TILE)]
+        for _ in range(4):
+            rows = [builder.shuffle_vector(rows[i // 2], rows[i // 2 + 8], halves[i % 2]) for i in range(TILE)]
+        for i in range(TILE):
+            _store(builder, rows[i], _at(builder, target, i, target_step))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, types.intp), generate
+
+
+@intrinsic
+def _weigh(typing, source, step, weights, taps, shift, target):  # noqa: ARG001
+    """32 columns of `taps` rows, `step` bytes apart, weighed by int32 weights, rounded and clipped to bytes."""
+    columns = ir.VectorType(_I32, LANES)
+
+    def generate(context, builder, signature, args):  # noqa: ARG001
+        source, step, weights, taps, shift, target = args
+        shift = builder.trunc(shift, _I32)
+        half = builder.shl(ir.Constant(_I32, 1), builder.sub(shift, ir.Constant(_I32, 1)))
+        total = cgutils.alloca_once_value(builder, _splat(builder, half, LANES))
+        with cgutils.for_range(builder, taps) as loop:
+            weight = _load(builder, _at(builder, weights, 4, loop.index), _I32)
+            row = _load(builder, builder.add(source, builder.mul(step, loop.index)), ir.VectorType(_I8, LANES))
+            product = builder.mul(builder.zext(row, columns), _splat(builder, weight, LANES))
+            builder.store(builder.add(builder.load(total), product), total)
+        value = builder.ashr(builder.load(total), _splat(builder, shift, LANES))
+        low, high = ir.Constant(columns, [0] * LANES), ir.Constant(columns, [255] * LANES)
+        value = builder.select(builder.icmp_signed("<", value, low), low, value)
+        value = builder.select(builder.icmp_signed(">", value, high), high, value)
+        _store(builder, builder.trunc(value, ir.VectorType(_I8, LANES)), target)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 6), generate
+
+
+@intrinsic
+def _first(typing, entry):  # noqa: ARG001
+    """The int32 at an address."""
+
+    def generate(context, builder, signature, args):  # noqa: ARG001
+        return builder.sext(_load(builder, args[0], _I32), args[0].type)
+
+    return types.intp(types.intp), generate
+
+
+def _expander(dtype: str, past_cache: bool) -> Any:
+    """(grey, normalise, target): 16 bytes to 48 values. `normalise` has 48 gains, then 48 biases, float32."""
+    third = ir.VectorType(_FLOAT, TILE)
+
+    def generate(context, builder, signature, args):  # noqa: ARG001
+        grey, normalise, target = args
+        fma = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(third, [third] * 3), f"llvm.fma.v{TILE}f32"
+        )
+        values = builder.uitofp(_load(builder, grey, ir.VectorType(_I8, TILE)), third)
+        for part in range(3):
+            pixels = builder.shuffle_vector(values, values, _shuffle([(TILE * part + i) // 3 for i in range(TILE)]))
+            offset = ir.Constant(grey.type, part * TILE * 4)
+            gain = _load(builder, builder.add(normalise, offset), third)
+            bias = _load(builder, builder.add(builder.add(normalise, offset), ir.Constant(grey.type, 192)), third)
+            result = _convert(builder, builder.call(fma, [pixels, gain, bias]), dtype)
+            _store(builder, result, _at(builder, target, part * TILE, _bytes(grey.type, dtype)), past_cache)
+        return context.get_dummy_value()
+
+    def declare(typing, grey, normalise, target):  # noqa: ARG001
+        return types.void(types.intp, types.intp, types.intp), generate
+
+    return intrinsic(declare)
+
+
+def _bytes(kind: ir.Type, dtype: str) -> ir.Constant:
+    return ir.Constant(kind, 4 if dtype == "float32" else 2)
+
+
+def _convert(builder: ir.IRBuilder, values: Any, dtype: str) -> Any:
+    """float32 to the dtype, rounded to nearest even. LLVM's own bfloat16 is beyond llvmlite: in integers, then."""
+    if dtype == "float32":
+        return values
+    if dtype == "float16":
+        return builder.fptrunc(values, ir.VectorType(_HALF, TILE))
+    words = ir.VectorType(_I32, TILE)
+    bits, sixteen = builder.bitcast(values, words), ir.Constant(words, [16] * TILE)
+    odd = builder.and_(builder.lshr(bits, sixteen), ir.Constant(words, [1] * TILE))
+    rounded = builder.add(bits, builder.add(odd, ir.Constant(words, [0x7FFF] * TILE)))
+    return builder.trunc(builder.lshr(rounded, sixteen), ir.VectorType(_I16, TILE))
+
+
+@intrinsic
+def _fence(typing):  # noqa: ARG001
+    """Writes past the cache are seen by other threads before what is written after this."""
+
+    def generate(context, builder, signature, args):  # noqa: ARG001
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+_EXPAND = {(dtype, past): _expander(dtype, past) for dtype in DTYPES for past in (False, True)}
+_float32, _float32_past = _EXPAND["float32", False], _EXPAND["float32", True]
+_float16, _float16_past = _EXPAND["float16", False], _EXPAND["float16", True]
+_bfloat16, _bfloat16_past = _EXPAND["bfloat16", False], _EXPAND["bfloat16", True]
+
+
+@njit(nogil=True)
+def _transpose(source, step, rows, columns, target, target_step, overlap):
+    """rows x columns bytes to columns x rows; whole tiles, unless the last may not reach beyond: then they overlap."""
+    for y in range(0, rows, TILE):
+        row = min(y, rows - TILE) if overlap else y
+        for x in range(0, columns, TILE):
+            column = min(x, columns - TILE) if overlap else x
+            _transpose_tile(source + row * step + column, step, target + column * target_step + row, target_step)
+
+
+@njit(nogil=True)
+def _weigh_row(source, step, entry, taps, shift, columns, target):
+    """One row of a pass; `entry` is its line in the axis' table."""
+    first = source + _first(entry) * step
+    for column in range(0, columns, LANES):
+        _weigh(first + column, step, entry + 4, taps, shift, target + column)
+
+
+@njit(nogil=True)
+def _expand_row(grey, size, normalise, target, dtype, past_cache):
+    for x in range(0, size, TILE):
+        column = min(x, size - TILE)
+        pixels = grey + column
+        if dtype == 0 and past_cache:
+            _float32_past(pixels, normalise, target + column * 12)
+        elif dtype == 0:
+            _float32(pixels, normalise, target + column * 12)
+        elif dtype == 1 and past_cache:
+            _float16_past(pixels, normalise, target + column * 6)
+        elif dtype == 1:
+            _float16(pixels, normalise, target + column * 6)
+        elif past_cache:
+            _bfloat16_past(pixels, normalise, target + column * 6)
+        else:
+            _bfloat16(pixels, normalise, target + column * 6)
+
+
+def _resize(source, step, height, width, padded, flipped, x_axis, y_axis, size, scratch, normalise, target, dtype):
+    """A crop (height, width) to `size` squared and on to `target` (size, size, 3).
+
+    source, target, normalise, scratch: addresses; step: bytes between the crop's rows; x_axis, y_axis: (address of an
+    axis' table, its taps, its shift); `scratch_bytes` says how much there has to be at `scratch`. `size` is TILE at
+    least, and so are height and width, unless the crop is `padded`: whole TILEs may be read from its start on.
+    """
+    table, taps, shift = x_axis
+    tall = _padded(height)
+    wide = _padded(size)
+    turned = scratch
+    narrow = turned + _padded(width + taps) * tall
+    upright = narrow + wide * tall
+    row = upright + _padded(height + y_axis[1]) * wide
+    _transpose(source, step, height, width, turned, tall, not padded)
+    for x in range(size):
+        place = size - 1 - x if flipped else x
+        _weigh_row(turned, tall, table + x * 4 * (1 + taps), taps, shift, height, narrow + place * tall)
+    _transpose(narrow, tall, size, height, upright, wide, False)
+    table, taps, shift = y_axis
+    pixel = 12 if dtype == 0 else 6
+    past_cache = size % TILE == 0 and target % ALIGNED == 0
+    for y in range(size):
+        _weigh_row(upright, wide, table + y * 4 * (1 + taps), taps, shift, size, row)
+        _expand_row(row, size, normalise, target + y * size * pixel, dtype, past_cache)
+    if past_cache:
+        _fence()
+
+
+@njit(nogil=True)
+def _padded(count):
+    """Up to a whole number of vectors, with one to spare."""
+    return (count + 2 * LANES - 1) // LANES * LANES
+
+
+def scratch_bytes(height: int, width: int, size: int) -> int:
+    """What a resize of any crop of so many pixels needs."""
+
+    def padded(count: int) -> int:
+        return (count + 2 * LANES - 1) // LANES * LANES
+
+    tall, wide = padded(height), padded(size)
+    taps = [2 * -(-2 * max(n, size) // size) + 1 for n in (width, height)]
+    return padded(width + taps[0]) * tall + wide * tall + padded(height + taps[1]) * wide + wide
+
+
+@cache
+def resize_function() -> Callable[..., None]:
+    """`_resize`, compiled. Seconds the first time on a machine, 0.1 s from the cache on disk."""
+    axis = types.UniTuple(types.intp, 3)
+    return compiled(_resize, types.void(*[types.intp] * 6, axis, axis, *[types.intp] * 5))

@@ -1,0 +1,230 @@
+"""The compiled kernels against torch's and torchvision's: to the bit, on any shape, within their memory."""
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, made_up_images
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from pipeline import kernels
+from pipeline.augment import crop_boxes, flips
+from pipeline.batch import World
+from pipeline.config import CLIP_MEAN, CLIP_STD, LoaderConfig
+from pipeline.kernels import CompiledResize, ImageKernel, Normalise, TorchResize, compiled_resize, make_resize
+from pipeline.loader import build_loader
+from shards.schema import ImageSpec
+
+Box = list[int]
+DTYPES = ("float32", "float16", "bfloat16")
+NORMALISE = Normalise(CLIP_MEAN, CLIP_STD)
+
+
+def compiled(shape: tuple[int, int], size: int, dtype: str = "float32") -> CompiledResize:
+    """The compiled resize for images of a shape; fails where it cannot be compiled."""
+    spec = ImageSpec(height=shape[0], width=shape[1], codec="raw")
+    resize = make_resize(spec, size=size, normalise=NORMALISE, dtype=dtype)
+    assert isinstance(resize, CompiledResize)
+    return resize
+
+
+def both(pixels: np.ndarray, box: Box, size: int, flipped: bool, dtype: str = "float32") -> tuple[torch.Tensor, ...]:
+    """(size, size, 3) by the compiled resize and by torch's operators."""
+    outs = [torch.full((size, size, 3), torch.nan, dtype=getattr(torch, dtype)) for _ in range(2)]
+    compiled(pixels.shape, size, dtype).run(pixels, box, flipped, outs[0])
+    TorchResize(size=size, normalise=NORMALISE).run(pixels, box, flipped, outs[1])
+    return tuple(outs)
+
+
+@st.composite
+def crops(draw: st.DrawFn) -> tuple[np.ndarray, Box, int, bool]:
+    """An image of noise, of any contrast up to bare black and white, a crop of it, a size, a flip."""
+    height, width = draw(st.integers(1, 400)), draw(st.integers(1, 400))
+    h, w = draw(st.integers(1, height)), draw(st.integers(1, width))
+    box = [draw(st.integers(0, height - h)), draw(st.integers(0, width - w)), h, w]
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    pixels = rng.integers(0, 256, (height, width), dtype=np.uint8)
+    if draw(st.booleans()):
+        pixels = np.where(pixels < 128, 0, 255).astype(np.uint8)
+    size = draw(st.sampled_from([16, 17, 31, 64, 96, 224, 225]))
+    return pixels, box, size, draw(st.booleans())
+
+
+@settings(max_examples=150, deadline=None)
+@given(crops(), st.sampled_from(DTYPES))
+def test_equals_torch_to_the_bit_on_any_crop(crop: tuple[np.ndarray, Box, int, bool], dtype: str) -> None:
+    """Resize, rounding, clipping, flip, normalisation (one fused multiply-add) and rounding to half precision."""
+    ours, expected = both(*crop, dtype)
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("size", [224, 256, 518])
+def test_equals_torch_for_every_length_of_a_side(size: int) -> None:
+    """Each length has its own weights, rounded to int16: 1 to 700, both ways."""
+    pixels = np.random.default_rng(3).integers(0, 256, (700, 40), dtype=np.uint8)
+    resize, other = compiled((700, 40), size), TorchResize(size=size, normalise=NORMALISE)
+    out, expected = torch.empty(size, size, 3), torch.empty(size, size, 3)
+    for length in [*range(1, 40), *range(40, 700, 13), 320, 700]:
+        resize.run(pixels, [700 - length, 0, length, 40], False, out)
+        other.run(pixels, [700 - length, 0, length, 40], False, expected)
+        assert torch.equal(out, expected), length
+    pixels = np.ascontiguousarray(pixels.T)
+    resize = compiled((40, 700), size)
+    for length in [*range(1, 40, 5), *range(40, 700, 29), 320, 700]:
+        resize.run(pixels, [0, 700 - length, 40, length], True, out)
+        other.run(pixels, [0, 700 - length, 40, length], True, expected)
+        assert torch.equal(out, expected), length
+
+
+def real_films(real_data: Path, count: int) -> list[np.ndarray]:
+    paths = sorted((real_data / "nih" / "images").glob("*.png"))[:count]
+    bicubic = Image.Resampling.BICUBIC
+    return [np.array(Image.open(path).convert("L").resize((320, 320), bicubic)) for path in paths]
+
+
+def test_stays_within_a_rounding_of_torchvisions_float_resize(real_data: Path) -> None:
+    """The bound that the design sets, on real films, against float32 throughout."""
+    films = real_films(real_data, 24)
+    boxes = crop_boxes(5, np.arange(len(films)), height=320, width=320, scale=(0.9, 1.0)).tolist()
+    flipped = flips(5, np.arange(len(films)), probability=0.5).tolist()
+    unit = Normalise((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
+    resize = make_resize(ImageSpec(), size=224, normalise=unit, dtype="float32")
+    out = torch.empty(224, 224, 3)
+    differences = []
+    for film, (y, x, h, w), flip in zip(films, boxes, flipped, strict=True):
+        resize.run(film, [y, x, h, w], flip, out)
+        pixels = torch.from_numpy(film)[None].float()
+        small = transforms.resized_crop(pixels, y, x, h, w, [224, 224], InterpolationMode.BICUBIC, antialias=True)
+        expected = (small.flip(-1) if flip else small).clamp(0, 255)
+        assert torch.equal(out[..., 0], out[..., 1]) and torch.equal(out[..., 0], out[..., 2])
+        differences.append((out[..., 0] - expected[0]).abs())
+    assert (difference := torch.stack(differences)).max() > 0
+    assert difference.mean() <= 0.3  # the reference is not rounded to whole levels: that alone is 0.25
+    assert (difference <= 1).float().mean() >= 0.999
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (320, 320), (100, 333), (7, 50)])
+def test_reads_and_writes_nothing_beyond_its_memory(shape: tuple[int, int]) -> None:
+    """The image ends at a page that cannot be read (raw shards are read where they lie); the result has borders."""
+    pages = -(-shape[0] * shape[1] // mmap.PAGESIZE) * mmap.PAGESIZE
+    room = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    memory = np.frombuffer(room, dtype=np.uint8)
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    guard = ctypes.c_void_p(memory.ctypes.data + pages)
+    assert protect(guard, mmap.PAGESIZE, 0) == 0, os.strerror(ctypes.get_errno())
+    try:
+        pixels = memory[pages - shape[0] * shape[1] : pages].reshape(shape)
+        pixels[:] = made_up_images(2)[1, : shape[0], : shape[1]] if shape[1] <= 320 else 99
+        for size, dtype in [(224, "float32"), (17, "float32"), (224, "float16"), (33, "bfloat16")]:
+            border = torch.full((size + 2, size, 3), 7.0, dtype=getattr(torch, dtype))
+            compiled(shape, size, dtype).run(pixels, [0, 0, *shape], False, border[1:-1])
+            assert (border[0] == 7).all() and (border[-1] == 7).all() and not (border[1:-1] == 7).any()
+    finally:
+        protect(guard, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def test_what_would_leave_the_image_is_refused() -> None:
+    resize, out = compiled((40, 50), 32), torch.empty(32, 32, 3)
+    pixels = np.zeros((40, 50), dtype=np.uint8)
+    for box in ([0, 0, 41, 50], [1, 0, 40, 50], [0, 1, 40, 50], [-1, 0, 40, 50], [0, 0, 0, 50]):
+        with pytest.raises(AssertionError):
+            resize.run(pixels, box, False, out)
+    with pytest.raises(AssertionError):
+        resize.run(pixels[:, :49], [0, 0, 10, 10], False, out)
+    with pytest.raises(AssertionError):
+        resize.run(pixels, [0, 0, 10, 10], False, torch.empty(31, 32, 3))
+    with pytest.raises(AssertionError):
+        resize.run(pixels, [0, 0, 10, 10], False, torch.empty(32, 32, 3, dtype=torch.float64))
+
+
+def images(config: LoaderConfig, count: int = 3) -> torch.Tensor:
+    """The images of the first batches, (n, 3, S, S)."""
+    with build_loader(config, World()) as loader:
+        return torch.cat([next(loader).images.clone() for _ in range(count)])
+
+
+def test_threads_do_not_change_a_bit(shards_dir: Path) -> None:
+    ways = [images(LoaderConfig(shards=shards_dir, backend="cpu", batch_size=20, threads=n)) for n in (1, 2, 5)]
+    assert torch.equal(ways[0], ways[1]) and torch.equal(ways[0], ways[2])
+
+
+def test_without_numba_torch_gives_the_same_and_a_warning(shards_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LoaderConfig(shards=shards_dir, backend="cpu", batch_size=20, threads=2)
+    expected = images(config)
+    for name in ("pipeline.resize", "numba"):
+        monkeypatch.setitem(sys.modules, name, None)
+    compiled_resize.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="slower"):
+            assert torch.equal(images(config), expected)
+        kernel = ImageKernel(ImageSpec(), size=32, normalise=NORMALISE)
+        assert isinstance(kernel._resize, TorchResize)
+    finally:
+        compiled_resize.cache_clear()
+
+
+def test_images_too_small_for_a_vector_take_torchs_way() -> None:
+    assert isinstance(make_resize(ImageSpec(), size=15, normalise=NORMALISE, dtype="float32"), TorchResize)
+
+
+USE = "from pipeline.resize import resize_function; resize_function()"
+"""Without torch, which takes seconds to import."""
+
+
+def use(**environment: str) -> subprocess.Popen[str]:
+    """A process that needs the compiled resize."""
+    pipe, there = subprocess.PIPE, {**os.environ, **environment}
+    return subprocess.Popen([sys.executable, "-c", USE], cwd=REPOSITORY, env=there, stderr=pipe, text=True)
+
+
+def test_several_processes_may_start_with_an_empty_cache(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    processes = [use(NUMBA_CACHE_DIR=str(folder)) for _ in range(2)]
+    assert [process.communicate()[1] for process in processes] == [""] * 2
+    assert [process.returncode for process in processes] == [0] * 2
+    assert list(folder.rglob("*.nbc"))
+
+
+@pytest.mark.parametrize("kind", ["nowhere", "damaged"])
+def test_a_cache_that_cannot_be_used_costs_time_only(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "cache"
+    if kind == "nowhere":
+        tmp_path.joinpath("cache").write_text("a file where the folder should be")
+    else:
+        use(NUMBA_CACHE_DIR=str(folder)).communicate()
+        for entry in [*folder.rglob("*.nbi"), *folder.rglob("*.nbc")]:
+            entry.write_bytes(entry.read_bytes()[:40])
+    process = use(NUMBA_CACHE_DIR=str(folder))
+    assert process.communicate()[1] == "" and process.returncode == 0
+
+
+def test_a_switched_off_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
+    monkeypatch.delitem(sys.modules, "pipeline.resize")
+    compiled_resize.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="NUMBA_DISABLE_JIT"):
+            assert compiled_resize() is None
+    finally:
+        compiled_resize.cache_clear()
+
+
+def test_raw_pixels_are_not_copied() -> None:
+    stored = np.frombuffer(bytearray(made_up_images(1)[0].tobytes()), dtype=np.uint8)
+    spec = ImageSpec(codec="raw")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernel = kernels.ImageKernel(spec, size=224, normalise=NORMALISE)
+        assert np.shares_memory(kernel.decode(stored), stored)
+        kernel.run(stored, [0, 0, 320, 320], False, torch.empty(224, 224, 3))
