@@ -23,6 +23,8 @@ FILTERS = ("gzip", "lzf", "szip")
 """Compressions that the HDF5 library brings itself."""
 MAX_CHUNK_BYTES = 256 << 20
 """A chunk is read as a whole; a larger one would not leave a worker its memory."""
+_CACHE_BYTES = 32 << 20
+"""Chunks that HDF5 keeps: two of 32 films. They are read whole and once, so keeping more is memory for nothing."""
 
 
 class H5Source:
@@ -110,7 +112,7 @@ def _open(path: Path) -> h5py.File:
     if not Path(path).is_file():
         raise InputError(f"no HDF5 file at {path}")
     try:
-        return h5py.File(path, "r", rdcc_nbytes=MAX_CHUNK_BYTES)
+        return h5py.File(path, "r", rdcc_nbytes=_CACHE_BYTES)
     except OSError as error:
         raise InputError(f"{path} cannot be opened as HDF5 ({' '.join(str(error).split())[:160]})") from None
 
