@@ -95,6 +95,23 @@ def test_value_range_is_explicit(tmp_path: Path, table: Path) -> None:
     )
 
 
+def test_blank_films_become_samples_on_request(tmp_path: Path, images: np.ndarray, table: Path) -> None:
+    """I8: rejected, counted and refused in number without --allow-blank; samples like any other with it."""
+    blank = images.copy()
+    blank[3], blank[5:9] = 0, 77
+    h5 = write_h5(tmp_path / "a.h5", blank)
+    settings = {"h5": (h5,), "csv": (table,), "encoding": "raw"}
+    with pytest.raises(InputError, match=r"5 of 40 rows are rejected \(4: film is constant\)"):
+        run(tmp_path / "one", max_rejects=0.1, **settings)
+    assert not (tmp_path / "one" / "manifest.json").exists()
+    assert set(run(tmp_path / "two", **settings)) == {key(row) for row in range(40) if row not in (3, *range(5, 9))}
+    (tmp_path / "s.toml").write_text('[[source]]\nh5 = "a.h5"\ncsv = "r.csv"\nallow_blank = true\n')
+    for name, given in (("three", settings | {"allow_blank": True}), ("four", {"sources": tmp_path / "s.toml"})):
+        found = run(tmp_path / name, max_rejects=0.0, **({"encoding": "raw"} | given))
+        assert len(found) == 40
+        assert (found[key(3)]["pixels"] == 0).all() and (found[key(7)]["pixels"] == 77).all()
+
+
 def test_chunks_are_read_once(tmp_path: Path, images: np.ndarray) -> None:
     """Ranges never cut a chunk, and chunks larger than a read are decompressed once."""
     from ingest.config import SourceConfig
@@ -299,6 +316,7 @@ class TestLabelsAndSplits:
             ("[[source]]\nh6 = 1", "no setting 'h6'"),
             ("[[source]]\nh5 = 1\nsplit = 'all'", "split = 'all'"),
             ("[[source]]\nvalue_range = [1]", "value_range"),
+            ("[[source]]\nallow_blank = 1", "allow_blank"),
             ("[[source", "is not TOML"),
         ],
     )

@@ -1,12 +1,14 @@
 """Put first on PYTHONPATH by a test: counts the durable steps of a whole process tree and breaks it at the Nth.
 
 SHARDCLIP_FAULT=KIND:N with KIND kill (the process group dies as in a power cut), enospc or eio (that one call fails);
-SHARDCLIP_COUNT names a file that gains a byte at each fsync or rename of any process.
+SHARDCLIP_COUNT names a file that gains a byte at each fsync or rename of any process. SHARDCLIP_CLOCK=SECONDS sets the
+clock that Python sees.
 """
 
 import errno
 import os
 import signal
+import time
 
 _kind, _, _number = os.environ.get("SHARDCLIP_FAULT", "").partition(":")
 _count = os.environ.get("SHARDCLIP_COUNT")
@@ -35,3 +37,9 @@ def _counted(function):
 if _count:
     os.fsync = _counted(os.fsync)
     os.replace = _counted(os.replace)
+
+if _clock := os.environ.get("SHARDCLIP_CLOCK"):
+    _offset = int(_clock) - time.time()
+    _now = time.time
+    time.time = lambda: _now() + _offset
+    time.time_ns = lambda: int(time.time() * 1e9)
