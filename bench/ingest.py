@@ -31,9 +31,10 @@ PHASES = ("start", "encode", "assemble", "finish")
 class IngestBenchConfig:
     """Measure an ingest against reading and encoding alone, with one worker and with several, and its memory."""
 
-    h5: tuple[Path, ...]
-    """HDF5 file of films; or several, which hold the same films stored in other ways, each measured by itself."""
-    csv: Path
+    h5: tuple[Path, ...] = ()
+    """HDF5 file of films; or several, which hold the same films stored in other ways, each measured by itself; or
+    none, for the memory alone."""
+    csv: Path | None = None
     """Their CSV file."""
     dataset: str = "cxr"
     """Path of the dataset in the HDF5 files."""
@@ -56,6 +57,8 @@ class IngestBenchConfig:
         for name, values in {"repeat": [self.repeat], "rounds": [self.rounds], "workers": self.workers}.items():
             if not values or min(values) < 1:
                 raise InputError(f"--{name} {' '.join(map(str, values))} is not a positive number")
+        if bool(self.h5) != bool(self.csv) or not (self.h5 or self.memory_gb):
+            raise InputError("give both --h5 and --csv, or neither and --memory-gb")
         if self.memory_gb and min(self.memory_gb) <= 0:
             raise InputError(f"--memory-gb {min(self.memory_gb):g} is not positive")
 
@@ -82,16 +85,16 @@ def run_bench(config: IngestBenchConfig) -> dict[str, Any]:
     result: dict[str, Any] = {"environment": environment(), "settings": settings}
     with tempfile.TemporaryDirectory(prefix="bench-ingest-", dir=config.out) as name:
         folder = Path(name)
-        taken = _measure_speed(config, folder)
-        result["cases"] = [_summary(case, rounds) for case, rounds in taken]
-        result["scaling"] = list(_scaling(taken))
+        if config.csv:
+            taken = _measure_speed(config, repeat_csv(config.csv, folder / "reports.csv", config.repeat), folder)
+            result["cases"] = [_summary(case, rounds) for case, rounds in taken]
+            result["scaling"] = list(_scaling(taken))
         if config.memory_gb:
             result["memory"] = measure_sizes(config.memory_gb, folder, max(config.workers))
     return result
 
 
-def _measure_speed(config: IngestBenchConfig, folder: Path) -> list[tuple[Case, Rounds]]:
-    table = repeat_csv(config.csv, folder / "reports.csv", config.repeat)
+def _measure_speed(config: IngestBenchConfig, table: Path, folder: Path) -> list[tuple[Case, Rounds]]:
     taken: list[tuple[Case, Rounds]] = [(case, []) for case in _cases(config)]
     for number in range(config.rounds):
         for case, rounds in taken:
@@ -204,8 +207,15 @@ def _scaling(taken: list[tuple[Case, Rounds]]) -> Iterator[dict[str, Any]]:
 
 def table(result: dict[str, Any]) -> Iterator[str]:
     """The results as lines of text."""
-    from bench.sizes import size_table
+    if "cases" in result:
+        yield from _speed_table(result)
+    if "memory" in result:
+        from bench.sizes import size_table
 
+        yield from size_table(result["memory"])
+
+
+def _speed_table(result: dict[str, Any]) -> Iterator[str]:
     yield (
         f"{'films':<26} {'workers':>7} {'floor':>9} {'ingest':>9} {'of floor':>8} {'after start':>11} {'of CPU':>6} "
         + " ".join(f"{phase:>9}" for phase in PHASES)
@@ -223,8 +233,7 @@ def table(result: dict[str, Any]) -> Iterator[str]:
                 f"{scaling['layout']}: from {scaling['from']} to {scaling['to']} workers the ingest is "
                 f"{scaling['ingest']:.2f}x as fast, the floor {scaling['floor']:.2f}x"
             )
-    if "memory" in result:
-        yield from size_table(result["memory"])
+    yield f"median of {result['settings']['rounds']} rounds, {result['cases'][0]['films']:,} films"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -239,8 +248,7 @@ def main(argv: list[str] | None = None) -> None:
         result = run_bench(config)
         for line in table(result):
             say(line)
-        films = result["cases"][0]["films"]
-        say(f"median of {config.rounds} rounds, {films:,} films, on {one_line(result['environment'])}")
+        say(f"on {one_line(result['environment'])}")
         if config.json:
             write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
             say(f"written to {config.json}")

@@ -84,6 +84,14 @@ def test_the_bench(source: tuple[Path, Path], tmp_path: Path) -> None:
         assert run["peak"] == run["parent"] + sum(run["children"]) > 50 << 20
 
 
-@pytest.mark.parametrize(("flags", "word"), [(["--rounds", "0"], "--rounds"), (["--memory-gb", "-1"], "--memory-gb")])
-def test_mistakes(source: tuple[Path, Path], flags: list[str], word: str) -> None:
-    assert_refused(run_module("bench.ingest", "--h5", source[0], "--csv", source[1], *flags), word)
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--h5", "a.h5", "--csv", "a.csv", "--rounds", "0"], "--rounds"),
+        (["--memory-gb", "-1"], "--memory-gb"),
+        (["--h5", "a.h5"], "both --h5 and --csv"),
+        (["--memory-gb"], "or neither"),
+    ],
+)
+def test_mistakes(flags: list[str], word: str) -> None:
+    assert_refused(run_module("bench.ingest", *flags), word)
