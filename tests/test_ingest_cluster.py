@@ -29,7 +29,8 @@ pytest.importorskip("distributed", reason="distributed is not installed (extra `
 pytestmark = pytest.mark.slow
 
 INJECTED = Path(__file__).parent / "injected"
-WAIT_S = 60
+WAIT_S = 240
+"""A guard against waiting for ever."""
 
 
 class DaskCluster:
@@ -290,8 +291,8 @@ def test_settings_that_contradict(tmp_path: Path) -> None:
 def longer(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
     """An ingest that takes a few seconds: time to kill something."""
     folder = tmp_path_factory.mktemp("longer")
-    h5 = write_h5(folder / "a.h5", np.repeat(made_up_images(50), 30, axis=0))
-    table = write_csv(folder / "a.csv", ["impression"], [[f"Film {i}"] for i in range(1500)])
+    h5 = write_h5(folder / "a.h5", np.repeat(made_up_images(50), 20, axis=0))
+    table = write_csv(folder / "a.csv", ["impression"], [[f"Film {i}"] for i in range(1000)])
     return ["ingest", "--h5", h5, "--csv", table, "--val-fraction", "0.25", "--shard-mb", "16"]
 
 
@@ -352,5 +353,7 @@ def test_all_is_killed(longer: list[str | Path], longer_expected: dict[str, str]
 
 def test_no_worker(small: list[str | Path], tmp_path: Path) -> None:
     with started(tmp_path, 0) as cluster:
-        out = ["--to-shards", tmp_path / "out", "--scheduler-wait", "3"]
-        assert_refused(run_module(*small, *out, *on(cluster)), "no worker for 3 s")
+        while not cluster.file.exists():
+            time.sleep(0.05)
+        out = ["--to-shards", tmp_path / "out", "--scheduler-wait", "5"]
+        assert_refused(run_module(*small, *out, *on(cluster)), "no worker for 5 s")

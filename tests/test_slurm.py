@@ -68,8 +68,8 @@ def test_ingest_is_preempted_and_goes_on(job: dict[str, str], tmp_path: Path) ->
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
     out = tmp_path / "out"
-    h5 = write_h5(tmp_path / "a.h5", np.repeat(made_up_images(50), 30, axis=0))
-    rows = [[f"Kanarienvogel {i}", f"MRN{i // 3}"] for i in range(1500)]
+    h5 = write_h5(tmp_path / "a.h5", np.repeat(made_up_images(50), 20, axis=0))
+    rows = [[f"Kanarienvogel {i}", f"MRN{i // 3}"] for i in range(1000)]
     table = write_csv(tmp_path / "a.csv", ["impression", "patient"], rows)
     command = ["bash", str(REPOSITORY / "ingest" / "slurm" / "ingest.sbatch"), "--to-shards", str(out), "--h5", str(h5)]
     command += ["--csv", str(table), "--group-column", "patient", "--val-fraction", "0.25", "--shard-mb", "16"]
@@ -82,12 +82,12 @@ def test_ingest_is_preempted_and_goes_on(job: dict[str, str], tmp_path: Path) ->
         assert [path.stat().st_mode & 0o077 for path in (tmp_path / "shardclip-ingest-7").glob("*.pem")] == [0, 0]
     finally:
         first.terminate()
-        first.wait(timeout=60)
+        first.wait(timeout=240)
     assert first.returncode == 128 + signal.SIGTERM
     assert not (out / ".ingest" / "lock").exists()
     assert not (out / "manifest.json").exists()
 
-    second = subprocess.run(command, cwd=REPOSITORY, env=job, capture_output=True, text=True, timeout=120)
+    second = subprocess.run(command, cwd=REPOSITORY, env=job, capture_output=True, text=True, timeout=240)
     assert second.returncode == 0, second.stderr
     assert [problem for _, problem in verify(out) if problem] == []
     assert processes_of(tmp_path) == []
