@@ -3,10 +3,17 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import REAL_DATA, assert_refused, run_module
 
+import bench.nih
 from bench.nih import NihConfig, clustered_intervals, nih_commands, read_test_rows, table
 from shards.manifest import read_manifest
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.nih, "ROUNDS", 100)
 
 
 def intervals(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> list:
