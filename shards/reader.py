@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_128_hexdigest
 
 from shards.errors import InputError
+from shards.pages import unpacked_bytes
 from shards.schema import LABEL_PREFIX, MAX_BLOCK_TEXT_BYTES, FileInfo, Manifest, ShardInfo, sample_key, table_schema
 
 
@@ -80,7 +81,9 @@ class ShardReader:
         _check_footer(path, info)
         self.path = Path(root) / f"{info.name}.tar"
         check_file(self.path, info.tar)
-        self._parquet = _open_table(path, manifest, info)
+        self._file = pa.OSFile(str(path))
+        self._parquet = _open_table(self._file, path, manifest, info)
+        self._checked: set[tuple[int, str]] = set()
         self._numbers = {name: number for number, name in enumerate(self._parquet.schema_arrow.names)}
         self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         """File descriptor of the tar."""
@@ -127,6 +130,7 @@ class ShardReader:
         """Close both files."""
         os.close(self.fd)
         self._parquet.close(force=True)
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -177,8 +181,18 @@ class ShardReader:
                 or not _ENCODINGS.issuperset(column.encodings)
             ):
                 raise self._senseless(block, f"column {name!r} is encoded another way than ours")
-            if column.total_uncompressed_size > self._most_bytes(name, group.num_rows):
-                raise self._senseless(block, f"column {name!r} declares {column.total_uncompressed_size:,} bytes")
+            self._check_pages(block, name, column, group.num_rows)
+
+    def _check_pages(self, block: int, name: str, column: pq.ColumnChunkMetaData, rows: int) -> None:
+        if (block, name) in self._checked:
+            return
+        try:
+            size = unpacked_bytes(self._file.read_at, column.data_page_offset, column.total_compressed_size)
+        except (ValueError, KeyError, TypeError, OSError, OverflowError) as error:
+            raise self._damaged(f"block {block}", error) from None
+        if max(size, column.total_uncompressed_size) > self._most_bytes(name, rows):
+            raise self._senseless(block, f"column {name!r} would take {size:,} bytes")
+        self._checked.add((block, name))
 
     def _most_bytes(self, name: str, rows: int) -> int:
         """More than our writer makes of a column of one block."""
@@ -236,9 +250,9 @@ def _check_footer(path: Path, info: ShardInfo) -> None:
         )
 
 
-def _open_table(path: Path, manifest: Manifest, info: ShardInfo) -> pq.ParquetFile:
+def _open_table(file: pa.NativeFile, path: Path, manifest: Manifest, info: ShardInfo) -> pq.ParquetFile:
     try:
-        table = pq.ParquetFile(path, page_checksum_verification=True)
+        table = pq.ParquetFile(file, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"shard {info.name}: {path.name} is not a Parquet file ({error})") from None
     expected = table_schema(manifest.tokenizer.context, manifest.labels)

@@ -3,6 +3,7 @@
 Nothing is created outside, and memory stays within 200 MB of what it was.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -24,6 +25,7 @@ from shards import tar
 from shards.__main__ import main
 from shards.errors import InputError
 from shards.manifest import read_manifest, write_manifest
+from shards.pages import unpacked_bytes
 from shards.reader import ShardReader
 from shards.schema import FileInfo
 from shards.writer import encode_table, footer_size
@@ -258,6 +260,51 @@ def test_a_table_that_no_writer_of_ours_makes(attack, kind: str) -> None:
     found = run()
     assert found.pop("inspect") is None  # reads the manifest alone
     assert {name for name, refusal in found.items() if refusal is None} <= SPARED.get(kind, set())
+
+
+def varint(value: int, length: int = 0) -> bytes:
+    """A Thrift integer, drawn out to `length` bytes."""
+    value, content = 2 * value, b""
+    while value >> 7 or len(content) + 1 < length:
+        content, value = content + bytes([value & 127 | 128]), value >> 7
+    return content + bytes([value])
+
+
+@pytest.mark.parametrize("options", [PLAIN, {"use_dictionary": ["text"]}, PLAIN | {"data_page_version": "2.0"}])
+def test_a_bomb_whose_footer_says_that_it_is_small(attack, options: dict[str, object]) -> None:
+    """What the footer says of sizes and encodings is a claim; the pages' own headers tell."""
+    root, run = attack
+    forge(root, column("text", lambda rows: pa.array([LONG] * rows)), **options)
+    path = root / f"{NAME}.parquet"
+    content = path.read_bytes()
+    place = len(content) - footer_size(content)
+    footer = content[place:]
+    for group in range(pq.read_metadata(path).num_row_groups):
+        chunk = pq.read_metadata(path).row_group(group).column(6)
+        size = varint(chunk.total_uncompressed_size)
+        assert chunk.path_in_schema == "text" and size in footer
+        footer = footer.replace(size, varint(100, len(size)))
+    path.write_bytes(content[:place] + footer)
+    assert pq.read_metadata(path).row_group(0).column(6).total_uncompressed_size == 100
+    sign(root)
+    found = run()
+    assert {name for name, refusal in found.items() if refusal is None} <= {"inspect", "loader"}
+
+
+def test_page_headers_are_read_as_pyarrow_reads_them(shards_dir: Path) -> None:
+    """The sum over a column's pages, headers included, is what pyarrow entered into the footer; noise is refused."""
+    path = shards_dir / "train-000000.parquet"
+    group = pq.read_metadata(path).row_group(0)
+    file = pa.OSFile(str(path))
+    for number in range(group.num_columns):
+        chunk = group.column(number)
+        size = unpacked_bytes(file.read_at, chunk.data_page_offset, chunk.total_compressed_size)
+        assert 0 < chunk.total_uncompressed_size - size < 100
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        noise = rng.bytes(int(rng.integers(1, 60)))
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            unpacked_bytes(lambda size, offset, noise=noise: noise[offset : offset + size], 0, len(noise))
 
 
 def test_a_table_that_carries_a_pickle(attack, tmp_path: Path) -> None:
