@@ -4,6 +4,7 @@ import csv
 import io
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,23 @@ class TestDamage:
         with pytest.raises(InputError, match="killed"):
             read_film(path, 320)
         assert (film(path) == expected).all()
+
+    def test_the_process_of_gdcm_ends_with_its_parent(self, tmp_path: Path, stored: np.ndarray) -> None:
+        path = compressed(dataset(stored, 12), LOSSLESS["JPEG lossless"], tmp_path / "a.dcm")
+        code = (
+            "import sys, time\nfrom pathlib import Path\nfrom ingest import dicom\n"
+            "from ingest.images import read_film\n"
+            "read_film(Path(sys.argv[1]), 320)\nprint(dicom._GDCM._child.pid, flush=True)\ntime.sleep(600)"
+        )
+        with subprocess.Popen([sys.executable, "-c", code, path], cwd=REPOSITORY, stdout=subprocess.PIPE) as parent:
+            assert parent.stdout is not None
+            child = Path(f"/proc/{int(parent.stdout.readline())}")
+            assert child.exists()
+            parent.kill()
+        deadline = time.monotonic() + 30
+        while child.exists() and (child / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+            assert time.monotonic() < deadline, "the child survived"
+            time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
