@@ -115,6 +115,19 @@ class TestI5:
             with pytest.raises(InputError, match=words):
                 read_inputs(IngestConfig(to_shards=tmp_path / "out", h5=(h5,), csv=(table,)))
 
+    def test_films_and_labels_beyond_what_a_shard_takes(self, small: tuple[Path, Path], tmp_path: Path) -> None:
+        names = [f"label{number}" for number in range(1001)]
+        table = write_csv(tmp_path / "a.csv", ["impression", *names], [["x"] + [1] * 1001] * 12)
+        config = IngestConfig(to_shards=tmp_path / "out", h5=(small[0],), csv=(table,), label_columns=tuple(names))
+        with pytest.raises(InputError, match="1,001 labels"):
+            read_inputs(config)
+        with pytest.raises(InputError, match="films of 5000 x 5000"):
+            read_inputs(
+                IngestConfig(
+                    to_shards=tmp_path / "out", images=tmp_path, path_column="label0", csv=(table,), image_size=5000
+                )
+            )
+
 
 class TestI9:
     """Text."""
