@@ -18,15 +18,15 @@ from shards.errors import InputError
 
 
 def test_made_up_films(tmp_path: Path) -> None:
-    """Any number of rows, readable as any other file, far smaller than declared, and no film blank."""
+    """Any number of rows, readable as any other file, far smaller than declared, no film blank, no two alike."""
     films = 20 * CHUNK_ROWS + 5
     path = write_films(tmp_path / "a.h5", films)
     assert path.stat().st_size < films * SIDE * SIDE * 4 / 20
     with H5Source(path) as source:
         assert (source.rows, source.height, source.width, source.chunk_rows) == (films, SIDE, SIDE, CHUNK_ROWS)
-        first, same, last = (source.read_uint8(row, row + 1)[0] for row in (3, 4 * CHUNK_ROWS + 3, films - 1))
-    assert (first == same).all() and (first != last).any()
-    assert all(len(np.unique(film)) > 50 for film in (first, last))
+        found = source.read_uint8(0, films)
+    assert len({film.tobytes() for film in found}) == films
+    assert all(len(np.unique(film)) > 50 for film in found[::50])
 
 
 def test_made_up_reports(tmp_path: Path) -> None:
