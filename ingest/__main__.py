@@ -34,7 +34,9 @@ def _say(config: IngestConfig, report: "Report", seconds: float) -> None:
     say(f"{config.to_shards}: {report.samples:,} samples ({sizes}); more in report.txt there")
     say(f"took {seconds:.1f} s, {report.samples / seconds:,.0f} films/s")
     rejected = "".join(f"; {why}: {count:,}" for why, count in report.rejected.items())
-    say(f"rejected {report.rows - report.samples:,} rows{rejected}")
+    rows = report.rows - report.samples
+    several = " (some have several reasons)" if report.rejected.total() > rows else ""
+    say(f"rejected {rows:,} rows{several}{rejected}")
     for line in encoding_lines(report.encoded):
         say(line)
 

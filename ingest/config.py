@@ -49,6 +49,8 @@ class SourceConfig:
     """Columns of labels: numbers (1, 0, -1) or blank, kept as they are."""
     label_list_column: str | None = None
     """Column of findings joined by `|`: a label column for each, 1 where it is named and 0 elsewhere."""
+    label_list_separator: str = "|"
+    """What joins them instead."""
     group_column: str | None = None
     """Column of patients: nobody's films are in two splits."""
     group_regex: str | None = None
@@ -66,6 +68,8 @@ class SourceConfig:
             raise InputError("--csv names no file; give one or more")
         if self.split and self.split_column:
             raise InputError("--split and --split-column contradict each other; give one")
+        if not self.label_list_separator:
+            raise InputError("--label-list-separator is empty; it is what joins the findings of a row")
         if self.group_regex is not None:
             self._check_regex()
         if self.value_range is not None and not -math.inf < self.value_range[0] < self.value_range[1] < math.inf:

@@ -4,6 +4,7 @@ Rows of all sources are numbered through, source after source; that number is wh
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,10 @@ def make_plan(config: IngestConfig, tables: Sequence[SourceTable]) -> Plan:
     kept[list(reasons)] = False
     rows = np.flatnonzero(kept)
     if not len(rows):
-        raise InputError(f"none of the {len(kept):,} rows has a report; is it the right column?")
+        why, count = Counter(reasons.values()).most_common(1)[0]
+        raise InputError(
+            f"none of the {len(kept):,} rows has a report ({count:,}: {why}); is it the right column and section?"
+        )
     codes, known = _codes(tables)
     splits = _split(codes, _fixed(tables), rows, config)
     _check_shared_files(tables, splits, len(kept))

@@ -15,7 +15,7 @@ def cut_section(report: str, section: str) -> str:
     In plain text a section runs from its heading, whatever its case, to the next heading; `FINAL IMPRESSION` and
     `IMPRESSIONS` count as `impression`.
     """
-    if report.lstrip("\ufeff \t\r\n").startswith("<"):
+    if is_xml(report):
         return _cut_xml(report, section)
     headings = [match for match in _HEADING.finditer(report) if _is_heading(match[1], section)]
     parts = []
@@ -24,6 +24,11 @@ def cut_section(report: str, section: str) -> str:
             end = headings[number + 1].start() if number + 1 < len(headings) else len(report)
             parts.append(report[match.end() : end].strip())
     return "\n".join(part for part in parts if part)
+
+
+def is_xml(report: str) -> bool:
+    """Whether a report begins as XML does."""
+    return report.lstrip("\ufeff \t\r\n").startswith("<")
 
 
 def _is_heading(words: str, section: str) -> bool:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ingest.config import SourceConfig
 from ingest.reports import parse_label, read_columns, strings
-from ingest.sections import cut_section, read_report
+from ingest.sections import cut_section, is_xml, read_report
 from shards.errors import InputError
 from shards.schema import SPLITS
 
@@ -112,6 +112,8 @@ def _extract(config: SourceConfig, texts: pa.ChunkedArray, reasons: dict[int, st
             report = read_report(config.text_folder, text)
         if report is None:
             reasons[row] = NO_REPORT_FILE
+        elif not config.section and is_xml(report):
+            raise InputError(f"the report of row {row} is XML; say by --section which part of it is the text")
         elif config.section and report.strip():
             report = cut_section(report, config.section)
             if not report:
@@ -123,7 +125,7 @@ def _extract(config: SourceConfig, texts: pa.ChunkedArray, reasons: dict[int, st
 def _labels(config: SourceConfig, columns: dict[str, pa.ChunkedArray], rows: int) -> dict[str, NDArray[np.float32]]:
     labels = {name: parse_label(name, columns[name]) for name in config.label_columns}
     if config.label_list_column:
-        listed = _listed_labels(columns[config.label_list_column], rows)
+        listed = _listed_labels(columns[config.label_list_column], config.label_list_separator, rows)
         twice = sorted(set(listed) & set(labels))
         if twice:
             raise InputError(f"label {twice[0]!r} is a column and stands in {config.label_list_column!r} too")
@@ -131,12 +133,12 @@ def _labels(config: SourceConfig, columns: dict[str, pa.ChunkedArray], rows: int
     return labels
 
 
-def _listed_labels(column: pa.ChunkedArray, rows: int) -> dict[str, NDArray[np.float32]]:
+def _listed_labels(column: pa.ChunkedArray, separator: str, rows: int) -> dict[str, NDArray[np.float32]]:
     """`a|b` to a column for each finding. A blank field says nothing: NaN in all of them."""
     found: dict[str, list[int]] = {}
     blank = []
     for row, text in enumerate(strings(column)):
-        items = [item.strip() for item in text.split("|") if item.strip()]
+        items = [item.strip() for item in text.split(separator) if item.strip()]
         if not items:
             blank.append(row)
         for item in items:

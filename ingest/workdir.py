@@ -115,7 +115,7 @@ def _check_same(out: Path, work: Path, inputs: dict[str, Any]) -> None:
     if changed:
         raise InputError(
             f"{out} holds an interrupted ingest with another {', '.join(changed)}; "
-            "run it with what it was started with, or empty the folder to begin anew"
+            f"run it with what it was started with, or remove the folder ({WORK_NAME} is in it) to begin anew"
         )
 
 

@@ -50,7 +50,7 @@ def test_rows_and_rejects(report: tuple[Path, dict, str]) -> None:
         "film is constant": 1,
     }
     assert second == {"kind": "hdf5", "rows": 20, "samples": 20, "rejected": {}}
-    assert "rejected 4 rows; film is all zero: 2" in said
+    assert "rejected 4 rows (some have several reasons); film is all zero: 2" in said
 
 
 def test_films(report: tuple[Path, dict, str]) -> None:

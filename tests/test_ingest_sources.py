@@ -231,6 +231,12 @@ class TestReports:
         rejects = [row["reason"] for row in csv.DictReader(open(tmp_path / "o1" / "rejects.csv"))]
         assert rejects == ["report has no such section", "report file cannot be read", "report file cannot be read"]
 
+        with pytest.raises(InputError, match=r"none of the 4 rows has a report \(2: report has no such section"):
+            ingest(IngestConfig(to_shards=tmp_path / "o", **settings | {"section": "impresion"}))
+        (reports / "a.txt").write_text("<report><AbstractText>Clear.</AbstractText></report>")
+        with pytest.raises(InputError, match="the report of row 0 is XML; say by --section"):
+            ingest(IngestConfig(to_shards=tmp_path / "o", **settings | {"section": None}))
+
         table = write_csv(
             tmp_path / "u.csv", ["a b", "view"], [["Edema|Mass", "PA"], ["", "AP"], ["", ""], ["{view}", ""]]
         )
@@ -255,6 +261,9 @@ class TestLabelsAndSplits:
         assert read_manifest(tmp_path / "out").labels == names
         values = [[found[key(row)][f"label:{name}"] for name in names] for row in range(4)]
         assert values == [[-1, 1, 1, 0], [None] * 4, [1, 0, 0, 1], [0, 0, 1, 0]]
+        settings = {"label_list_column": "found", "label_list_separator": "s"}
+        run(tmp_path / "by-s", h5=(h5,), csv=(table,), **settings)
+        assert read_manifest(tmp_path / "by-s").labels == ("Edema|Ma", "Ma", "No Finding")
 
     def test_group_regex_and_split_column(self, tmp_path: Path, images: np.ndarray) -> None:
         rows = [
