@@ -27,6 +27,10 @@ class LoaderConfig:
     """train, val or test."""
     mode: str = "train"
     """train: shuffled, augmented, without end. eval: every row once in row order, not augmented."""
+    where: str | None = None
+    """Use only the samples for which this query holds, e.g. "View == 1 and token_count > 5"; see shards/query.py."""
+    exclude: Path | None = None
+    """File of keys, one 00-0000000123 a line, of samples to leave out."""
     backend: str = "auto"
     """cpu, dali, hdf5, hdf5-tuned; auto: dali where the device is a GPU, else cpu."""
     batch_size: int = 64

@@ -91,11 +91,18 @@ class EncodedBatches:
     """Iterates over one rank's batches from a position on; in evaluation mode until every row was there."""
 
     def __init__(
-        self, config: LoaderConfig, manifest: Manifest, world: World, reader: BlockReader, position: int
+        self,
+        config: LoaderConfig,
+        manifest: Manifest,
+        world: World,
+        reader: BlockReader,
+        position: int,
+        samples: int,
     ) -> None:
+        """`samples` is the number of rows in the order, where an evaluation ends."""
         self._config, self._manifest, self._world, self._reader = config, manifest, world, reader
         self._position = position
-        self._end = manifest.rows(config.split) if config.mode == "eval" else None
+        self._end = samples if config.mode == "eval" else None
         self._live: list[Loaded] = []
 
     def __iter__(self) -> "EncodedBatches":

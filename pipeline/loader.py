@@ -18,6 +18,7 @@ from pipeline.blocks import BlockReader, check_memory
 from pipeline.config import LoaderConfig, stream_count
 from pipeline.encoded import EncodedBatches
 from pipeline.order import Layout, Order, RowOrder, ShuffledOrder
+from pipeline.selection import Selection, select_rows
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.schema import Manifest
@@ -49,7 +50,7 @@ class Loader(Iterator[Batch]):
     ) -> None:
         self.config = config
         self.samples = samples
-        """Rows in the split."""
+        """Rows in the split, of those selected."""
         self.streams = streams
         """Streams of the training order."""
         self.position = position
@@ -114,7 +115,7 @@ def build_loader(config: LoaderConfig, world: World, *, position: int = 0) -> Lo
         baseline = Hdf5Backend(config, manifest, world, order, position, tuned=name == "hdf5-tuned")
         return Loader(config, order.samples, streams, position, baseline)
     reader = _make_reader(config, manifest, world, order, streams, position)
-    batches = EncodedBatches(config, manifest, world, reader, position)
+    batches = EncodedBatches(config, manifest, world, reader, position, order.samples)
     try:
         backend = _make_backend(name, config, manifest, world, batches)
     except BaseException:
@@ -124,13 +125,28 @@ def build_loader(config: LoaderConfig, world: World, *, position: int = 0) -> Lo
 
 
 def make_order(config: LoaderConfig, manifest: Manifest, streams: int) -> Order:
-    """The order that the config asks for. InputError where the split is absent."""
+    """The order that the config asks for. InputError where the split is absent, or too little of it is selected."""
+    layout = make_layout(config, manifest)
+    return RowOrder(layout) if config.mode == "eval" else ShuffledOrder(layout, seed=config.seed, streams=streams)
+
+
+def make_layout(config: LoaderConfig, manifest: Manifest) -> Layout:
+    """Where the rows lie that the config selects. InputError where there are none, or fewer than a training batch."""
     shards = manifest.splits.get(config.split)
     if not shards:
         present = ", ".join(manifest.splits) or "none"
         raise InputError(f"{config.shards} has no split {config.split!r}; it has: {present}")
-    layout = Layout(tuple(shard.rows for shard in shards), manifest.block_rows)
-    return RowOrder(layout) if config.mode == "eval" else ShuffledOrder(layout, seed=config.seed, streams=streams)
+    selection = Selection(where=config.where, exclude=config.exclude)
+    selected = select_rows(Path(config.shards), manifest, config.split, selection)
+    layout = Layout(tuple(shard.rows for shard in shards), manifest.block_rows, selected)
+    least = config.batch_size if config.mode == "train" and selection else 1
+    if layout.samples < least:
+        wanted = f"; a training batch takes {least:,}" if least > 1 else ""
+        raise InputError(
+            f"{selection} leaves {layout.samples:,} of the {manifest.rows(config.split):,} samples of split "
+            f"{config.split!r}{wanted}; widen the selection" + (" or lower the batch size" if layout.samples else "")
+        )
+    return layout
 
 
 def resolve_backend(config: LoaderConfig, world: World) -> str:

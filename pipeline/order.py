@@ -7,6 +7,9 @@ permutation of the split, any position is found in O(log blocks) with O(blocks) 
 stream is live: B blocks cost at most B + C - 1 block reads an epoch, for any number of ranks, because rank r of R takes
 the positions p = r mod R and R divides C, which gives it whole streams.
 
+Where only some rows are selected (`selection`), N, B and the permutations are those of the selected rows and of the
+blocks that hold one; nothing else changes, and selecting all rows changes nothing.
+
 A *visit* is one stay of one stream in one block: what the reader reads, and in which order its rows are used.
 """
 
@@ -19,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.batch import World
+from pipeline.selection import RowBits
 from shards.counter import permutation
 
 Ints = NDArray[np.int64]
@@ -75,15 +79,24 @@ class Order(Protocol):
 
 
 class Layout:
-    """How rows lie in shards and blocks of `block_rows`, numbered through the split; a shard's last may be short."""
+    """How rows lie in shards and blocks of `block_rows`, numbered through the split; a shard's last may be short.
 
-    def __init__(self, shard_rows: tuple[int, ...], block_rows: int) -> None:
+    With `selected` only those rows are there for an order: one bit a row and 8 bytes a block.
+    """
+
+    def __init__(self, shard_rows: tuple[int, ...], block_rows: int, selected: RowBits | None = None) -> None:
         self.rows = np.asarray(shard_rows, dtype=np.int64)
         self.block_rows = block_rows
-        self.first_row = np.concatenate([[0], np.cumsum(self.rows)])
+        self.selected = selected
         self.first_block = np.concatenate([[0], np.cumsum(-(-self.rows // block_rows))])
-        self.samples = int(self.first_row[-1])
         self.blocks = int(self.first_block[-1])
+        self._counts: Ints | None = None
+        if selected is not None:
+            self._counts = np.concatenate(
+                [selected.counts(shard, rows, block_rows) for shard, rows in enumerate(shard_rows)]
+            )
+        self.samples = int(self.rows.sum() if self._counts is None else self._counts.sum())
+        """Rows that are selected."""
 
     def shard_of(self, block: Ints) -> tuple[Ints, Ints]:
         """Shard and number within it of blocks (n,)."""
@@ -91,9 +104,20 @@ class Layout:
         return shard, block - self.first_block[shard]
 
     def length(self, block: Ints) -> Ints:
-        """Rows of blocks (n,)."""
+        """Selected rows of blocks (n,)."""
+        if self._counts is not None:
+            return self._counts[block]
         shard, within = self.shard_of(block)
         return np.minimum(self.block_rows, self.rows[shard] - within * self.block_rows)
+
+    def chosen(self, block: int) -> Ints:
+        """The selected rows of a block, (n,) ascending, counted from the block's first."""
+        if self.selected is None:
+            return np.arange(int(self.length(np.array(block))))
+        shard, within = (int(each) for each in self.shard_of(np.array(block)))
+        begin = within * self.block_rows
+        end = min(begin + self.block_rows, int(self.rows[shard]))
+        return np.flatnonzero(self.selected.of(shard, begin, end))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +177,7 @@ class ShuffledOrder:
         places.shard[here], within = self.layout.shard_of(block)
         for one in np.unique(block):
             mine = np.flatnonzero(block == one)
-            order = self._row_order(epoch, int(one))
+            order = self._rows(epoch, int(one))
             places.row[here[mine]] = within[mine] * self.layout.block_rows + order[(rows - table.start[index])[mine]]
 
     def _stream_visits(self, epoch: int, stream: int, within: int) -> Iterator[Visit]:
@@ -171,53 +195,59 @@ class ShuffledOrder:
                 step=self.streams,
                 shard=int(shard),
                 block=int(number),
-                rows=self._row_order(epoch, block)[start + item - begin : stop - begin],
+                rows=self._rows(epoch, block)[start + item - begin : stop - begin],
             )
             item, index = stop - start, index + 1
 
-    def _row_order(self, epoch: int, block: int) -> Ints:
-        return permutation(int(self.layout.length(np.array(block))), self.seed, _ROW_WORD, epoch, block)
+    def _rows(self, epoch: int, block: int) -> Ints:
+        """Rows of a block in the order of their use."""
+        chosen = self.layout.chosen(block)
+        return chosen[permutation(len(chosen), self.seed, _ROW_WORD, epoch, block)]
 
     def _epoch(self, epoch: int) -> _Epoch:
         """The epoch's table; this epoch's and the one before are kept, because batches and read-ahead span two."""
         table = self._epochs.get(epoch)
         if table is None:
             block = permutation(self.layout.blocks, self.seed, _BLOCK_WORD, epoch)
-            start = np.concatenate([[0], np.cumsum(self.layout.length(block))])
+            length = self.layout.length(block)
+            block, length = block[length > 0], length[length > 0]
+            start = np.concatenate([[0], np.cumsum(length)])
             table = _Epoch(block.astype(np.int32), start)
             self._epochs = dict([*sorted(self._epochs.items())[-1:], (epoch, table)])
         return table
 
 
 class RowOrder:
-    """The evaluation order: shard by shard, row by row, once; rank r of R takes the rows r mod R."""
+    """The evaluation order: shard by shard, row by row, once; rank r of R takes the positions r mod R."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.samples = layout.samples
+        self._start = np.concatenate([[0], np.cumsum(layout.length(np.arange(layout.blocks)))])
+        """(blocks + 1,) positions before each."""
 
     def locate(self, positions: Ints) -> Places:
         """Places of positions (n,) int64 in [0, samples)."""
         positions = np.asarray(positions, dtype=np.int64)
-        shard = np.searchsorted(self.layout.first_row, positions, side="right") - 1
-        return Places(epoch=np.zeros_like(positions), shard=shard, row=positions - self.layout.first_row[shard])
+        block = self._find(positions)
+        shard, within = self.layout.shard_of(block)
+        row = within * self.layout.block_rows
+        for one in np.unique(block):
+            mine = np.flatnonzero(block == one)
+            row[mine] += self.layout.chosen(int(one))[positions[mine] - self._start[one]]
+        return Places(epoch=np.zeros_like(positions), shard=shard, row=row)
 
     def visits(self, position: int, world: World) -> Iterator[Visit]:
         """The rank's visits from a position on, one a block that holds rows of its, until the last row."""
-        layout = self.layout
-        for block in range(self._block_of(position), layout.blocks):
-            shard, number = (int(each) for each in layout.shard_of(np.array(block)))
-            begin = int(layout.first_row[shard]) + number * layout.block_rows
-            end = begin + int(layout.length(np.array(block)))
+        for block in range(int(self._find(np.array(position))), self.layout.blocks):
+            begin, end = int(self._start[block]), int(self._start[block + 1])
             first = max(begin, position)
             first += (world.rank - first) % world.size
             if first < end:
-                rows = np.arange(first - begin, end - begin, world.size)
+                shard, number = (int(each) for each in self.layout.shard_of(np.array(block)))
+                rows = self.layout.chosen(block)[first - begin :: world.size]
                 yield Visit(first=first, step=world.size, shard=shard, block=number, rows=rows)
 
-    def _block_of(self, position: int) -> int:
-        if position >= self.samples:
-            return self.layout.blocks
-        shard = int(np.searchsorted(self.layout.first_row, position, side="right")) - 1
-        within = position - int(self.layout.first_row[shard])
-        return int(self.layout.first_block[shard]) + within // self.layout.block_rows
+    def _find(self, positions: Ints) -> Ints:
+        """The blocks that hold positions; behind the last position, the number of blocks."""
+        return np.searchsorted(self._start, positions, side="right") - 1

@@ -14,6 +14,11 @@ from train.model import ModelConfig
 class DataConfig:
     """How samples are read and augmented; what `pipeline.config.LoaderConfig` has beyond the top settings."""
 
+    where: str | None = None
+    """Use only the samples for which this query holds, in training and validation alike, e.g. "View == 1"; to select
+    among those for training alone: "split != 'train' or Edema == 1"."""
+    exclude: Path | None = None
+    """File of keys, one 00-0000000123 a line, of samples to leave out of training and validation."""
     streams: int | None = None
     """Streams the order interleaves; none: 48, or the next multiple of the ranks."""
     threads: int | None = None

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.config import LoaderConfig
+from pipeline.selection import Selection
 from shards.atomic import check_writable, write_atomic
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
@@ -49,6 +50,10 @@ class EvaluateConfig:
     """Folder of the data set to evaluate on."""
     split: Literal["auto", "train", "val", "test"] = "auto"
     """auto: test where there is one, else val."""
+    where: str | None = None
+    """Evaluate only the samples for which this query holds; what the run was trained on plays no part here."""
+    exclude: Path | None = None
+    """File of keys, one 00-0000000123 a line, of samples to leave out."""
     batch_size: int = 64
     """Images embedded at once."""
     backend: Literal["auto", "cpu", "dali", "hdf5", "hdf5-tuned"] = "auto"
@@ -182,12 +187,14 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     split = choose_split(config, manifest)
     path = config.json or folder / f"evaluation-{split}.json"
     check_writable(path)
+    data = replace(trained.data, where=config.where, exclude=config.exclude)
     settings = replace(
-        trained, shards=config.shards, backend=config.backend, h5=config.h5, batch_size=config.batch_size
+        trained, shards=config.shards, backend=config.backend, h5=config.h5, batch_size=config.batch_size, data=data
     )
     loader = loader_config(settings, split=split, mode="eval")
     result = zero_shot(model, loader, manifest=manifest, device=device, wording=wording)
-    record = {"step": payload["step"], "shards": manifest.digest, "prompts": asdict(wording), **asdict(result)}
+    record = {"step": payload["step"], "shards": manifest.digest, "prompts": asdict(wording)}
+    record |= {"where": config.where, "excluded": Selection(exclude=config.exclude).keys_digest(), **asdict(result)}
     write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
     say(f"{path}")
     return result

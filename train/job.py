@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pipeline.batch import World
-from pipeline.loader import Loader, build_loader
+from pipeline.loader import Loader, build_loader, make_layout
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.schema import Manifest
@@ -58,6 +58,8 @@ def build_job(config: TrainConfig, ranks: Ranks) -> Job:
         raise InputError(
             f"{config.shards} has no val split to validate on; ingest with --val-fraction, or add --validate-every 0"
         )
+    if config.validate_every:
+        make_layout(loader_config(config, split="val", mode="eval"), manifest)  # a query may leave nothing of it
     prints = fingerprint(config, manifest, ranks, precision)
     checkpoint = _find_checkpoint(config, folder, prints, ranks)
     return Job(

@@ -8,6 +8,7 @@ from torch import nn
 
 from pipeline.batch import DIGEST_MODULUS
 from pipeline.config import stream_count
+from pipeline.selection import Selection
 from shards.errors import InputError
 from shards.schema import Manifest
 from train.commandline import to_fields
@@ -58,6 +59,8 @@ def fingerprint(config: TrainConfig, manifest: Manifest, ranks: Ranks, precision
     prints["data.streams"] = stream_count(
         loader_config(config, split="train", mode="train"), ranks.world(precision.device)
     )
+    # Which samples are left out, not where the list of them lies.
+    prints["data.exclude"] = Selection(exclude=config.data.exclude).keys_digest()
     for name in ("data.threads", "data.memory_mb"):
         del prints[name]
     return prints
@@ -88,6 +91,7 @@ def capture(
     if not ranks.first:
         return {}
     settings = {name: value for name, value in to_fields(config).items() if name not in PATHS}
+    del settings["data"]["exclude"]
     return {
         "step": progress.step,
         "position": progress.step * config.batch_size,
