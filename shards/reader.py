@@ -198,7 +198,8 @@ class ShardReader:
         """More than our writer makes of a column of one block."""
         if name == "text":
             return MAX_BLOCK_TEXT_BYTES + _SLACK_BYTES
-        return rows * (3 * self.manifest.tokenizer.context if name == "tokens" else 32) + _SLACK_BYTES
+        # Parquet knows no 16 bits: a token takes 4 bytes, and its place in the list some bits more.
+        return rows * (5 * self.manifest.tokenizer.context if name == "tokens" else 32) + _SLACK_BYTES
 
     def _senseless(self, block: int, why: str) -> InputError:
         return InputError(f"shard {self.info.name}: block {block} of its table makes no sense: {why}; ingest again")

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -205,3 +206,19 @@ def test_block_rows_follow_size_and_count() -> None:
     assert block_rows_for(462_195, 22_000) == (4 << 20) // 22_000  # 4 MiB
     assert block_rows_for(100_000, 22_000) == 100  # 1,000 blocks
     assert block_rows_for(50, 22_000) == 16
+
+
+@pytest.mark.parametrize("rows", [16, 200, 2000])
+def test_blocks_of_any_size_are_read(tmp_path: Path, rows: int) -> None:
+    """The reader's limits on what a column takes leave room for the blocks of a large set."""
+    context = 77
+    with ShardWriter(
+        tmp_path, "train-000000", image=ImageSpec(), context=context, labels=LABELS, block_rows=rows, groups=(0, rows)
+    ) as writer:
+        for row in range(rows):
+            tokens = np.arange(row, row + context, dtype=np.uint16)
+            writer.add(replace(sample(row % 200), row=row, group=row, tokens=tokens))
+    tokenizer = TokenizerSpec(name="t", digest="0" * 32, context=context, vocab_size=rows + context)
+    manifest = manifest_of(writer.info, block_rows=rows, groups={"train": (0, rows)}, tokenizer=tokenizer)
+    with ShardReader(tmp_path, manifest, writer.info) as reader:
+        assert len(reader.read_rows(0)) == rows
