@@ -32,7 +32,7 @@ costs 0.55 ms whatever it holds (pyarrow 26, one EPYC core: 550 us a sample at 1
 
 MAX_BLOCK_ROWS = 1 << 16
 MAX_BLOCK_TEXT_BYTES = 128 << 20
-MAX_BLOCKS = 1 << 24
+MAX_BLOCKS = 1 << 21
 MAX_IMAGE_PIXELS = 1 << 24
 MAX_CONTEXT = 4096
 MAX_LABELS = 1000

@@ -381,7 +381,7 @@ MANIFESTS: dict[str, Callable[[dict], object]] = {
     "rows and room": lambda fields: (shard(fields).update(rows=10**15), shard(fields)["tar"].update(bytes=10**19)),
     "as many rows as blocks allow": lambda fields: (
         fields.update(block_rows=1 << 16),
-        shard(fields).update(rows=10**12),
+        shard(fields).update(rows=(1 << 21 << 16) - 10**6),
         shard(fields)["tar"].update(bytes=10**16),
     ),
     "footer": lambda fields: shard(fields).update(footer_bytes=1 << 40),
