@@ -226,3 +226,13 @@ def test_huge_sets_stay_small(samples: int, selected: bool) -> None:
     assert kept <= (12 + 8 * selected) * layout.blocks + fixed
     assert peak <= 100 * layout.blocks + 2 * fixed
     assert bits is None or bits.nbytes == 10_000 * shards // 8
+
+
+def test_the_bench_counts_within_the_bound() -> None:
+    from bench.order import OrderBenchConfig, run_bench
+
+    result = run_bench(OrderBenchConfig(samples=(30_000,)))
+    assert [case["samples"] for case in result["start"]] == [30_000, 30_000]
+    for case in result["reads"]:
+        assert case["blocks"] <= case["reads"] <= case["bound"] == case["blocks"] + 47
+    assert result["shuffle"]["batch_pairs_of_a_block"] < 0.02
