@@ -1,15 +1,19 @@
-"""The compiled kernels against torch's and torchvision's: to the bit, on any shape, within their memory."""
+"""The compiled kernels against torch's and libjpeg-turbo's: to the bit, on any shape, within their memory."""
 
 import ctypes
+import io
 import mmap
 import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from conftest import REPOSITORY, made_up_images
 from hypothesis import given, settings
@@ -22,7 +26,16 @@ from pipeline import kernels
 from pipeline.augment import crop_boxes, flips
 from pipeline.batch import World
 from pipeline.config import CLIP_MEAN, CLIP_STD, LoaderConfig
-from pipeline.kernels import CompiledResize, ImageKernel, Normalise, TorchResize, compiled_resize, make_resize
+from pipeline.kernels import (
+    CompiledDecode,
+    CompiledResize,
+    ImageKernel,
+    Normalise,
+    TorchResize,
+    TurboDecode,
+    compiled_functions,
+    make_resize,
+)
 from pipeline.loader import build_loader
 from shards.schema import ImageSpec
 
@@ -114,24 +127,30 @@ def test_stays_within_a_rounding_of_torchvisions_float_resize(real_data: Path) -
     assert (difference <= 1).float().mean() >= 0.999
 
 
+@contextmanager
+def before_a_wall(size: int) -> Iterator[np.ndarray]:
+    """`size` bytes that end where memory can no longer be read: a step beyond kills the process."""
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = np.frombuffer(mmap.mmap(-1, pages + mmap.PAGESIZE), dtype=np.uint8)
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    wall = ctypes.c_void_p(memory.ctypes.data + pages)
+    assert protect(wall, mmap.PAGESIZE, 0) == 0, os.strerror(ctypes.get_errno())
+    try:
+        yield memory[pages - size : pages]
+    finally:
+        protect(wall, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
 @pytest.mark.parametrize("shape", [(16, 16), (320, 320), (100, 333), (7, 50)])
 def test_reads_and_writes_nothing_beyond_its_memory(shape: tuple[int, int]) -> None:
-    """The image ends at a page that cannot be read (raw shards are read where they lie); the result has borders."""
-    pages = -(-shape[0] * shape[1] // mmap.PAGESIZE) * mmap.PAGESIZE
-    room = mmap.mmap(-1, pages + mmap.PAGESIZE)
-    memory = np.frombuffer(room, dtype=np.uint8)
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
-    guard = ctypes.c_void_p(memory.ctypes.data + pages)
-    assert protect(guard, mmap.PAGESIZE, 0) == 0, os.strerror(ctypes.get_errno())
-    try:
-        pixels = memory[pages - shape[0] * shape[1] : pages].reshape(shape)
+    """Raw shards are read where they lie; the result has borders."""
+    with before_a_wall(shape[0] * shape[1]) as memory:
+        pixels = memory.reshape(shape)
         pixels[:] = made_up_images(2)[1, : shape[0], : shape[1]] if shape[1] <= 320 else 99
         for size, dtype in [(224, "float32"), (17, "float32"), (224, "float16"), (33, "bfloat16")]:
             border = torch.full((size + 2, size, 3), 7.0, dtype=getattr(torch, dtype))
             compiled(shape, size, dtype).run(pixels, [0, 0, *shape], False, border[1:-1])
             assert (border[0] == 7).all() and (border[-1] == 7).all() and not (border[1:-1] == 7).any()
-    finally:
-        protect(guard, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def test_what_would_leave_the_image_is_refused() -> None:
@@ -148,6 +167,101 @@ def test_what_would_leave_the_image_is_refused() -> None:
         resize.run(pixels, [0, 0, 10, 10], False, torch.empty(32, 32, 3, dtype=torch.float64))
 
 
+class Untouched:
+    """Stands in for libjpeg-turbo where it is not to be asked."""
+
+    def run(self, image: np.ndarray) -> np.ndarray:
+        raise LookupError(f"{len(image)} bytes were left to libjpeg-turbo")
+
+
+def decoder(height: int, width: int, *, alone: bool) -> CompiledDecode:
+    """The compiled decoder; alone: without libjpeg-turbo to fall back upon."""
+    functions = compiled_functions()
+    assert functions is not None
+    made = CompiledDecode(functions[1], ImageSpec(height=height, width=width))
+    if alone:
+        made._turbo = Untouched()  # type: ignore[assignment]
+    return made
+
+
+def jpeg(pixels: np.ndarray, **options: object) -> np.ndarray:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", **options)
+    return np.frombuffer(stream.getvalue(), dtype=np.uint8)
+
+
+def turbo(image: np.ndarray) -> np.ndarray:
+    return simplejpeg.decode_jpeg(image, "GRAY")[..., 0]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 150), st.integers(1, 150), st.integers(1, 100), st.booleans(), st.integers(0, 5))
+def test_decodes_as_libjpeg_turbo_does(height: int, width: int, quality: int, optimize: bool, kind: int) -> None:
+    """Any shape, any quality, smooth fields, noise, black and white noise (which overshoots most)."""
+    rng = np.random.default_rng(kind)
+    pixels = rng.integers(0, 256, (height, width)).astype(np.uint8)
+    if kind < 2:
+        pixels = np.where(pixels < 128, 0, 255).astype(np.uint8)
+    elif kind < 4:
+        pixels = made_up_images(1, kind)[0, :height, :width]
+    image = jpeg(pixels, quality=quality, optimize=optimize)
+    assert np.array_equal(decoder(height, width, alone=True).run(image), turbo(image))
+
+
+@pytest.mark.parametrize("quality", [40, 75, 90, 95, 100])
+def test_decodes_real_films_as_libjpeg_turbo_does(real_data: Path, quality: int) -> None:
+    ours = decoder(320, 320, alone=True)
+    for film in real_films(real_data, 16):
+        image = jpeg(film, quality=quality)
+        assert np.array_equal(ours.run(image), turbo(image))
+
+
+def test_other_jpegs_are_left_to_libjpeg_turbo() -> None:
+    grey = made_up_images(1)[0]
+    others = [
+        jpeg(grey, progressive=True),
+        jpeg(grey, restart_marker_blocks=7),
+        jpeg(np.dstack([grey, grey, 255 - grey])),
+    ]
+    for image in others:
+        assert np.array_equal(decoder(320, 320, alone=False).run(image), turbo(image))
+        with pytest.raises(LookupError):
+            decoder(320, 320, alone=True).run(image)
+    with pytest.raises(ValueError, match="160x320, not 320x320"):
+        decoder(320, 320, alone=False).run(jpeg(grey[:160]))
+    for nothing in (b"", b"no film", jpeg(grey).tobytes()[:200]):
+        with pytest.raises(ValueError):
+            decoder(320, 320, alone=False).run(np.frombuffer(nothing, dtype=np.uint8))
+
+
+def test_headers_that_differ_from_film_to_film_cost_speed_only() -> None:
+    images = [jpeg(film, quality=95, optimize=True) for film in made_up_images(24)]
+    assert len({image[:300].tobytes() for image in images}) > kernels.MOST_HEADERS
+    ours = decoder(320, 320, alone=False)
+    for image in images + images:
+        assert np.array_equal(ours.run(image), turbo(image))
+    assert ours._headers == kernels.MOST_HEADERS
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_damaged_films_are_refused_or_decoded_within_their_memory(data: st.DataObject) -> None:
+    """The bytes end at a wall. What is refused goes to libjpeg-turbo; a loader has compared the digest before."""
+    image = jpeg(made_up_images(1)[0, :72, :88], quality=90)
+    size = data.draw(st.integers(0, len(image)))
+    ours = decoder(72, 88, alone=True)
+    ours.run(image)  # the header is known: what follows gets as far as its codes
+    with before_a_wall(size) as memory:
+        memory[:] = image[:size]
+        first = 0 if data.draw(st.booleans()) else min(len(ours._header.content), size)
+        for _ in range(data.draw(st.integers(0, 4)) if size > first else 0):
+            memory[data.draw(st.integers(first, size - 1))] = data.draw(st.integers(0, 255))
+        try:
+            assert ours.run(memory).shape == (72, 88)
+        except LookupError:
+            assert size < len(image) or not np.array_equal(memory, image)
+
+
 def images(config: LoaderConfig, count: int = 3) -> torch.Tensor:
     """The images of the first batches, (n, 3, S, S)."""
     with build_loader(config, World()) as loader:
@@ -162,16 +276,16 @@ def test_threads_do_not_change_a_bit(shards_dir: Path) -> None:
 def test_without_numba_torch_gives_the_same_and_a_warning(shards_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = LoaderConfig(shards=shards_dir, backend="cpu", batch_size=20, threads=2)
     expected = images(config)
-    for name in ("pipeline.resize", "numba"):
+    for name in ("pipeline.resize", "pipeline.jpeg", "numba"):
         monkeypatch.setitem(sys.modules, name, None)
-    compiled_resize.cache_clear()
+    compiled_functions.cache_clear()
     try:
         with pytest.warns(UserWarning, match="slower"):
             assert torch.equal(images(config), expected)
         kernel = ImageKernel(ImageSpec(), size=32, normalise=NORMALISE)
-        assert isinstance(kernel._resize, TorchResize)
+        assert isinstance(kernel._resize, TorchResize) and isinstance(kernel._jpeg, TurboDecode)
     finally:
-        compiled_resize.cache_clear()
+        compiled_functions.cache_clear()
 
 
 def test_images_too_small_for_a_vector_take_torchs_way() -> None:
@@ -211,13 +325,14 @@ def test_a_cache_that_cannot_be_used_costs_time_only(tmp_path: Path, kind: str) 
 
 def test_a_switched_off_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
-    monkeypatch.delitem(sys.modules, "pipeline.resize")
-    compiled_resize.cache_clear()
+    for name in ("pipeline.resize", "pipeline.jpeg"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    compiled_functions.cache_clear()
     try:
         with pytest.warns(UserWarning, match="NUMBA_DISABLE_JIT"):
-            assert compiled_resize() is None
+            assert compiled_functions() is None
     finally:
-        compiled_resize.cache_clear()
+        compiled_functions.cache_clear()
 
 
 def test_raw_pixels_are_not_copied() -> None:
