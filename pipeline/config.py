@@ -31,6 +31,8 @@ class LoaderConfig:
     """Use only the samples for which this query holds, e.g. "View == 1 and token_count > 5"; see shards/query.py."""
     exclude: Path | None = None
     """File of keys, one 00-0000000123 a line, of samples to leave out."""
+    balance: str | None = None
+    """Label whose values, or query whose yes and no, get equal shares of each training epoch; evaluation ignores it."""
     backend: str = "auto"
     """cpu, dali, hdf5, hdf5-tuned; auto: dali where the device is a GPU, else cpu."""
     batch_size: int = 64
@@ -59,6 +61,8 @@ class LoaderConfig:
     """Divides each channel; of 1, not of 255."""
     dtype: str = "float32"
     """float32, float16 or bfloat16."""
+    own_jpeg: bool = True
+    """Backend cpu: decode with the compiled decoder; off: libjpeg-turbo, which is slower, decodes all. Same pixels."""
     h5: Path | None = None
     """The HDF5 file the shards were made from; the hdf5 backends alone read it."""
 

@@ -13,6 +13,7 @@ from typing import Protocol, Self
 
 import torch
 
+from pipeline.balance import BalancedOrder, read_classes
 from pipeline.batch import Batch, World
 from pipeline.blocks import BlockReader, check_memory
 from pipeline.config import LoaderConfig, stream_count
@@ -127,7 +128,12 @@ def build_loader(config: LoaderConfig, world: World, *, position: int = 0) -> Lo
 def make_order(config: LoaderConfig, manifest: Manifest, streams: int) -> Order:
     """The order that the config asks for. InputError where the split is absent, or too little of it is selected."""
     layout = make_layout(config, manifest)
-    return RowOrder(layout) if config.mode == "eval" else ShuffledOrder(layout, seed=config.seed, streams=streams)
+    if config.mode == "eval":
+        return RowOrder(layout)
+    if config.balance is None:
+        return ShuffledOrder(layout, seed=config.seed, streams=streams)
+    classes = read_classes(Path(config.shards), manifest, config.split, config.balance)
+    return BalancedOrder(layout, classes, seed=config.seed, streams=streams)
 
 
 def make_layout(config: LoaderConfig, manifest: Manifest) -> Layout:

@@ -205,6 +205,10 @@ class ShuffledOrder:
             )
             item, index = stop - start, index + 1
 
+    def _lengths(self, epoch: int, block: Ints) -> Ints:  # noqa: ARG002  # `balance` draws anew each epoch
+        """How many rows of blocks (n,) the epoch uses."""
+        return self.layout.length(block)
+
     def _rows(self, epoch: int, block: int) -> Ints:
         """Rows of a block in the order of their use."""
         chosen = self.layout.chosen(block)
@@ -215,7 +219,7 @@ class ShuffledOrder:
         table = self._epochs.get(epoch)
         if table is None:
             block = permutation(self.layout.blocks, self.seed, _BLOCK_WORD, epoch)
-            length = self.layout.length(block)
+            length = self._lengths(epoch, block)
             block, length = block[length > 0], length[length > 0]
             start = np.concatenate([[0], np.cumsum(length)])
             table = _Epoch(block.astype(np.int32), start)

@@ -19,6 +19,8 @@ class DataConfig:
     among those for training alone: "split != 'train' or Edema == 1"."""
     exclude: Path | None = None
     """File of keys, one 00-0000000123 a line, of samples to leave out of training and validation."""
+    balance: str | None = None
+    """Label whose values, or query whose yes and no, get equal shares of each training epoch: rare ones are repeated."""
     streams: int | None = None
     """Streams the order interleaves; none: 48, or the next multiple of the ranks."""
     threads: int | None = None
