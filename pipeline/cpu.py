@@ -146,7 +146,13 @@ class CpuBackend:
 
     def _kernel(self) -> ImageKernel:
         config = self._config
-        return ImageKernel(self._manifest.image, size=config.image_size, normalise=self._normalise, dtype=config.dtype)
+        return ImageKernel(
+            self._manifest.image,
+            size=config.image_size,
+            normalise=self._normalise,
+            dtype=config.dtype,
+            own_jpeg=config.own_jpeg,
+        )
 
     def _decode(self) -> None:
         kernel = self._kernels.get()

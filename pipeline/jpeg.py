@@ -5,7 +5,8 @@
 libjpeg-turbo spends most of a film of quality 95 on its 27,000 Huffman codes, each a chain of dependent steps. Here a
 table entry has up to two codes with their values, bits are refilled without a branch, what can be checked after a block
 is not checked within it, and the inverse DCT (jidctint.c, the accurate one) has a block in each lane, so that it needs
-no transpose. What is not such a film, or is damaged, is left to libjpeg-turbo, which says what is wrong with it.
+no transpose. What is not such a film, or is damaged, is left to libjpeg-turbo, which says what is wrong with it: the
+result is libjpeg-turbo's for any bytes (fuzzed). `LoaderConfig.own_jpeg` switches all of this off.
 
 Nothing is read or written outside of the memory it is given, whatever the bytes: tables and `places` have room for
 every index that can occur, and where a block has read beyond the end is seen before the next one begins.
@@ -27,6 +28,11 @@ LANES = 16
 """Blocks that are transformed at once."""
 SLACK = 512
 """Bytes that may be read beyond the coded pixels before the end of a block shows it: 64 codes of 31 bits."""
+SCRATCH = 4 * LANES * (64 + 1)
+"""Bytes of the space that 16 blocks are transformed in, and the sums of their coefficients' sizes."""
+MOST = 5900
+"""Sum of a block's coefficients, each without its sign, from which on 16 bits may be too few in libjpeg-turbo's inverse
+DCT (5900 * 1.387 * 4 < 2 ** 15), so that what it makes of them is its own. Nothing but damage and noise has as much."""
 DUMMY = 64
 """Row of the coefficients that takes what belongs nowhere."""
 PLACES = 256
@@ -120,12 +126,15 @@ def _store_word(typing, word, address):  # noqa: ARG001
 
 
 @intrinsic
-def _transform_columns(typing, source, step, quant, target):  # noqa: ARG001
-    """Column of 16 blocks: eight int16 coefficients, 8 * step bytes apart, to eight int32, 8 * 64 bytes apart."""
+def _transform_columns(typing, source, step, quant, target, sums):  # noqa: ARG001
+    """Column of 16 blocks: eight int16 coefficients, 8 * step bytes apart, to eight int32, 8 * 64 bytes apart.
+
+    The 64 bytes after the 4096 of the columns gain the sums of the coefficients' sizes.
+    """
 
     def generate(context, builder, signature, args):  # noqa: ARG001
-        source, step, quant, target = args
-        values = []
+        source, step, quant, target, sums = args
+        values, total = [], _load(builder, sums, _WORDS)
         for i in range(8):
             place = builder.add(source, builder.mul(step, ir.Constant(step.type, 8 * i)))
             stored = builder.sext(_load(builder, place, ir.VectorType(_I16, LANES)), _WORDS)
@@ -136,11 +145,40 @@ def _transform_columns(typing, source, step, quant, target):  # noqa: ARG001
             )
             same = builder.shuffle_vector(factor, factor, ir.Constant(_WORDS, [0] * LANES))
             values.append(_Lanes(builder, builder.mul(stored, same)))
+            total = builder.add(total, _size(builder, values[-1].value))
+        _store(builder, total, sums)
         for i, each in enumerate(inverse_dct(values, 11)):
             _store(builder, each.value, _at(builder, target, 8 * 4 * LANES * i))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 4), generate
+    return types.void(*[types.intp] * 5), generate
+
+
+def _size(builder: ir.IRBuilder, value: Any) -> Any:
+    zero = ir.Constant(_WORDS, [0] * LANES)
+    return builder.select(builder.icmp_signed("<", value, zero), builder.sub(zero, value), value)
+
+
+@intrinsic
+def _clear(typing, sums):  # noqa: ARG001
+    """Set 16 int32 to 0."""
+
+    def generate(context, builder, signature, args):  # noqa: ARG001
+        _store(builder, ir.Constant(_WORDS, [0] * LANES), args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
+
+
+@intrinsic
+def _within(typing, sums):  # noqa: ARG001
+    """Whether all of 16 int32 are at most MOST."""
+
+    def generate(context, builder, signature, args):  # noqa: ARG001
+        above = builder.icmp_signed(">", _load(builder, args[0], _WORDS), ir.Constant(_WORDS, [MOST] * LANES))
+        return builder.icmp_unsigned("==", builder.bitcast(above, ir.IntType(LANES)), ir.Constant(ir.IntType(LANES), 0))
+
+    return types.boolean(types.intp), generate
 
 
 @intrinsic
@@ -184,7 +222,7 @@ def _load_byte(typing, address):  # noqa: ARG001
 
 @njit(nogil=True)
 def _unstuff(source, size, target):
-    """Copy coded bytes up to the next marker, without the zero after each 255; returns how many there are."""
+    """Copy coded bytes up to the end-of-image marker, without the zero after each 255; how many, -1 without marker."""
     read = written = 0
     while read < size:
         if read + 8 <= size:
@@ -197,10 +235,11 @@ def _unstuff(source, size, target):
         _store_word(byte, target + written)
         read, written = read + 1, written + 1
         if byte == 255:
-            if read == size or _load_byte(source + read):
-                return written - 1
+            following = _load_byte(source + read) if read < size else uint64(255)
+            if following:
+                return written - 1 if following == 0xD9 else -1
             read += 1
-    return written
+    return -1
 
 
 @njit(nogil=True)
@@ -279,14 +318,18 @@ def _read_row(place, end, bits, count, level, header, places, coefficients, colu
 
 @njit(nogil=True)
 def _transform(coefficients, stride, quant, scratch, target, step):
-    """Coefficients of a row of blocks to eight rows of pixels, 16 blocks at a time."""
+    """Coefficients of a row of blocks to eight rows of pixels, 16 blocks at a time. False where they are too large."""
+    sums = scratch + 8 * 8 * 4 * LANES
     for first in range(0, stride, LANES):
+        _clear(sums)
         for column in range(8):
-            _transform_columns(
-                coefficients + 2 * (column * stride + first), 2 * stride, quant + 4 * column, scratch + 64 * column
-            )
+            source = coefficients + 2 * (column * stride + first)
+            _transform_columns(source, 2 * stride, quant + 4 * column, scratch + 4 * LANES * column, sums)
+        if not _within(sums):
+            return False
         for row in range(8):
-            _transform_row(scratch + 512 * row, target + row * step + 8 * first)
+            _transform_row(scratch + 8 * 4 * LANES * row, target + row * step + 8 * first)
+    return True
 
 
 def _decode(source, size, quant, header, places, rows, columns, stuffed, coefficients, scratch, target, step):
@@ -295,19 +338,22 @@ def _decode(source, size, quant, header, places, rows, columns, stuffed, coeffic
     source, scratch, target: addresses; the others arrays. quant: (64,) int32. header: codes, pairs, long_codes, symbols
     of a `Header`. places: (PLACES,) where in `coefficients` each of the first block's lies, DUMMY's for what lies
     nowhere. Space to work in: stuffed (size + SLACK,) uint8; coefficients (65 * columns, up to whole LANES,) int16;
-    scratch 4096 bytes. `target` has room for whole LANES of blocks in each row.
+    scratch SCRATCH bytes. `target` has room for whole LANES of blocks in each row.
     """
     stride = len(coefficients) // (DUMMY + 1)
     begin = stuffed.ctypes.data
     end = begin + _unstuff(source, size, begin)
+    if end < begin:
+        return False
     place, bits, count, level = int64(begin), uint64(0), uint64(0), 0
     for row in range(rows):
         coefficients[:] = 0
         place, bits, count, level = _read_row(place, end, bits, count, level, header, places, coefficients, columns)
         if place == 0:
             return False
-        _transform(coefficients.ctypes.data, stride, quant.ctypes.data, scratch, target + 8 * row * step, step)
-    return end - (place - int64(count >> uint64(3))) <= 1
+        if not _transform(coefficients.ctypes.data, stride, quant.ctypes.data, scratch, target + 8 * row * step, step):
+            return False
+    return end == place - int64(count >> uint64(3))
 
 
 @cache

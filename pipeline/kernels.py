@@ -135,12 +135,13 @@ class TurboDecode:
 class CompiledDecode:
     """JPEG by the compiled function of `jpeg`; what that does not take goes to libjpeg-turbo.
 
-    Films that ingest wrote have one header for all. Where headers differ (Huffman tables made for each film), reading
-    them would take longer than it saves: after MOST_HEADERS of them, libjpeg-turbo gets what has not the last one.
+    Films that ingest wrote have one header for all: it is read once, and taken for known if the film's pixels then are
+    those of libjpeg-turbo. Where headers differ (Huffman tables made for each film), reading them would take longer
+    than it saves: after MOST_HEADERS of them, libjpeg-turbo gets whatever has not the last one.
     """
 
     def __init__(self, function: Callable[..., bool], spec: ImageSpec) -> None:
-        from pipeline.jpeg import DUMMY, LANES, PLACES, SLACK
+        from pipeline.jpeg import DUMMY, LANES, PLACES, SCRATCH, SLACK
         from pipeline.jpeg_header import ZIGZAG
 
         self._function, self._shape, self._turbo = function, (spec.height, spec.width), TurboDecode(spec)
@@ -153,7 +154,7 @@ class CompiledDecode:
         self._places[:64] = ZIGZAG * stride
         self._stuffed, self._slack = np.empty(0, dtype=np.uint8), SLACK
         self._coefficients = np.empty((DUMMY + 1) * stride, dtype=np.int16)
-        self._scratch = np.empty(4096, dtype=np.uint8)
+        self._scratch = np.empty(SCRATCH, dtype=np.uint8)
         self._pixels = np.empty((8 * rows, 8 * stride), dtype=np.uint8)
         self._target = self._scratch.ctypes.data, self._pixels.ctypes.data, self._pixels.strides[0]
         self._film = self._pixels[: spec.height, : spec.width]
@@ -163,19 +164,22 @@ class CompiledDecode:
         header = self._known(image)
         if header is None:
             return self._turbo.run(image)
+        return self._film if self._decode(image, header) else self._turbo.run(image)
+
+    def _decode(self, image: NDArray[np.uint8], header: Header) -> bool:
+        """A JPEG with this header -> `_film`; whether it is sound."""
         begin = len(header.content)
         size = len(image) - begin
         if len(self._stuffed) < size + self._slack:
             self._stuffed = np.empty(2 * size + self._slack, dtype=np.uint8)
         tables = header.codes, header.pairs, header.long_codes, header.symbols
-        sound = self._function(
+        return self._function(
             image.ctypes.data + begin, size, header.quant, tables, self._places, *self._blocks, self._stuffed,
             self._coefficients, *self._target,
         )  # fmt: skip
-        return self._film if sound else self._turbo.run(image)
 
     def _known(self, image: NDArray[np.uint8]) -> Header | None:
-        """The image's header, if it is the last one or one that may be read."""
+        """The image's header, if it is the last one, or one that may be read and that libjpeg-turbo reads alike."""
         header = self._header
         if header is not None and image[: len(header.content)].tobytes() == header.content:
             return header
@@ -184,6 +188,8 @@ class CompiledDecode:
         self._headers += 1
         header = parse_header(image.tobytes())
         if header is None or (header.height, header.width) != self._shape:
+            return None
+        if not self._decode(image, header) or not np.array_equal(self._film, self._turbo.run(image)):
             return None
         self._header = header
         return header
@@ -206,11 +212,13 @@ def compiled_functions() -> tuple[Callable[..., None], Callable[..., bool]] | No
 class ImageKernel:
     """Turns one image at a time; holds the scratch space of one thread."""
 
-    def __init__(self, spec: ImageSpec, *, size: int, normalise: Normalise, dtype: str = "float32") -> None:
+    def __init__(
+        self, spec: ImageSpec, *, size: int, normalise: Normalise, dtype: str = "float32", own_jpeg: bool = True
+    ) -> None:
         self._spec = spec
         self._resize = make_resize(spec, size=size, normalise=normalise, dtype=dtype)
         functions = compiled_functions()
-        self._jpeg = CompiledDecode(functions[1], spec) if functions else TurboDecode(spec)
+        self._jpeg = CompiledDecode(functions[1], spec) if functions and own_jpeg else TurboDecode(spec)
 
     def run(self, image: NDArray[np.uint8], box: list[int], flipped: bool, out: torch.Tensor) -> None:
         """One encoded image -> out (size, size, 3). ValueError where it is not an image of the expected size."""
