@@ -51,12 +51,13 @@ class SizeRun:
 
 
 def measure_sizes(sizes: tuple[float, ...], folder: Path, workers: int) -> dict[str, Any]:
-    """An ingest of each size; the slope is that of a straight line through all of them."""
+    """An ingest of each size. Workers hold a shard's worth; what grows with the films is the parent, by its slope."""
     runs = [_measure(gigabytes, folder / "size", workers) for gigabytes in sizes]
     result: dict[str, Any] = {"workers": workers, "runs": [asdict(run) for run in runs]}
+    films = [run.films for run in runs]
     if len(runs) > 1:
-        slope, base = np.polyfit([run.films for run in runs], [run.peak for run in runs], 1)
-        result |= {"bytes_a_film": float(slope), "base_bytes": float(base)}
+        result["bytes_a_film"] = float(np.polyfit(films, [run.peak for run in runs], 1)[0])
+        result["parent_bytes_a_film"] = float(np.polyfit(films, [run.parent for run in runs], 1)[0])
     return result
 
 
@@ -70,7 +71,8 @@ def size_table(result: dict[str, Any]) -> Iterator[str]:
             f"{run['peak'] / 2**20:5.0f} MiB  {parts}"
         )
     if "bytes_a_film" in result:
-        yield f"{result['bytes_a_film']:,.0f} bytes a film on top of {result['base_bytes'] / 2**20:,.0f} MiB"
+        slopes = result["bytes_a_film"], result["parent_bytes_a_film"]
+        yield "a straight line through them: {:,.0f} bytes a film, of the parent {:,.0f}".format(*slopes)
 
 
 def _measure(gigabytes: float, folder: Path, workers: int) -> SizeRun:
