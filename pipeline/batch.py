@@ -1,8 +1,10 @@
 """What a loader hands to the trainer, where it hands it, and the digest that proves which samples it was."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 DIGEST_MODULUS = 1 << 64
@@ -42,6 +44,9 @@ class Batch:
     """First position of the *global* batch; sample i of rank r of R stands at position + r + i * R."""
     text_length: int
     """Most tokens any report of this rank's batch has, known without asking the device; 0 in an empty batch."""
+    replaced: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
+    """(m, 2) shard, row of bad samples that were due here and whose places others of `samples` took; see
+    `pipeline.quarantine`."""
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -2,80 +2,31 @@
 
     visits -> (claim, when memory allows) -> rows, bytes, xxh3 -> handed out in order -> released, buffer reused
 
-A visit that the consumer waits for is always admitted, whatever the limit, so the limit can delay but never block.
+A visit that the consumer waits for is always admitted, whatever the limit, so the limit can delay but never block. Who
+waits keeps the time (`stall`): a read that hangs is named, and given up at a limit; its thread is then left behind.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.handles import OpenShards
+from pipeline import stall
+from pipeline.buffers import Buffers
 from pipeline.order import Visit
+from pipeline.quarantine import Quarantine
 from pipeline.read import ReadStats
+from pipeline.visits import Loaded, VisitLoader
 from shards.errors import InputError
-from shards.reader import Rows
 from shards.schema import Manifest, ShardInfo
 
 READ_THREADS = 4
 """Enough to keep several requests on the way to a parallel file system; they cost next to no CPU."""
-ROUND = 64 << 10
-"""Buffers are this many bytes, times a whole number, so that blocks of about one size share them."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Loaded:
-    """A visit with its data, all in its order of use. The images are views of a buffer: release it after use."""
-
-    visit: Visit
-    images: list[NDArray[np.uint8]]
-    """n encoded images."""
-    rows: Rows
-    """Their rows."""
-    shard_rows: NDArray[np.int64]
-    """(n,) their rows in the shard."""
-    buffer: NDArray[np.uint8]
-
-
-class Buffers:
-    """Byte buffers that are used again. Not locked: BlockReader calls it under its own lock."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.total = 0
-        self._free: list[NDArray[np.uint8]] = []
-
-    @property
-    def used(self) -> int:
-        """Bytes in buffers that are out."""
-        return self.total - sum(buffer.nbytes for buffer in self._free)
-
-    def take(self, size: int) -> NDArray[np.uint8]:
-        """A buffer of at least `size` bytes: the smallest free one that will do, else a new one."""
-        fitting = [buffer for buffer in self._free if buffer.nbytes >= size]
-        if fitting:
-            chosen = min(fitting, key=lambda buffer: buffer.nbytes)
-            self._free = [buffer for buffer in self._free if buffer is not chosen]
-            return chosen
-        fresh = np.empty(-(-size // ROUND) * ROUND, dtype=np.uint8)
-        self.total += fresh.nbytes
-        self._trim()
-        return fresh
-
-    def give(self, buffer: NDArray[np.uint8]) -> None:
-        """Take a buffer back."""
-        self._free.append(buffer)
-        self._trim()
-
-    def _trim(self) -> None:
-        """Drop the smallest free buffers while there is more than the limit."""
-        self._free.sort(key=lambda buffer: -buffer.nbytes)
-        while self._free and self.total > self.limit:
-            self.total -= self._free.pop().nbytes
+CLOSE_WAIT_S = 10.0
+"""Seconds that closing waits for reads under way; those that take longer are left behind with their files."""
 
 
 class _Slot:
@@ -92,10 +43,18 @@ class BlockReader:
     """Hands out the visits of an iterator in its order, read ahead by threads. One consumer."""
 
     def __init__(
-        self, root: Path, manifest: Manifest, shards: tuple[ShardInfo, ...], visits: Iterator[Visit], memory: int
+        self,
+        loader: VisitLoader,
+        manifest: Manifest,
+        infos: tuple[ShardInfo, ...],
+        visits: Iterator[Visit],
+        memory: int,
+        *,
+        stall_abort_s: float = 0,
     ) -> None:
-        self._shards = OpenShards(root, manifest, shards)
-        self._manifest, self._infos, self._visits = manifest, shards, visits
+        """`memory`: bytes of encoded blocks; `stall_abort_s`: longest wait for one visit, 0: no limit."""
+        self._loader, self._manifest, self._infos, self._visits = loader, manifest, infos, visits
+        self._stall_abort_s = stall_abort_s
         self._slots: deque[_Slot] = deque()
         self._buffers = Buffers(memory)
         self._pending = 0
@@ -111,7 +70,12 @@ class BlockReader:
     @property
     def stats(self) -> ReadStats:
         """What was read so far."""
-        return self._shards.stats
+        return self._loader.shards.stats
+
+    @property
+    def quarantine(self) -> Quarantine:
+        """The bad samples known so far."""
+        return self._loader.quarantine
 
     @property
     def buffer_bytes(self) -> int:
@@ -125,13 +89,13 @@ class BlockReader:
             return self._slots[0].visit.first if self._slots else None
 
     def get(self) -> Loaded:
-        """The next visit, waited for. Raises what its reading raised."""
+        """The next visit, waited for. Raises what its reading raised; InputError where it hangs beyond the limit."""
         with self._changed:
             self._plan_until(1)
             slot = self._slots[0]
             self._waiting = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: slot.result is not None or self._closed)
+            self._wait(slot)
             self._waiting = False
             if isinstance(slot.result, BaseException):
                 raise slot.result
@@ -139,6 +103,14 @@ class BlockReader:
                 raise RuntimeError("the block reader was closed")
             self._slots.popleft()
             return slot.result
+
+    def retire(self, shard: int, row: int, why: str) -> None:
+        """See `VisitLoader.retire`."""
+        self._loader.retire(shard, row, why)
+
+    def load_one(self, visit: Visit) -> Loaded:
+        """A visit out of turn, loaded by the caller's thread; release it too."""
+        return self._loader.load(visit, _Pool(self, _Slot(visit, 0)))
 
     def release(self, loaded: Loaded) -> None:
         """Give the buffer of a visit back; its images are no longer valid."""
@@ -153,9 +125,21 @@ class BlockReader:
     def close(self) -> None:
         """Stop the threads and close the files."""
         self.stop()
+        end = time.monotonic() + CLOSE_WAIT_S
         for thread in self._threads:
-            thread.join()
-        self._shards.close()
+            thread.join(max(0.0, end - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            stall.log.warning("left behind: a thread %s", self._loader.shards.busy.longest())
+        else:
+            self._loader.shards.close()
+
+    def _wait(self, slot: _Slot) -> None:
+        patience = stall.Patience(self._infos[slot.visit.shard].name, self._loader.shards.busy, self._stall_abort_s)
+        while slot.result is None and not self._closed:
+            self._changed.wait(stall.TICK_S)
+            if slot.result is None:
+                patience.look()
+        patience.end()
 
     def _work(self) -> None:
         while (slot := self._claim()) is not None:
@@ -198,24 +182,10 @@ class BlockReader:
             pass
 
     def _load(self, slot: _Slot) -> Loaded:
-        visit = slot.visit
         try:
-            with self._shards.use(visit.shard) as shard:
-                rows = pick_rows(self._shards.rows(shard, visit.shard, visit.block), visit.rows)
-                begin, end = int(rows.offset.min()), int((rows.offset + rows.size).max())
-                buffer = self._take(slot, end - begin)
-                try:
-                    shard.read_into(buffer[: end - begin], begin)
-                    images = _views(buffer, rows.offset - begin, rows.size)
-                    for row, image in enumerate(images):
-                        shard.check_image(image, rows, row)
-                except BaseException:
-                    self._give(buffer)
-                    raise
+            return self._loader.load(slot.visit, _Pool(self, slot))
         finally:
             self._forget_estimate(slot)
-        shard_rows = visit.rows + visit.block * self._manifest.block_rows
-        return Loaded(visit=visit, images=images, rows=rows, shard_rows=shard_rows, buffer=buffer)
 
     def _take(self, slot: _Slot, size: int) -> NDArray[np.uint8]:
         """A buffer for a visit, whose true size now stands for the estimate."""
@@ -236,6 +206,19 @@ class BlockReader:
             slot.estimate = 0
 
 
+class _Pool:
+    """The reader's buffers, for one visit."""
+
+    def __init__(self, reader: BlockReader, slot: _Slot) -> None:
+        self._reader, self._slot = reader, slot
+
+    def take(self, size: int) -> NDArray[np.uint8]:
+        return self._reader._take(self._slot, size)
+
+    def give(self, buffer: NDArray[np.uint8]) -> None:
+        self._reader._give(buffer)
+
+
 def block_bytes(manifest: Manifest, shard: ShardInfo) -> int:
     """About how many bytes of the tar one block takes: a tenth over the shard's mean."""
     rows = min(manifest.block_rows, shard.rows)
@@ -252,14 +235,3 @@ def check_memory(manifest: Manifest, shards: tuple[ShardInfo, ...], memory: int,
             f"{blocks} x {block / 2**20:.1f} MiB = {blocks * block / 2**20:.1f} MiB; "
             "raise memory_mb or use fewer streams"
         )
-
-
-def pick_rows(rows: Rows, chosen: NDArray[np.int64]) -> Rows:
-    """The chosen rows, in the order of `chosen`."""
-    fields = {name: getattr(rows, name)[chosen] for name in Rows.__slots__}
-    return replace(rows, **fields)
-
-
-def _views(buffer: NDArray[np.uint8], offset: NDArray[np.int64], size: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-    ends = (offset + size).tolist()
-    return [buffer[begin:end] for begin, end in zip(offset.tolist(), ends, strict=True)]

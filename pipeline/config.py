@@ -47,6 +47,11 @@ class LoaderConfig:
     """MiB of encoded blocks held at once, read-ahead included."""
     ahead: int = 2
     """Batches prepared while the trainer works."""
+    max_bad: int = 0
+    """Bad samples of the split (damaged, or not to be decoded) that training does without; see pipeline/quarantine.py.
+    One more ends it, and evaluation takes none: it would count another row twice."""
+    stall_abort_s: float = 600
+    """Seconds to wait for one block before giving up; 0: for ever. A line says after 5 s what is waited for."""
     image_size: int = 224
     """Height and width of the images handed out, pixels."""
     scale: tuple[float, float] = (0.9, 1.0)
@@ -85,6 +90,10 @@ class LoaderConfig:
             raise InputError(f"flip {self.flip} has to lie in [0, 1] and std {self.std} above 0")
         if not all(map(math.isfinite, self.mean)):
             raise InputError(f"mean {self.mean} has to be of finite numbers")
+        if not (0 <= self.stall_abort_s < math.inf and self.max_bad >= 0):
+            raise InputError(f"stall_abort_s {self.stall_abort_s} and max_bad {self.max_bad} have to be at least 0")
+        if self.backend.startswith("hdf5") and self.max_bad:
+            raise InputError(f"max_bad {self.max_bad}: backend {self.backend} reads no shards and replaces nothing")
         if self.backend.startswith("hdf5") and self.h5 is None:
             raise InputError(f"backend {self.backend} reads the HDF5 file itself; give its path with --h5")
 

@@ -19,7 +19,6 @@ from pipeline.batch import Batch, World
 from pipeline.config import LoaderConfig, thread_count
 from pipeline.encoded import Encoded, EncodedBatches
 from pipeline.kernels import ImageKernel, Normalise
-from shards.errors import InputError
 from shards.schema import Manifest
 
 TASK_IMAGES = 8
@@ -167,20 +166,15 @@ class CpuBackend:
     def _run(self, kernel: ImageKernel, task: _Task) -> None:
         encoded = task.slot.encoded
         assert encoded is not None
-        some = slice(task.first, task.first + task.count)
-        boxes, flipped = encoded.fate.boxes[some].tolist(), encoded.fate.flipped[some].tolist()
-        out = task.slot.images[some].unbind()
-        for image, box, flip, into in zip(encoded.images[some], boxes, flipped, out, strict=True):
-            try:
-                kernel.run(image, box, flip, into)
-            except ValueError as error:
-                raise undecodable(encoded, image, self._config.split, error) from None
-
-
-def undecodable(encoded: Encoded, image: object, split: str, error: Exception) -> InputError:
-    """The error for an image whose bytes are those of ingest and which is no image all the same."""
-    index = next(number for number, each in enumerate(encoded.images) if each is image)
-    return InputError(f"{encoded.describe(index, split)} cannot be decoded ({error}); ingest again")
+        boxes, out = encoded.fate.boxes.tolist(), task.slot.images.unbind()
+        for index in range(task.first, task.first + task.count):
+            image = encoded.images[index]
+            while True:
+                try:
+                    kernel.run(image, boxes[index], bool(encoded.fate.flipped[index]), out[index])
+                    break
+                except ValueError as error:
+                    image = self._batches.replace(encoded, index, error)
 
 
 def start_single_threaded(target: Callable[[], None], count: int) -> list[threading.Thread]:

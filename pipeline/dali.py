@@ -21,6 +21,7 @@ import torch
 from pipeline.batch import Batch, World
 from pipeline.config import LoaderConfig, thread_count
 from pipeline.encoded import Encoded, EncodedBatches
+from pipeline.trial import Trial
 from shards.errors import InputError
 from shards.schema import ImageSpec, Manifest, shard_name
 
@@ -101,6 +102,7 @@ class DaliBackend:
         self._device = torch.device(world.device)
         self._gathered: queue.Queue[Encoded | BaseException] = queue.Queue(maxsize=config.ahead)
         self._fed: deque[Encoded] = deque()
+        self._trial = Trial(manifest, manifest.splits[config.split], batches) if config.max_bad else None
         self._last_fed: Encoded | None = None
         self._empty: Encoded | None = None
         self._closed = threading.Event()
@@ -186,6 +188,8 @@ class DaliBackend:
     def _gather(self) -> None:
         try:
             for encoded in self._batches:
+                if self._trial is not None:
+                    self._trial.run(encoded)
                 check_headers(encoded, self._image, self._config.split)
                 self._put(encoded)
             self._put(StopIteration())

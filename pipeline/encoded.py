@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 from pipeline.augment import crop_boxes, flips, guard_flips, whole_boxes
 from pipeline.batch import Batch, World
-from pipeline.blocks import BlockReader, Loaded
+from pipeline.blocks import BlockReader
 from pipeline.config import LoaderConfig
+from pipeline.order import Visit
+from pipeline.visits import Loaded
 from shards.schema import Manifest, sample_key, shard_name
 
 
@@ -41,6 +43,8 @@ class Encoded:
     """Crops and flips."""
     samples: NDArray[np.int64]
     """(n, 2) shard, row."""
+    planned: NDArray[np.int64]
+    """(n,) row that the order names; not that of `samples` where it is bad."""
     sources: NDArray[np.int64]
     """(n, 2) source, row in it: the sample's opaque key."""
     tokens: NDArray[np.int64]
@@ -69,6 +73,7 @@ class Encoded:
             samples=torch.from_numpy(self.samples),
             position=self.position,
             text_length=int(self.token_count.max(initial=0)),
+            replaced=np.stack([self.samples[:, 0], self.planned], axis=1)[self.samples[:, 1] != self.planned],
         )
 
 
@@ -127,6 +132,7 @@ class EncodedBatches:
             images=columns.images,
             fate=fate,
             samples=columns.samples,
+            planned=columns.planned,
             sources=columns.sources,
             tokens=columns.tokens,
             token_count=columns.token_count,
@@ -140,6 +146,32 @@ class EncodedBatches:
             self._reader.release(loaded)
         encoded.finished.clear()
 
+    def replace(self, encoded: Encoded, index: int, error: Exception) -> NDArray[np.uint8]:
+        """Put the next good row of its block in the place of a sample that cannot be decoded; returns its image.
+
+        InputError where no bad sample is tolerated. Several threads may call it, for different samples.
+        """
+        shard, row = encoded.samples[index].tolist()
+        self._reader.retire(shard, row, f"cannot be decoded ({error})")
+        position = encoded.position + self._world.rank + index * self._world.size
+        block, within = divmod(int(encoded.planned[index]), self._manifest.block_rows)
+        visit = Visit(first=position, step=1, shard=shard, block=block, rows=np.array([within]))
+        loaded = self._reader.load_one(visit)
+        columns = _Columns(1, self._manifest)
+        columns.fill(loaded, np.array([position]), 1)
+        image = columns.images[0].copy()
+        self._reader.release(loaded)
+        self._put(encoded, index, image, columns)
+        return image
+
+    def _put(self, encoded: Encoded, index: int, image: NDArray[np.uint8], columns: "_Columns") -> None:
+        """Overwrite a sample with the only one of `columns`. Its crop is its position's, as ever."""
+        position = np.array([encoded.position + self._world.rank + index * self._world.size])
+        encoded.images[index] = image
+        encoded.fate.flipped[index] = decide(self._config, self._manifest, position, columns.side_words).flipped[0]
+        for name in ("samples", "sources", "tokens", "token_count", "labels"):
+            getattr(encoded, name)[index] = getattr(columns, name)[0]
+
     def _gather(self, end: int) -> None:
         """Take the visits that start before a position."""
         while (first := self._reader.next_first()) is not None and first < end:
@@ -152,6 +184,7 @@ class _Columns:
     def __init__(self, count: int, manifest: Manifest) -> None:
         self.images: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * count
         self.samples = np.empty((count, 2), dtype=np.int64)
+        self.planned = np.empty(count, dtype=np.int64)
         self.sources = np.empty((count, 2), dtype=np.int64)
         self.tokens = np.empty((count, manifest.tokenizer.context), dtype=np.int64)
         self.token_count = np.empty(count, dtype=np.int64)
@@ -174,6 +207,7 @@ class _Columns:
         self.images[into] = loaded.images[of]
         self.samples[into, 0] = visit.shard
         self.samples[into, 1] = loaded.shard_rows[of]
+        self.planned[into] = loaded.planned[of]
         self.sources[into, 0] = loaded.rows.source[of]
         self.sources[into, 1] = loaded.rows.source_row[of]
         self.tokens[into] = loaded.rows.tokens[of]

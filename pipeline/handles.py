@@ -1,12 +1,19 @@
-"""Open shards, shared by the reading threads: a bounded number of files, and the rows of short blocks kept."""
+"""Open shards, shared by the reading threads: a bounded number of files, and the rows of short blocks kept.
+
+A shard is opened outside the common lock, so that one that hangs holds up its own readers alone. Copies on the node are
+taken as soon as they are there; one that proves damaged is not trusted again.
+"""
 
 import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 from pipeline.read import OpenShard, ReadStats
+from pipeline.stall import Busy
+from shards.errors import InputError
 from shards.reader import Rows, ShardReader
 from shards.schema import Manifest, ShardInfo
 
@@ -17,29 +24,61 @@ ROWS_KEPT = 65_536
 read, a tenth of all work in a small set of short blocks. A large set does not come back to a block this soon."""
 
 
+class Copies(Protocol):
+    """Copies of shards on this node (`pipeline.stage`)."""
+
+    root: Path
+    """Folder of the copies."""
+
+    def has(self, number: int) -> bool:
+        """Whether a shard of the split is there, whole."""
+        ...
+
+    def distrust(self, number: int, why: str) -> None:
+        """Never say so again."""
+        ...
+
+
+class _Entry:
+    """A shard that is open or being opened, and how many are at it."""
+
+    def __init__(self) -> None:
+        self.shard: OpenShard | None = None
+        self.users = 0
+        self.lock = threading.Lock()
+
+
 class OpenShards:
     """The shards of one split, opened when first used, the longest unused closed when there are many."""
 
-    def __init__(self, root: Path, manifest: Manifest, shards: tuple[ShardInfo, ...]) -> None:
-        self.stats = ReadStats()
+    def __init__(
+        self, root: Path, manifest: Manifest, shards: tuple[ShardInfo, ...], copies: Copies | None = None
+    ) -> None:
+        self.stats, self.busy, self.copies = ReadStats(), Busy(), copies
         self._root, self._manifest, self._shards = root, manifest, shards
-        self._open: OrderedDict[int, tuple[OpenShard, int]] = OrderedDict()
+        self._open: OrderedDict[tuple[int, bool], _Entry] = OrderedDict()
         self._rows: OrderedDict[tuple[int, int], Rows] = OrderedDict()
         self._lock = threading.Lock()
+
+    def name(self, number: int) -> str:
+        """Name of a shard."""
+        return self._shards[number].name
 
     @contextlib.contextmanager
     def use(self, number: int) -> Iterator[OpenShard]:
         """A shard, kept from being closed while in use. InputError where it is not the one the manifest describes."""
+        key = number, self.copies is not None and self.copies.has(number)
         with self._lock:
-            shard, users = self._open.get(number) or (self._open_shard(number), 0)
-            self._open[number] = shard, users + 1
-            self._open.move_to_end(number)
+            entry = self._open.setdefault(key, _Entry())
+            entry.users += 1
+            self._open.move_to_end(key)
         try:
-            yield shard
+            with entry.lock:
+                entry.shard = entry.shard or self._open_shard(*key)
+            yield entry.shard
         finally:
             with self._lock:
-                shard, users = self._open[number]
-                self._open[number] = shard, users - 1
+                entry.users -= 1
                 self._close_unused()
 
     def rows(self, shard: OpenShard, number: int, block: int) -> Rows:
@@ -53,16 +92,30 @@ class OpenShards:
                 self._rows.popitem(last=False)
         return rows
 
+    def distrust(self, number: int, why: InputError) -> None:
+        """Read a shard from the shared folder from now on."""
+        assert self.copies is not None
+        self.copies.distrust(number, str(why))
+        with self._lock:
+            for key in [key for key in self._rows if key[0] == number]:
+                del self._rows[key]
+
     def close(self) -> None:
         """Close all files."""
-        for shard, _ in self._open.values():
-            shard.close()
+        for entry in self._open.values():
+            if entry.shard is not None:
+                entry.shard.close()
         self._open.clear()
 
-    def _open_shard(self, number: int) -> OpenShard:
-        return OpenShard(ShardReader(self._root, self._manifest, self._shards[number]), self.stats)
+    def _open_shard(self, number: int, staged: bool) -> OpenShard:
+        info = self._shards[number]
+        root = self.copies.root if staged and self.copies is not None else self._root
+        with self.busy.doing(f"opening {info.name}"):
+            return OpenShard(lambda: ShardReader(root, self._manifest, info), self.stats, self.busy, staged=staged)
 
     def _close_unused(self) -> None:
-        unused = [number for number, (_, users) in self._open.items() if not users]
-        for number in unused[: max(0, len(self._open) - MAX_OPEN_SHARDS)]:
-            self._open.pop(number)[0].close()
+        unused = [key for key, entry in self._open.items() if not entry.users]
+        for key in unused[: max(0, len(self._open) - MAX_OPEN_SHARDS)]:
+            entry = self._open.pop(key)
+            if entry.shard is not None:
+                entry.shard.close()

@@ -32,11 +32,11 @@ from xxhash import xxh3_64_intdigest
 
 from ingest.source import H5Source
 from pipeline.batch import Batch, World
-from pipeline.blocks import pick_rows
 from pipeline.config import LoaderConfig, thread_count
 from pipeline.encoded import decide, rank_positions
 from pipeline.kernels import Normalise
 from pipeline.order import Order, Places
+from pipeline.visits import pick_rows
 from shards.encodings import ENCODINGS, decode, encode
 from shards.errors import InputError
 from shards.reader import Rows, ShardReader

@@ -6,10 +6,10 @@ A loader's whole state is one integer, `position`: build it with `position=p` an
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -18,8 +18,11 @@ from pipeline.batch import Batch, World
 from pipeline.blocks import BlockReader, check_memory
 from pipeline.config import LoaderConfig, stream_count
 from pipeline.encoded import EncodedBatches
+from pipeline.handles import OpenShards
 from pipeline.order import Layout, Order, RowOrder, ShuffledOrder
+from pipeline.quarantine import Quarantine
 from pipeline.selection import Selection, select_rows
+from pipeline.visits import VisitLoader
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.schema import Manifest
@@ -68,18 +71,25 @@ class Loader(Iterator[Batch]):
         begin = time.perf_counter()
         batch = self._backend.next()
         self._wait_s += time.perf_counter() - begin
+        if self._reader is not None:
+            self._reader.quarantine.count(batch.replaced)
         self._batches += 1
         self._images += len(batch)
         self.position = batch.position + self.config.batch_size
         return batch
 
+    def bad_samples(self) -> list[dict[str, Any]]:
+        """The bad samples whose places others took so far; give them to `build_loader` to go on from `position`."""
+        return [] if self._reader is None else self._reader.quarantine.listed()
+
     def stats(self) -> dict[str, float]:
-        """Counts so far: batches, images, seconds the trainer waited here; blocks and bytes read, reads retried."""
+        """Counts so far: batches, images, seconds the trainer waited here; blocks and bytes read, reads retried, bad
+        samples replaced."""
         stats: dict[str, float] = {"batches": self._batches, "images": self._images, "wait_s": self._wait_s}
         if self._reader is not None:
             read = self._reader.stats
             stats |= {"blocks": read.blocks, "bytes": read.bytes, "retries": read.retries}
-            stats["buffer_bytes"] = self._reader.buffer_bytes
+            stats |= {"buffer_bytes": self._reader.buffer_bytes, "bad_samples": len(self.bad_samples())}
         return stats
 
     def close(self) -> None:
@@ -102,8 +112,13 @@ class Loader(Iterator[Batch]):
         self.close()
 
 
-def build_loader(config: LoaderConfig, world: World, *, position: int = 0) -> Loader:
-    """A loader that starts at a position (a multiple of the batch size). InputError for what cannot work."""
+def build_loader(
+    config: LoaderConfig, world: World, *, position: int = 0, bad_samples: Sequence[dict[str, Any]] = ()
+) -> Loader:
+    """A loader that starts at a position (a multiple of the batch size). InputError for what cannot work.
+
+    `bad_samples` are those of an earlier loader, on all its ranks: they stay replaced, whatever became of the files.
+    """
     streams = stream_count(config, world)
     if position < 0 or position % config.batch_size:
         raise InputError(f"position {position} is not a multiple of the batch size {config.batch_size}")
@@ -115,7 +130,8 @@ def build_loader(config: LoaderConfig, world: World, *, position: int = 0) -> Lo
 
         baseline = Hdf5Backend(config, manifest, world, order, position, tuned=name == "hdf5-tuned")
         return Loader(config, order.samples, streams, position, baseline)
-    reader = _make_reader(config, manifest, world, order, streams, position)
+    quarantine = Quarantine(config.split, config.max_bad if config.mode == "train" else 0, bad_samples)
+    reader = _make_reader(config, manifest, world, order, quarantine, streams, position)
     batches = EncodedBatches(config, manifest, world, reader, position, order.samples)
     try:
         backend = _make_backend(name, config, manifest, world, batches)
@@ -163,14 +179,25 @@ def resolve_backend(config: LoaderConfig, world: World) -> str:
 
 
 def _make_reader(
-    config: LoaderConfig, manifest: Manifest, world: World, order: Order, streams: int, position: int
+    config: LoaderConfig,
+    manifest: Manifest,
+    world: World,
+    order: Order,
+    quarantine: Quarantine,
+    streams: int,
+    position: int,
 ) -> BlockReader:
     shards, image = manifest.splits[config.split], manifest.image
     if image.channels != 1:
         raise InputError(f"{config.shards} holds images of {image.channels} channels; the backends here read grey ones")
     memory = config.memory_mb << 20
     check_memory(manifest, shards, memory, 1 if config.mode == "eval" else streams // world.size)
-    return BlockReader(Path(config.shards), manifest, shards, order.visits(position, world), memory)
+    visits = VisitLoader(
+        OpenShards(Path(config.shards), manifest, shards), manifest, quarantine, order.layout.chosen_of
+    )
+    return BlockReader(
+        visits, manifest, shards, order.visits(position, world), memory, stall_abort_s=config.stall_abort_s
+    )
 
 
 def _make_backend(

@@ -74,6 +74,7 @@ class Order(Protocol):
     """What the loader needs to know of an order."""
 
     samples: int
+    layout: "Layout"
 
     def locate(self, positions: Ints) -> Places:
         """Places of positions (n,) int64 >= 0."""
@@ -115,6 +116,10 @@ class Layout:
             return self._counts[block]
         shard, within = self.shard_of(block)
         return np.minimum(self.block_rows, self.rows[shard] - within * self.block_rows)
+
+    def chosen_of(self, shard: int, number: int) -> Ints:
+        """The selected rows of block `number` of a shard, as `chosen`."""
+        return self.chosen(int(self.first_block[shard]) + number)
 
     def chosen(self, block: int) -> Ints:
         """The selected rows of a block, (n,) ascending, counted from the block's first."""

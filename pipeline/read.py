@@ -1,22 +1,28 @@
 """Read a range of a tar into a buffer: retry what passes, name what does not, notice a file that changes under us.
 
-`preadv`, never mmap: a mapped file that shrinks kills the process with SIGBUS.
+`preadv`, never mmap: a mapped file that shrinks kills the process with SIGBUS. An open file that is deleted, renamed or
+replaced is read to its end as it was; whatever is opened later has to be what the manifest says, sizes and digests.
 """
 
 import errno
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
+from pipeline.stall import Busy
 from shards.errors import InputError
 from shards.reader import Rows, ShardReader
 
-TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR})
+Result = TypeVar("Result")
+
+TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EREMOTEIO})
 """Errors of a network file system that often pass."""
 BACKOFF_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 """Pauses before the second and later attempts."""
@@ -39,13 +45,44 @@ class ReadStats:
             self.retries += retries
 
 
+def retried(action: Callable[[], Result], stats: ReadStats, mend: Callable[[int], None] | None = None) -> Result:
+    """What `action` returns, tried again, and counted, while it fails with what often passes.
+
+    `mend` is called with the error's number before each further try.
+    """
+    for pause in BACKOFF_S:
+        try:
+            return action()
+        except (OSError, InputError) as error:
+            number = _transient(error)
+            if number is None:
+                raise
+        stats.add(retries=1)
+        time.sleep(pause)
+        if mend is not None:
+            mend(number)
+    return action()
+
+
+def _transient(error: BaseException) -> int | None:
+    """The number of an error that often passes, also where an InputError was made of it."""
+    cause = error if isinstance(error, OSError) else error.__context__
+    return cause.errno if isinstance(cause, OSError) and cause.errno in TRANSIENT else None
+
+
 class OpenShard:
     """One shard in use: its table rows and its image bytes, both retried. Shared by the reading threads."""
 
-    def __init__(self, reader: ShardReader, stats: ReadStats) -> None:
-        self._reader = reader
-        self._stats = stats
-        self._table_lock = threading.Lock()
+    def __init__(
+        self, open_reader: Callable[[], ShardReader], stats: ReadStats, busy: Busy, *, staged: bool = False
+    ) -> None:
+        """`open_reader` opens the shard, now and where a handle goes stale."""
+        self.staged = staged
+        """Whether this is a copy on the node, which the shared folder can stand in for."""
+        self._open_reader, self._stats, self._busy = open_reader, stats, busy
+        self._reader = retried(open_reader, stats)
+        self._stale: list[ShardReader] = []
+        self._lock = threading.Lock()
 
     @property
     def name(self) -> str:
@@ -54,62 +91,63 @@ class OpenShard:
 
     def read_rows(self, block: int) -> Rows:
         """Rows of a block. One thread at a time: a ParquetFile is not safe to share."""
-        for pause in (*BACKOFF_S, None):
-            try:
-                with self._table_lock:
-                    return self._reader.read_rows(block)
-            except InputError as error:
-                if pause is None or not _is_transient(error.__context__):
-                    raise
-            self._pause(pause)
-        raise AssertionError("unreachable")
+
+        def attempt() -> Rows:
+            with self._lock:
+                return self._reader.read_rows(block)
+
+        with self._busy.doing(f"at {self.name}.parquet, block {block},"):
+            return retried(attempt, self._stats, self._mend)
 
     def read_into(self, buffer: NDArray[np.uint8], offset: int) -> None:
         """Fill a buffer from the tar's bytes at an offset. InputError where that cannot be done, with the reason."""
         view, done = buffer.data, 0
-        for pause in (*BACKOFF_S, None):
-            try:
-                while done < len(view):
-                    count = os.preadv(self._reader.fd, [view[done:]], offset + done)
-                    if not count:
-                        raise self._changed()
-                    done += count
-                break
-            except OSError as error:
-                if pause is None or not _is_transient(error):
-                    raise self._unreadable(offset, len(view), error) from None
-                stale = error.errno == errno.ESTALE
-            self._pause(pause)
-            if stale:
-                self._reopen()
-        self._check_size()
-        self._stats.add(bytes=len(view), blocks=1)
 
-    def check_image(self, image: NDArray[np.uint8], rows: Rows, row: int) -> None:
-        """InputError, naming shard, key and offset, where an image's bytes are not those that ingest wrote."""
-        if xxh3_64_intdigest(image.data) != int(rows.xxh3[row]):
-            raise InputError(
-                f"shard {self.name}: image {rows.keys()[row]} at offset {int(rows.offset[row])} "
-                f"({int(rows.size[row])} bytes) is damaged: its xxh3 differs; find all damage with "
-                "python -m shards verify, then restore the shard or ingest again"
-            )
+        def attempt() -> None:
+            nonlocal done
+            while done < len(view):
+                count = os.preadv(self._reader.fd, [view[done:]], offset + done)
+                if not count:
+                    raise self._changed()
+                done += count
+
+        with self._busy.doing(f"at {self.name}.tar, {len(view):,} bytes at offset {offset},"):
+            try:
+                retried(attempt, self._stats, self._mend)
+            except OSError as error:
+                raise self._unreadable(offset, len(view), error) from None
+        self._check_size()
+        self._stats.add(bytes=len(view))
+
+    def reread(self, image: NDArray[np.uint8], offset: int) -> None:
+        """Read an image's bytes once more, from the disk rather than the page cache where the system allows it."""
+        os.posix_fadvise(self._reader.fd, offset, len(image), os.POSIX_FADV_DONTNEED)
+        self._stats.add(retries=1)
+        self.read_into(image, offset)
+
+    def is_sound(self, image: NDArray[np.uint8], rows: Rows, row: int) -> bool:
+        """Whether an image's bytes are those that ingest wrote."""
+        return xxh3_64_intdigest(image.data) == int(rows.xxh3[row])
 
     def close(self) -> None:
         """Close the files."""
-        self._reader.close()
+        for reader in (self._reader, *self._stale):
+            reader.close()
 
-    def _pause(self, seconds: float | None) -> None:
-        self._stats.add(retries=1)
-        time.sleep(seconds or 0)
-
-    def _reopen(self) -> None:
-        """Get a fresh handle under the same number, as ESTALE asks for; where that fails, the next read says so."""
-        try:
-            fresh = os.open(self._reader.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+    def _mend(self, number: int) -> None:
+        """A stale handle stays stale: open the shard anew, as the one that the manifest describes or not at all."""
+        if number != errno.ESTALE:
             return
-        os.dup2(fresh, self._reader.fd, inheritable=False)
-        os.close(fresh)
+        try:
+            fresh = self._open_reader()
+        except (InputError, OSError) as error:
+            if _transient(error) is None:
+                raise
+            return  # the next try says so
+        with self._lock:
+            # Another thread may be reading from the old one.
+            self._stale.append(self._reader)
+            self._reader = fresh
 
     def _check_size(self) -> None:
         if os.fstat(self._reader.fd).st_size != self._reader.info.tar.bytes:
@@ -123,12 +161,8 @@ class OpenShard:
         )
 
     def _unreadable(self, offset: int, size: int, error: OSError) -> InputError:
-        tries = f"{len(BACKOFF_S) + 1} times: " if _is_transient(error) else ""
+        tries = f"{len(BACKOFF_S) + 1} times: " if _transient(error) is not None else ""
         return InputError(
             f"shard {self.name}: cannot read {size:,} bytes at offset {offset} ({tries}{error.strerror}); "
             "check the file system"
         )
-
-
-def _is_transient(error: BaseException | None) -> bool:
-    return isinstance(error, OSError) and error.errno in TRANSIENT

@@ -11,10 +11,15 @@ import pytest
 
 from pipeline import read
 from pipeline.batch import World
-from pipeline.blocks import BlockReader, Buffers
+from pipeline.blocks import BlockReader
+from pipeline.buffers import Buffers
 from pipeline.config import LoaderConfig
+from pipeline.handles import OpenShards
 from pipeline.loader import build_loader
 from pipeline.order import Layout, ShuffledOrder
+from pipeline.quarantine import Quarantine
+from pipeline.stall import Busy
+from pipeline.visits import VisitLoader
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import Rows, ShardReader
@@ -96,7 +101,7 @@ def test_an_image_with_a_valid_digest_that_cannot_be_decoded_is_named(
     with open(copy / "train-000000.tar", "r+b") as file:
         file.seek(offset)
         file.write(bytes(size))
-    monkeypatch.setattr(read.OpenShard, "check_image", lambda *_: None)
+    monkeypatch.setattr(read.OpenShard, "is_sound", lambda *_: True)
     with pytest.raises(InputError, match=f"train-000000: image {rows.keys()[index]}"):
         run(copy, backend)
 
@@ -104,7 +109,7 @@ def test_an_image_with_a_valid_digest_that_cannot_be_decoded_is_named(
 @pytest.mark.parametrize("change", [lambda size: size - 1000, lambda size: size + 512, lambda _: 0])
 def test_a_tar_that_changes_size_while_open_is_named(copy: Path, change: Callable[[int], int]) -> None:
     manifest = read_manifest(copy)
-    shard = read.OpenShard(ShardReader(copy, manifest, manifest.splits["train"][0]), read.ReadStats())
+    shard = read.OpenShard(lambda: ShardReader(copy, manifest, manifest.splits["train"][0]), read.ReadStats(), Busy())
     path = copy / "train-000000.tar"
     buffer = np.empty(path.stat().st_size - 4096, dtype=np.uint8)
     shard.read_into(buffer, 4096)
@@ -183,7 +188,10 @@ def test_read_ahead_stays_within_its_memory(shards_dir: Path) -> None:
     shards = manifest.splits["train"]
     order = ShuffledOrder(Layout(tuple(shard.rows for shard in shards), manifest.block_rows), seed=0, streams=2)
     limit = 1 << 20
-    reader = BlockReader(shards_dir, manifest, shards, order.visits(0, World()), limit)
+    loader = VisitLoader(
+        OpenShards(shards_dir, manifest, shards), manifest, Quarantine("train", 0), order.layout.chosen_of
+    )
+    reader = BlockReader(loader, manifest, shards, order.visits(0, World()), limit)
     for expected, _ in zip(order.visits(0, World()), range(40), strict=False):
         assert reader.next_first() == expected.first
         loaded = reader.get()

@@ -1,0 +1,109 @@
+"""Samples that cannot be trained on, and what takes their place: a pure function of the shard's bytes.
+
+A sample is bad where its image is not what ingest wrote (its xxh3 differs, twice) or is, and cannot be decoded.
+Without a tolerance that ends the run. With `max_bad`, the place of a bad row is taken by the next good row of its
+block, in row order and from the end on from the start, of those selected: the same row in every epoch, on any number of
+ranks, with any threads and after any resume, because nothing but the block decides. Bad rows are known before they are
+delivered (blocks are read ahead) but count, and are told of, when a batch would have held them: so a run stops at the
+same batch however far it had read.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.errors import InputError
+from shards.schema import shard_name
+
+log = logging.getLogger("shardclip")
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BadSample:
+    """One sample that cannot be trained on."""
+
+    shard: int
+    """Number of the shard in its split."""
+    row: int
+    """Row in the shard."""
+    key: str
+    """Opaque key."""
+    offset: int
+    """First byte of the image in the tar."""
+    why: str
+    """What is wrong with it."""
+
+    def describe(self, split: str) -> str:
+        """Shard, key, offset and reason, for people."""
+        return f"shard {shard_name(split, self.shard)}: image {self.key} at offset {self.offset} {self.why}"
+
+
+class Quarantine:
+    """The bad samples that one rank knows of. Safe to share between threads."""
+
+    def __init__(self, split: str, limit: int, known: Iterable[dict[str, Any]] = ()) -> None:
+        """`known`: what an earlier run `listed`, on all its ranks."""
+        self._split, self.limit = split, limit
+        told = [BadSample(**fields) for fields in known]
+        self._bad = {(bad.shard, bad.row): bad for bad in told}
+        self._counted = set(self._bad)
+        self._lock = threading.Lock()
+
+    def condemn(self, bad: BadSample) -> None:
+        """Note a bad sample. InputError where none is tolerated."""
+        if not self.limit:
+            raise InputError(
+                f"{bad.describe(self._split)}; restore the shard (python -m shards verify finds all damage) or ingest "
+                "again, or train without such images (max_bad)"
+            )
+        with self._lock:
+            self._bad.setdefault((bad.shard, bad.row), bad)
+
+    def is_bad(self, shard: int, row: int) -> bool:
+        """Whether a row of a shard is known to be bad."""
+        return (shard, row) in self._bad
+
+    def replace(self, shard: int, first: int, rows: Ints, candidates: Callable[[], Ints]) -> Ints:
+        """Rows (n,) of the block that begins at row `first`, the bad ones replaced by the next good candidate.
+
+        All are counted from the block's first row. InputError where the block has no good row.
+        """
+        if not any(each == shard for each, _ in tuple(self._bad)):
+            return rows
+        wrong = [index for index, row in enumerate(rows.tolist()) if self.is_bad(shard, first + row)]
+        if not wrong:
+            return rows
+        good = [row for row in candidates().tolist() if not self.is_bad(shard, first + row)]
+        if not good:
+            name = shard_name(self._split, shard)
+            raise InputError(f"shard {name}: no image of the block at row {first} is good; restore it or ingest again")
+        replaced, sorted_good = rows.copy(), np.array(good)
+        replaced[wrong] = sorted_good[np.searchsorted(sorted_good, rows[wrong]) % len(good)]
+        return replaced
+
+    def count(self, replaced: Ints) -> None:
+        """Count the places (m, 2) shard, row that others took in a delivered batch. InputError beyond the limit."""
+        for shard, row in replaced.tolist():
+            if (shard, row) not in self._counted:
+                self._counted.add((shard, row))
+                told = self._bad[shard, row].describe(self._split)
+                log.warning("bad sample: %s; the next good one of its block takes its place", told)
+        self.check(len(self._counted))
+
+    def check(self, total: int) -> None:
+        """InputError where `total` bad samples, on all ranks, are more than tolerated."""
+        if self.limit and total > self.limit:
+            raise InputError(
+                f"{total} bad samples in split {self._split}, {self.limit} are tolerated (max_bad); find all damage "
+                "with python -m shards verify, then restore the shards or ingest again"
+            )
+
+    def listed(self) -> list[dict[str, Any]]:
+        """The bad samples that counted so far, in shard and row order, for a checkpoint."""
+        return [asdict(self._bad[place]) for place in sorted(self._counted)]

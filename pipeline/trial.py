@@ -1,0 +1,40 @@
+"""Try to decode each image before a backend that fails a batch as a whole gets it, the first time it is seen.
+
+With libjpeg-turbo and Pillow, as the `cpu` backend does, so that all backends call the same images bad. It costs a
+decode on the CPU for each image of the first epoch; none later, and none where no bad sample is tolerated.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.encoded import Encoded, EncodedBatches
+from pipeline.kernels import ImageKernel, Normalise
+from shards.schema import Manifest, ShardInfo
+
+
+class Trial:
+    """Replaces what cannot be decoded. One bit a sample remembers what was tried."""
+
+    def __init__(self, manifest: Manifest, shards: tuple[ShardInfo, ...], batches: EncodedBatches) -> None:
+        self._batches, self._shards = batches, shards
+        self._kernel = ImageKernel(manifest.image, size=1, normalise=Normalise((0, 0, 0), (1, 1, 1)))
+        self._tried: dict[int, NDArray[np.uint8]] = {}
+
+    def run(self, encoded: Encoded) -> None:
+        """Try each image of a batch that was not tried before."""
+        for index in range(len(encoded)):
+            while not self._is_known(*encoded.samples[index].tolist()):
+                try:
+                    self._kernel.decode(encoded.images[index])
+                except ValueError as error:
+                    self._batches.replace(encoded, index, error)
+                else:
+                    self._remember(*encoded.samples[index].tolist())
+
+    def _is_known(self, shard: int, row: int) -> bool:
+        bits = self._tried.get(shard)
+        return bits is not None and bool(bits[row >> 3] >> (row & 7) & 1)
+
+    def _remember(self, shard: int, row: int) -> None:
+        bits = self._tried.setdefault(shard, np.zeros(self._shards[shard].rows // 8 + 1, dtype=np.uint8))
+        bits[row >> 3] |= 1 << (row & 7)
