@@ -7,6 +7,7 @@ every page's place and length to the manifest. Pages carry checksums, images the
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from types import TracebackType
 from typing import Self
 
@@ -78,15 +79,19 @@ class ShardReader:
         check_file(Path(root) / f"{info.name}.idx", info.idx)
         path = Path(root) / f"{info.name}.parquet"
         check_file(path, info.parquet)
-        _check_footer(path, info)
         self.path = Path(root) / f"{info.name}.tar"
         check_file(self.path, info.tar)
-        self._file = pa.OSFile(str(path))
-        self._parquet = _open_table(self._file, path, manifest, info)
+        try:
+            self._file = pa.OSFile(str(path))
+            _check_footer(self._file, path, info)
+            self._parquet = _open_table(self._file, path, manifest, info)
+            # Not blocking: the file may have become a pipe since it was checked, whose opening might never end.
+            self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            """File descriptor of the tar."""
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+            raise InputError(f"shard {info.name}: cannot open it ({reason}); restore its files") from None
         self._checked: set[tuple[int, str]] = set()
-        self._numbers = {name: number for number, name in enumerate(self._parquet.schema_arrow.names)}
-        self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        """File descriptor of the tar."""
 
     @property
     def blocks(self) -> int:
@@ -229,9 +234,12 @@ class ShardReader:
 def check_file(path: Path, expected: FileInfo) -> None:
     """InputError where a file of a shard is missing or has another size than the manifest says."""
     try:
-        size = path.stat().st_size
+        stat = path.stat()
     except OSError as error:
         raise InputError(f"shard {path.stem}: cannot read {path.name} ({error.strerror}); restore it") from None
+    if not S_ISREG(stat.st_mode):
+        raise InputError(f"shard {path.stem}: {path.name} is not a regular file; restore it")
+    size = stat.st_size
     if size != expected.bytes:
         raise InputError(
             f"shard {path.stem}: {path.name} has {size:,} bytes, the manifest says {expected.bytes:,}: "
@@ -239,12 +247,11 @@ def check_file(path: Path, expected: FileInfo) -> None:
         )
 
 
-def _check_footer(path: Path, info: ShardInfo) -> None:
+def _check_footer(file: pa.NativeFile, path: Path, info: ShardInfo) -> None:
     if info.footer_bytes > _MAX_FOOTER_BYTES:
         raise InputError(f"shard {info.name}: a Parquet footer of {info.footer_bytes:,} bytes is none of ours")
-    with open(path, "rb") as file:
-        file.seek(-min(info.footer_bytes, info.parquet.bytes), os.SEEK_END)
-        footer = file.read()
+    size = min(info.footer_bytes, info.parquet.bytes)
+    footer = file.read_at(size, info.parquet.bytes - size)
     if xxh3_128_hexdigest(footer) != info.footer_xxh3:
         raise InputError(
             f"shard {info.name}: the footer of {path.name} changed after ingest; restore it or ingest again"
