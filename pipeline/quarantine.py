@@ -44,6 +44,15 @@ class BadSample:
         return f"shard {shard_name(split, self.shard)}: image {self.key} at offset {self.offset} {self.why}"
 
 
+def check_count(split: str, count: int, limit: int) -> None:
+    """InputError where so many bad samples are more than tolerated."""
+    if count > limit:
+        raise InputError(
+            f"{count} bad samples in split {split}, {limit} are tolerated (max_bad); find all damage with "
+            "python -m shards verify, then restore the shards or ingest again"
+        )
+
+
 class Quarantine:
     """The bad samples that one rank knows of. Safe to share between threads."""
 
@@ -94,15 +103,7 @@ class Quarantine:
                 self._counted.add((shard, row))
                 told = self._bad[shard, row].describe(self._split)
                 log.warning("bad sample: %s; the next good one of its block takes its place", told)
-        self.check(len(self._counted))
-
-    def check(self, total: int) -> None:
-        """InputError where `total` bad samples, on all ranks, are more than tolerated."""
-        if self.limit and total > self.limit:
-            raise InputError(
-                f"{total} bad samples in split {self._split}, {self.limit} are tolerated (max_bad); find all damage "
-                "with python -m shards verify, then restore the shards or ingest again"
-            )
+        check_count(self._split, len(self._counted), self.limit)
 
     def listed(self) -> list[dict[str, Any]]:
         """The bad samples that counted so far, in shard and row order, for a checkpoint."""

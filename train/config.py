@@ -27,6 +27,11 @@ class DataConfig:
     """Threads that decode on each rank; none: the CPUs this process may use, shared by the ranks on this machine."""
     memory_mb: int = 256
     """MiB of encoded blocks each rank holds at once."""
+    max_bad: int = 0
+    """Bad training samples (damaged, or not to be decoded) that the run does without: others of their blocks take their
+    places. One more ends it. Validation takes none: name them in --data.exclude."""
+    stall_abort_s: float = 600
+    """Seconds to wait for one block of a shard before giving up; 0: for ever."""
     image_size: int = 224
     """Height and width the model sees, pixels."""
     scale: tuple[float, float] = (0.9, 1.0)
@@ -137,6 +142,8 @@ class TrainConfig:
 def loader_config(config: TrainConfig, *, split: str, mode: str) -> LoaderConfig:
     """The loader's settings for training or for embedding a split."""
     data = {name: getattr(config.data, name) for name in DataConfig.__slots__}
+    if mode == "eval":
+        data["max_bad"] = 0
     return LoaderConfig(
         shards=config.shards,
         split=split,

@@ -74,6 +74,7 @@ def build_job(config: TrainConfig, ranks: Ranks) -> Job:
             loader_config(config, split="train", mode="train"),
             ranks.world(device),
             position=checkpoint["position"] if checkpoint else 0,
+            bad_samples=checkpoint.get("bad_samples", ()) if checkpoint else (),
         ),
         checkpoint=checkpoint,
     )

@@ -19,7 +19,7 @@ from train.metrics import Meter, MetricsLog, Row, memory_mb
 from train.objective import Contrastive, Output
 from train.optim import learning_rate
 from train.preempt import StopRequest
-from train.state import Progress, capture, order_digest, restore
+from train.state import Progress, capture, gather_bad, order_digest, restore
 from train.step import Step
 from train.validate import validation_loss
 
@@ -125,6 +125,7 @@ class Loop:
             "step_ms": round(step_ms, 3),
             "memory_mb": round(memory_mb(self._job.precision.device), 1),
             "order_digest": order_digest(self.progress, self._ranks),
+            "bad_samples": len(gather_bad(self._job.loader, self._ranks)),
         }
 
     def _validate(self, row: Row) -> bool:
@@ -139,7 +140,8 @@ class Loop:
 
     def _save(self, *, is_best: bool) -> None:
         job = self._job
-        payload = capture(job.config, job.fingerprint, self.progress, job.learner, self._ranks)
+        bad = gather_bad(job.loader, self._ranks)
+        payload = capture(job.config, job.fingerprint, self.progress, job.learner, bad, self._ranks)
         if self._writer is not None:
             self._writer.write(payload, is_best=is_best)
 

@@ -8,6 +8,8 @@ from torch import nn
 
 from pipeline.batch import DIGEST_MODULUS
 from pipeline.config import stream_count
+from pipeline.loader import Loader
+from pipeline.quarantine import check_count
 from pipeline.selection import Selection
 from shards.errors import InputError
 from shards.schema import Manifest
@@ -18,6 +20,10 @@ from train.ranks import Ranks
 
 PATHS = ("shards", "out", "h5")
 """Settings that stay out of checkpoints: where files lie is nobody's business elsewhere."""
+
+
+READING = ("threads", "memory_mb", "max_bad", "stall_abort_s")
+"""Settings of `data` that a run may change on its way: they change no sample."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,8 +67,8 @@ def fingerprint(config: TrainConfig, manifest: Manifest, ranks: Ranks, precision
     )
     # Which samples are left out, not where the list of them lies.
     prints["data.exclude"] = Selection(exclude=config.data.exclude).keys_digest()
-    for name in ("data.threads", "data.memory_mb"):
-        del prints[name]
+    for name in READING:
+        del prints[f"data.{name}"]
     return prints
 
 
@@ -82,8 +88,25 @@ def order_digest(progress: Progress, ranks: Ranks) -> str:
     return f"{total % DIGEST_MODULUS:016x}"
 
 
+def gather_bad(loader: Loader, ranks: Ranks) -> list[dict[str, Any]]:
+    """The bad samples that were replaced so far on any rank, in shard and row order. All ranks have to call it.
+
+    InputError, on all ranks, where they are more than tolerated.
+    """
+    if not loader.config.max_bad:
+        return []
+    told = {(bad["shard"], bad["row"]): bad for some in ranks.gather_objects(loader.bad_samples()) for bad in some}
+    check_count(loader.config.split, len(told), loader.config.max_bad)
+    return [told[place] for place in sorted(told)]
+
+
 def capture(
-    config: TrainConfig, prints: dict[str, Any], progress: Progress, learner: Learner, ranks: Ranks
+    config: TrainConfig,
+    prints: dict[str, Any],
+    progress: Progress,
+    learner: Learner,
+    bad_samples: list[dict[str, Any]],
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """A checkpoint's payload, copied to host memory so that training may go on. All ranks have to call it."""
     digest, random = order_digest(progress, ranks), [rng.clone() for rng in ranks.gather(torch.get_rng_state())]
@@ -96,6 +119,7 @@ def capture(
         "step": progress.step,
         "position": progress.step * config.batch_size,
         "order_digest": digest,
+        "bad_samples": bad_samples,
         "best_loss": progress.best_loss,
         "best_step": progress.best_step,
         "config": settings,
