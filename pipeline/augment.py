@@ -17,8 +17,14 @@ Ints = NDArray[np.int64]
 RATIO = (3 / 4, 4 / 3)
 ATTEMPTS = 10
 
-# First words after the seed: they keep the random numbers of different uses apart (pipeline.order has 1 to 15).
-_AREA_WORD, _RATIO_WORD, _TOP_WORD, _LEFT_WORD, _FLIP_WORD = 16, 17, 18, 19, 20
+# First words after the seed: they keep the random numbers of different uses apart (pipeline.order has 1 to 15,
+# pipeline.effects 32 and up).
+_AREA_WORD, _RATIO_WORD, _TOP_WORD, _LEFT_WORD, _FLIP_WORD, _VIEW_WORD = 16, 17, 18, 19, 20, 21
+
+
+def view_seed(seed: int, view: int) -> int:
+    """Seed of a view of a sample: a stream of random numbers of its own; the first view's is the seed itself."""
+    return int(hash64(seed, _VIEW_WORD, view)) if view else seed
 
 
 def crop_boxes(seed: int, positions: Ints, *, height: int, width: int, scale: tuple[float, float]) -> Ints:

@@ -33,7 +33,8 @@ class Batch:
     """One rank's share of a global batch. Valid until the next `next()` of its loader: the image buffers are reused."""
 
     images: torch.Tensor
-    """(B, 3, H, W) normalised, in the loader's dtype, channels_last (`hdf5`: contiguous), on the device."""
+    """(B, 3, H, W) normalised, in the loader's dtype, channels_last (`hdf5`: contiguous), on the device.
+    With several views (views * B, 3, H, W): view v of sample i is image v * B + i."""
     tokens: torch.Tensor
     """(B, context) int64 on the device: start token, text, end token, zeros."""
     labels: torch.Tensor

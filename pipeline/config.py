@@ -2,10 +2,11 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.batch import World
+from pipeline.effects import EffectsConfig
 from shards.errors import InputError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -60,6 +61,10 @@ class LoaderConfig:
     """Probability of a left-right flip."""
     flip_guard: bool = False
     """Leave unflipped the images whose report names a side."""
+    effects: EffectsConfig = field(default_factory=EffectsConfig)
+    """Rotation, brightness, contrast and blur of training images."""
+    views: int = 1
+    """Images made of each training sample, cropped, flipped and changed each in its own way."""
     mean: tuple[float, float, float] = CLIP_MEAN
     """Subtracted from each channel; of 1, not of 255."""
     std: tuple[float, float, float] = CLIP_STD
@@ -78,7 +83,7 @@ class LoaderConfig:
         _one_of("backend", self.backend, BACKENDS)
         _one_of("mode", self.mode, MODES)
         _one_of("dtype", self.dtype, DTYPES)
-        for name in ("batch_size", "streams", "threads", "memory_mb", "ahead", "image_size"):
+        for name in ("batch_size", "streams", "threads", "memory_mb", "ahead", "image_size", "views"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; it has to be at least 1")
@@ -96,6 +101,16 @@ class LoaderConfig:
             raise InputError(f"max_bad {self.max_bad}: backend {self.backend} reads no shards and replaces nothing")
         if self.backend.startswith("hdf5") and self.h5 is None:
             raise InputError(f"backend {self.backend} reads the HDF5 file itself; give its path with --h5")
+
+    @property
+    def images_a_sample(self) -> int:
+        """Views made of each sample; an evaluation has one."""
+        return self.views if self.mode == "train" else 1
+
+    @property
+    def changes_films(self) -> bool:
+        """Whether films go through `pipeline.effects`."""
+        return self.mode == "train" and bool(self.effects)
 
 
 def _one_of(name: str, value: str, valid: tuple[str, ...]) -> None:

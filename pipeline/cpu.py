@@ -13,10 +13,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline.batch import Batch, World
 from pipeline.config import LoaderConfig, thread_count
+from pipeline.effects import apply
 from pipeline.encoded import Encoded, EncodedBatches
 from pipeline.kernels import ImageKernel, Normalise
 from shards.schema import Manifest
@@ -74,7 +77,8 @@ class CpuBackend:
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._held: _Slot | None = None
         self._failed: BaseException | None = None
-        shape = (config.batch_size // world.size, config.image_size, config.image_size, 3)
+        images = config.batch_size // world.size * config.images_a_sample
+        shape = (images, config.image_size, config.image_size, 3)
         for _ in range(config.ahead + 1):
             self._free.put(_Slot(shape, getattr(torch, config.dtype), self._device.type == "cuda"))
         self.threads = thread_count(config, world)
@@ -122,7 +126,7 @@ class CpuBackend:
             self._held = None
 
     def _batch(self, slot: _Slot, encoded: Encoded) -> Batch:
-        images = slot.images[: len(encoded)].permute(0, 3, 1, 2).to(self._device, non_blocking=True)
+        images = slot.images[: len(encoded.fate.boxes)].permute(0, 3, 1, 2).to(self._device, non_blocking=True)
         tokens = torch.from_numpy(encoded.tokens).to(self._device, non_blocking=True)
         labels = torch.from_numpy(encoded.labels).to(self._device, non_blocking=True)
         if self._device.type == "cuda":
@@ -166,15 +170,22 @@ class CpuBackend:
     def _run(self, kernel: ImageKernel, task: _Task) -> None:
         encoded = task.slot.encoded
         assert encoded is not None
-        boxes, out = encoded.fate.boxes.tolist(), task.slot.images.unbind()
+        fate, out = encoded.fate, task.slot.images.unbind()
+        boxes = fate.boxes.tolist()
         for index in range(task.first, task.first + task.count):
-            image = encoded.images[index]
-            while True:
-                try:
-                    kernel.run(image, boxes[index], bool(encoded.fate.flipped[index]), out[index])
-                    break
-                except ValueError as error:
-                    image = self._batches.replace(encoded, index, error)
+            pixels = self._pixels(kernel, encoded, index)
+            for view in range(index, len(boxes), len(encoded)):
+                film = pixels if fate.effects is None else apply(pixels, fate.effects[view])
+                kernel.resize(film, boxes[view], bool(fate.flipped[view]), out[view])
+
+    def _pixels(self, kernel: ImageKernel, encoded: Encoded, index: int) -> NDArray[np.uint8]:
+        """A sample's pixels (H, W), of another one where it cannot be decoded; valid until the kernel's next."""
+        image = encoded.images[index]
+        while True:
+            try:
+                return kernel.decode(image)
+            except ValueError as error:
+                image = self._batches.replace(encoded, index, error)
 
 
 def start_single_threaded(target: Callable[[], None], count: int) -> list[threading.Thread]:

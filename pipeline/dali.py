@@ -1,6 +1,6 @@
 """The `dali` backend: one graph that runs on the GPU or on the CPU, a function of what is fed to it.
 
-    encoded bytes, crop box, flip -> decode (GRAY) -> slice -> cubic resize with antialias (uint8)
+    encoded bytes, crop box, flip -> decode (GRAY) -> [effects] -> slice -> cubic resize with antialias (uint8)
         -> three channels -> flip, normalise -> HWC, seen from torch as NCHW channels_last, no copy
 
 Read-ahead, order and augmentation stay outside, so DALI holds no state worth saving. GRAY throughout, because grey JPEG
@@ -20,6 +20,7 @@ import torch
 
 from pipeline.batch import Batch, World
 from pipeline.config import LoaderConfig, thread_count
+from pipeline.effects import for_graph, in_graph
 from pipeline.encoded import Encoded, EncodedBatches
 from pipeline.trial import Trial
 from shards.errors import InputError
@@ -35,7 +36,7 @@ def build_graph(
     """A DALI pipeline with one output (H, W, 3) for what `source()` returns, in batches.
 
     `source` gives lists or arrays over n samples: encoded bytes (uint8, 1-D), box start y, x (int32), box size h, w
-    (int32), flip 0 or 1 (int32).
+    (int32), flip 0 or 1 (int32), and where the config asks for effects their numbers (4,) (float32).
     """
     fn, pipeline_def, types = _import_dali()
     gpu = device.type == "cuda"
@@ -47,16 +48,20 @@ def build_graph(
         prefetch_queue_depth=config.ahead,
     )
     def graph() -> Any:
-        encoded, start, size, flip = fn.external_source(
+        inputs = [(types.UINT8, 1), (types.INT32, 1), (types.INT32, 1), (types.INT32, 0)]
+        inputs += [(types.FLOAT, 1)] if config.changes_films else []
+        encoded, start, size, flip, *numbers = fn.external_source(
             source=source,
-            num_outputs=4,
-            dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
-            ndim=[1, 1, 1, 0],
+            num_outputs=len(inputs),
+            dtype=[dtype for dtype, _ in inputs],
+            ndim=[ndim for _, ndim in inputs],
         )
         if spec.codec == "raw":
             pixels = fn.reshape(encoded.gpu() if gpu else encoded, shape=[spec.height, spec.width, 1], layout="HWC")
         else:
             pixels = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.GRAY)
+        if numbers:
+            pixels = in_graph(fn, types, pixels, *numbers)
         crop = fn.slice(pixels, start, size, axes=(0, 1))
         small = fn.resize(
             crop,
@@ -111,7 +116,7 @@ class DaliBackend:
             config,
             manifest.image,
             self._source,
-            batch_size=config.batch_size // world.size,
+            batch_size=config.batch_size // world.size * config.images_a_sample,
             threads=thread_count(config, world),
             device=self._device,
         )
@@ -182,8 +187,10 @@ class DaliBackend:
             raise StopIteration
         self._last_fed = encoded
         self._fed.append(encoded)
-        start, size = (np.ascontiguousarray(half, dtype=np.int32) for half in np.split(encoded.fate.boxes, 2, axis=1))
-        return encoded.images, start, size, encoded.fate.flipped.astype(np.int32)
+        fate = encoded.fate
+        start, size = (np.ascontiguousarray(half, dtype=np.int32) for half in np.split(fate.boxes, 2, axis=1))
+        numbers = [] if fate.effects is None else [for_graph(fate.effects)]
+        return encoded.images * self._config.images_a_sample, start, size, fate.flipped.astype(np.int32), *numbers
 
     def _gather(self) -> None:
         try:

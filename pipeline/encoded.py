@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.augment import crop_boxes, flips, guard_flips, whole_boxes
+from pipeline.augment import crop_boxes, flips, guard_flips, view_seed, whole_boxes
 from pipeline.batch import Batch, World
 from pipeline.blocks import BlockReader
 from pipeline.config import LoaderConfig
+from pipeline.effects import draw
 from pipeline.order import Visit
 from pipeline.visits import Loaded
 from shards.schema import Manifest, sample_key, shard_name
@@ -23,12 +24,14 @@ from shards.schema import Manifest, sample_key, shard_name
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fate:
-    """What becomes of n images."""
+    """What becomes of n images; with several views of m samples, view v of sample i is image v * m + i."""
 
     boxes: NDArray[np.int64]
     """(n, 4) crop boxes: y, x, h, w in pixels."""
     flipped: NDArray[np.bool_]
     """(n,) left to right after the crop."""
+    effects: NDArray[np.float32] | None = None
+    """(n, 4) what `pipeline.effects` does to the films before the crop; None: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +43,7 @@ class Encoded:
     images: list[NDArray[np.uint8]]
     """n encoded images."""
     fate: Fate
-    """Crops and flips."""
+    """Crops, flips and effects of each view."""
     samples: NDArray[np.int64]
     """(n, 2) shard, row."""
     planned: NDArray[np.int64]
@@ -78,13 +81,19 @@ class Encoded:
 
 
 def decide(config: LoaderConfig, manifest: Manifest, positions: NDArray[np.int64], side: NDArray[np.bool_]) -> Fate:
-    """Crops and flips of positions (n,) whose reports name a side or not (n,), as the config asks."""
+    """Fate of all views at positions (n,) whose reports name a side or not (n,), as the config asks."""
     size = {"height": manifest.image.height, "width": manifest.image.width}
     if config.mode == "eval":
         return Fate(boxes=whole_boxes(len(positions), **size), flipped=np.zeros(len(positions), dtype=bool))
-    flipped = flips(config.seed, positions, probability=config.flip)
-    boxes = crop_boxes(config.seed, positions, **size, scale=config.scale)
-    return Fate(boxes=boxes, flipped=guard_flips(flipped, side) if config.flip_guard else flipped)
+    seeds = [view_seed(config.seed, view) for view in range(config.views)]
+    flipped = np.stack([flips(seed, positions, probability=config.flip) for seed in seeds])
+    boxes = [crop_boxes(seed, positions, **size, scale=config.scale) for seed in seeds]
+    effects = [draw(config.effects, seed, positions) for seed in seeds] if config.changes_films else None
+    return Fate(
+        boxes=np.concatenate(boxes),
+        flipped=(guard_flips(flipped, side) if config.flip_guard else flipped).ravel(),
+        effects=None if effects is None else np.concatenate(effects),
+    )
 
 
 def rank_positions(position: int, end: int, world: World) -> NDArray[np.int64]:
@@ -165,10 +174,11 @@ class EncodedBatches:
         return image
 
     def _put(self, encoded: Encoded, index: int, image: NDArray[np.uint8], columns: "_Columns") -> None:
-        """Overwrite a sample with the only one of `columns`. Its crop is its position's, as ever."""
+        """Overwrite a sample with the only one of `columns`. Its crops are its position's, as ever."""
         position = np.array([encoded.position + self._world.rank + index * self._world.size])
         encoded.images[index] = image
-        encoded.fate.flipped[index] = decide(self._config, self._manifest, position, columns.side_words).flipped[0]
+        fate = decide(self._config, self._manifest, position, columns.side_words)
+        encoded.fate.flipped[index :: len(encoded)] = fate.flipped
         for name in ("samples", "sources", "tokens", "token_count", "labels"):
             getattr(encoded, name)[index] = getattr(columns, name)[0]
 

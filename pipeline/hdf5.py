@@ -33,6 +33,7 @@ from xxhash import xxh3_64_intdigest
 from ingest.source import H5Source
 from pipeline.batch import Batch, World
 from pipeline.config import LoaderConfig, thread_count
+from pipeline.effects import apply
 from pipeline.encoded import decide, rank_positions
 from pipeline.kernels import Normalise
 from pipeline.order import Order, Places
@@ -48,8 +49,8 @@ ALIKE_LEVELS = 3.0
 """Mean difference, in grey levels, within which two JPEGs are of one film. Two DCTs of libjpeg-turbo differ by up to
 0.6 on NIH's films and 1.0 on the tests' noise; a film and its mirror image, the closest other one, by 12 and more."""
 
-Item = tuple[int, list[int], bool]
-"""Row in the HDF5 file, crop box (y, x, h, w), flip."""
+Item = tuple[int, list[int], bool, NDArray[np.float32] | None]
+"""Row in the HDF5 file, crop box (y, x, h, w), flip, numbers of `pipeline.effects`."""
 
 
 class FilmDataset(Dataset):
@@ -62,10 +63,12 @@ class FilmDataset(Dataset):
 
     def __getitem__(self, item: Item) -> torch.Tensor:
         """(3, S, S) float32 normalised; tuned: (S, S, 3), so that collation copies it as it lies."""
-        row, (y, x, h, w), flipped = item
+        row, (y, x, h, w), flipped, effects = item
         if self._source is None:
             self._source = H5Source(self._path, self._config.h5_dataset)
         film = self._source.read(row, row + 1)
+        if effects is not None:
+            film = apply(film[0].astype(np.uint8), effects)[None]
         if self._tuned:
             image = torch.from_numpy(film.astype(np.uint8, copy=False))
         else:
@@ -157,7 +160,9 @@ class Hdf5Backend:
             rows = self._rows(places)
             fate = decide(self._config, self._manifest, positions, rows.side_words)
             self._plans.append(_Plan(position, np.stack([places.shard, places.row], axis=1), rows))
-            yield list(zip(rows.source_row.tolist(), fate.boxes.tolist(), fate.flipped.tolist(), strict=True))
+            effects = [None] * len(fate.boxes) if fate.effects is None else list(fate.effects)
+            row = rows.source_row.tolist() * self._config.images_a_sample
+            yield list(zip(row, fate.boxes.tolist(), fate.flipped.tolist(), effects, strict=True))
             position = stop
 
     def _rows(self, places: Places) -> Rows:

@@ -222,7 +222,11 @@ class ImageKernel:
 
     def run(self, image: NDArray[np.uint8], box: list[int], flipped: bool, out: torch.Tensor) -> None:
         """One encoded image -> out (size, size, 3). ValueError where it is not an image of the expected size."""
-        self._resize.run(self.decode(image), box, flipped, out)
+        self.resize(self.decode(image), box, flipped, out)
+
+    def resize(self, pixels: NDArray[np.uint8], box: list[int], flipped: bool, out: torch.Tensor) -> None:
+        """See `Resize.run`."""
+        self._resize.run(pixels, box, flipped, out)
 
     def decode(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """One encoded image -> its pixels (H, W), valid until the next; those of `raw` are the bytes themselves."""

@@ -1,5 +1,6 @@
 """Rotation, jitter and blur: torchvision's distributions, both implementations alike on real films, off by default."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2 import functional as transforms
 
+from pipeline.batch import Batch, World
+from pipeline.config import CLIP_MEAN, CLIP_STD, LoaderConfig
 from pipeline.effects import (
     ANGLE,
     BRIGHTNESS,
@@ -24,7 +27,13 @@ from pipeline.effects import (
     in_graph,
     rotate,
 )
+from pipeline.encoded import decide
+from pipeline.loader import build_loader
 from shards.errors import InputError
+from shards.manifest import read_manifest
+from train.commandline import from_fields, to_fields
+from train.config import DataConfig
+from train.presets import PRESETS
 
 STRONG = EffectsConfig(rotation=15.0, brightness=0.4, contrast=0.3, jitter_chance=0.8, blur=(0.1, 2.0), blur_chance=0.5)
 COUNT = 20_000
@@ -138,3 +147,75 @@ def test_nothing_happens_unless_asked() -> None:
 def test_settings_that_cannot_be_are_refused(settings: dict) -> None:
     with pytest.raises(InputError, match="effects"):
         EffectsConfig(**settings)
+
+
+def loaded(shards_dir: Path, count: int = 3, **settings: object) -> list[Batch]:
+    """The first batches of a loader, kept."""
+    config = LoaderConfig(shards=shards_dir, **{"batch_size": 8, "threads": 2, "backend": "cpu", **settings})  # type: ignore[arg-type]
+    with build_loader(config, World()) as loader:
+        return [replace(batch, images=batch.images.clone()) for batch, _ in zip(loader, range(count), strict=False)]
+
+
+def levels(batch: Batch) -> torch.Tensor:
+    """Grey levels of a batch's first channel."""
+    return (batch.images[:, 0] * CLIP_STD[0] + CLIP_MEAN[0]) * 255
+
+
+def test_all_backends_make_the_same_views_with_effects(shards_dir: Path, source: tuple[Path, Path]) -> None:
+    settings = {"views": 2, "effects": STRONG, "flip_guard": True, "scale": (0.3, 1.0), "h5": source[0]}
+    expected = loaded(shards_dir, **settings)
+    for batch in expected:
+        assert batch.images.shape == (16, 3, 224, 224) and len(batch) == len(batch.tokens) == len(batch.labels) == 8
+        assert ((levels(batch)[:8] - levels(batch)[8:]).abs().mean((1, 2)) > 1).all()
+    for backend, limit in (("dali", 0.35), ("hdf5", 1.5), ("hdf5-tuned", 1.5)):
+        for one, two in zip(loaded(shards_dir, backend=backend, **settings), expected, strict=True):
+            assert torch.equal(one.samples, two.samples)
+            assert (levels(one) - levels(two)).abs().mean((1, 2)).max() < limit, backend
+
+
+def test_the_first_view_is_the_only_one_of_others(shards_dir: Path) -> None:
+    """Two views cost no run its reproducibility: the first is what a run with one view sees."""
+    for one, three in zip(loaded(shards_dir), loaded(shards_dir, views=3), strict=True):
+        assert torch.equal(one.images, three.images[:8]) and torch.equal(one.samples, three.samples)
+        assert three.images.shape[0] == 24
+
+
+def test_ranks_share_views_as_they_share_samples(shards_dir: Path) -> None:
+    config = LoaderConfig(shards=shards_dir, batch_size=8, threads=1, backend="cpu", views=2, effects=STRONG)
+    (whole,) = loaded(shards_dir, 1, views=2, effects=STRONG)
+    for rank in range(2):
+        with build_loader(config, World(rank=rank, size=2)) as loader:
+            batch = next(loader)
+            assert torch.equal(batch.images[:4], whole.images[:8][rank::2])
+            assert torch.equal(batch.images[4:], whole.images[8:][rank::2])
+
+
+def test_films_that_name_a_side_stay_unflipped_in_every_view(shards_dir: Path) -> None:
+    manifest = read_manifest(shards_dir)
+    side, positions = np.arange(64) % 3 == 0, np.arange(64)
+    config = LoaderConfig(shards=shards_dir, views=2, flip=1.0, flip_guard=True)
+    fate = decide(config, manifest, positions, side)
+    assert fate.effects is None and fate.flipped.tolist() == [*~side, *~side]
+
+
+def test_views_are_independent(shards_dir: Path) -> None:
+    config = LoaderConfig(shards=shards_dir, views=2, effects=STRONG, scale=(0.2, 1.0))
+    fate = decide(config, read_manifest(shards_dir), np.arange(COUNT), np.zeros(COUNT, dtype=bool))
+    assert fate.effects is not None
+    both = np.concatenate([fate.boxes, fate.flipped[:, None], fate.effects], axis=1).reshape(2, COUNT, 9)
+    for one, two in zip(both[0].T, both[1].T, strict=True):
+        assert abs(np.corrcoef(one, two)[0, 1]) < 0.03 and abs(one.mean() - two.mean()) < 0.05 * one.std()
+
+
+def test_evaluation_has_one_view_and_no_effects(shards_dir: Path) -> None:
+    for one, two in zip(
+        loaded(shards_dir, mode="eval"), loaded(shards_dir, mode="eval", views=2, effects=STRONG), strict=True
+    ):
+        assert torch.equal(one.images, two.images)
+
+
+def test_effects_are_off_in_every_preset_and_part_of_a_run() -> None:
+    for make in PRESETS.values():
+        assert not make().data.effects
+    config = from_fields(DataConfig, to_fields(DataConfig(effects=STRONG)))
+    assert config.effects == STRONG

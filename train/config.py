@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config import CLIP_MEAN, CLIP_STD, LoaderConfig
+from pipeline.effects import EffectsConfig
 from shards.errors import InputError
 from train.model import ModelConfig
 
@@ -20,7 +21,7 @@ class DataConfig:
     exclude: Path | None = None
     """File of keys, one 00-0000000123 a line, of samples to leave out of training and validation."""
     balance: str | None = None
-    """Label whose values, or query whose yes and no, get equal shares of each training epoch: rare ones are repeated."""
+    """Label whose values, or query whose yes and no, get equal shares of each training epoch."""
     streams: int | None = None
     """Streams the order interleaves; none: 48, or the next multiple of the ranks."""
     threads: int | None = None
@@ -40,6 +41,8 @@ class DataConfig:
     """Probability of a left-right flip."""
     flip_guard: bool = False
     """Leave unflipped the images whose report names a side."""
+    effects: EffectsConfig = field(default_factory=EffectsConfig)
+    """Rotation, brightness, contrast and blur of training images; off in every preset."""
     mean: tuple[float, float, float] = CLIP_MEAN
     """Subtracted from each channel; of 1, not of 255."""
     std: tuple[float, float, float] = CLIP_STD

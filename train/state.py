@@ -67,6 +67,8 @@ def fingerprint(config: TrainConfig, manifest: Manifest, ranks: Ranks, precision
     )
     # Which samples are left out, not where the list of them lies.
     prints["data.exclude"] = Selection(exclude=config.data.exclude).keys_digest()
+    if not config.data.effects:
+        del prints["data.effects"]  # as in checkpoints from before there were any
     for name in READING:
         del prints[f"data.{name}"]
     return prints
