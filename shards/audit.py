@@ -16,7 +16,7 @@ from shards import tar
 from shards.counter import permutation
 from shards.digest import file_digest
 from shards.errors import InputError
-from shards.index import VERSION, Member, encode_index
+from shards.index import VERSION, Member, index_line
 from shards.reader import ShardReader
 from shards.scan import decode_image, read_block
 from shards.schema import LABEL_PREFIX, FileInfo, Manifest, ShardInfo, sample_key, table_schema
@@ -84,10 +84,9 @@ class Audit:
 
     def _check_block(self, file: BinaryIO, index: BinaryIO, first: int, table: pa.Table) -> None:
         """Compare tar and index, where they stand, with what the table says of one block."""
-        members = []
         for number, row in enumerate(table.drop_columns(_NOT_IN_TAR).to_pylist(), first):
-            members.append(self._check_sample(file, number, row))
-        self._expect(index, encode_index(members).split(b"\n", 1)[1])
+            line = index_line(self._check_sample(file, number, row))
+            self._expect(index, f"{line}\n".encode("ascii"))
 
     def _check_sample(self, file: BinaryIO, number: int, row: dict) -> tuple[Member, ...]:
         key = row["key"]

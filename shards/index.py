@@ -2,6 +2,7 @@
 size name` for each member. Written from the writer's own offsets, never by scanning a tar: DALI trusts it blindly.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 VERSION = "v1.2"
@@ -17,8 +18,11 @@ class Member:
     name: str
 
 
-def encode_index(samples: list[tuple[Member, ...]]) -> bytes:
-    """The whole index file."""
-    lines = [f"{VERSION} {len(samples)}"]
-    lines += [" ".join(f"{m.extension} {m.offset} {m.size} {m.name}" for m in members) for members in samples]
-    return ("\n".join(lines) + "\n").encode("ascii")
+def index_line(members: Iterable[Member]) -> str:
+    """The line of one sample."""
+    return " ".join(f"{m.extension} {m.offset} {m.size} {m.name}" for m in members)
+
+
+def encode_index(lines: Sequence[str]) -> bytes:
+    """The whole index file, from its samples' lines."""
+    return ("\n".join([f"{VERSION} {len(lines)}", *lines]) + "\n").encode("ascii")

@@ -20,7 +20,7 @@ from xxhash import xxh3_64_intdigest, xxh3_128, xxh3_128_hexdigest
 from shards import tar
 from shards.atomic import atomic_file, write_atomic
 from shards.errors import InputError
-from shards.index import Member, encode_index
+from shards.index import Member, encode_index, index_line
 from shards.schema import (
     LABEL_PREFIX,
     MAX_BLOCK_TEXT_BYTES,
@@ -31,6 +31,9 @@ from shards.schema import (
     sample_key,
     table_schema,
 )
+
+_TABLE_ROWS = 1024
+"""About as many rows are held as Python objects, 2.7 KB each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +98,9 @@ class ShardWriter:
         self._schema = table_schema(context, labels)
         self._context = context
         self._columns: dict[str, list] = {column: [] for column in self._schema.names}
-        self._members: list[tuple[Member, ...]] = []
+        self._tables: list[pa.Table] = []
+        self._table_rows = block_rows * -(-_TABLE_ROWS // block_rows)
+        self._lines: list[str] = []
         self._stack = ExitStack()
         self._digest = xxh3_128()
         self._offset = self._text_bytes = 0
@@ -139,6 +144,8 @@ class ShardWriter:
         values |= {LABEL_PREFIX + name: value for name, value in labels.items()}
         for column, value in values.items():
             self._columns[column].append(value)
+        if len(self._lines) % self._table_rows == 0:
+            self._pack()
 
     def _check(self, sample: Sample) -> None:
         if sample.tokens.shape != (self._context,) or sample.tokens.dtype != np.uint16:
@@ -148,7 +155,7 @@ class ShardWriter:
 
     def _count_text(self, size: int) -> None:
         """InputError where the reports of a block become more than a reader takes."""
-        if len(self._members) % self._block_rows == 0:
+        if len(self._lines) % self._block_rows == 0:
             self._text_bytes = 0
         self._text_bytes += size
         if self._text_bytes > MAX_BLOCK_TEXT_BYTES:
@@ -166,7 +173,7 @@ class ShardWriter:
             pieces.append(tar.member(name, content))
             at += len(pieces[-1])
         self._write(b"".join(pieces))
-        self._members.append(tuple(members))
+        self._lines.append(index_line(members))
         return members[0]
 
     def _write(self, content: bytes) -> None:
@@ -175,17 +182,19 @@ class ShardWriter:
         self._offset += len(content)
 
     def _finish(self) -> ShardInfo:
-        if not self._members:
+        if not self._lines:
             raise ValueError(f"shard {self._name} has no samples")
         self._write(tar.END)
-        index = encode_index(self._members)
-        table = self._table()
+        index = encode_index(self._lines)
+        if self._columns["key"]:
+            self._pack()
+        table = encode_table(pa.concat_tables(self._tables), self._block_rows)
         footer = table[-footer_size(table) :]
         write_atomic(self._folder / f"{self._name}.idx", index)
         write_atomic(self._folder / f"{self._name}.parquet", table)
         return ShardInfo(
             name=self._name,
-            rows=len(self._members),
+            rows=len(self._lines),
             tar=FileInfo(bytes=self._offset, xxh3=self._digest.hexdigest()),
             idx=FileInfo(bytes=len(index), xxh3=xxh3_128_hexdigest(index)),
             parquet=FileInfo(bytes=len(table), xxh3=xxh3_128_hexdigest(table)),
@@ -193,14 +202,13 @@ class ShardWriter:
             footer_xxh3=xxh3_128_hexdigest(footer),
         )
 
-    def _table(self) -> bytes:
-        columns = dict(self._columns)
+    def _pack(self) -> None:
+        """Rows of whole blocks from lists to Arrow, an eighth of the memory."""
+        columns, self._columns = self._columns, {column: [] for column in self._schema.names}
         tokens = pa.array(np.concatenate(columns.pop("tokens")))
         arrays = {name: pa.array(values, type=self._schema.field(name).type) for name, values in columns.items()}
         arrays["tokens"] = pa.FixedSizeListArray.from_arrays(tokens, self._context)
-        return encode_table(
-            pa.table([arrays[name] for name in self._schema.names], schema=self._schema), self._block_rows
-        )
+        self._tables.append(pa.table([arrays[name] for name in self._schema.names], schema=self._schema))
 
 
 def encode_table(table: pa.Table, block_rows: int) -> bytes:
