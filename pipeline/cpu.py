@@ -1,4 +1,4 @@
-"""The `cpu` backend: threads over libjpeg-turbo and torch's uint8 bicubic kernel into reused buffers.
+"""The `cpu` backend: threads over compiled kernels (or libjpeg-turbo and torch's) into reused buffers.
 
     feeder thread: EncodedBatches -> a free slot -> tasks of a few images
     decoding threads: task -> ImageKernel -> the slot's buffer
@@ -33,6 +33,8 @@ class _Slot:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> None:
         self.images = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+        self.each = self.images.unbind()
+        self.boxes: list[list[int]] = []
         self.encoded: Encoded | None = None
         self.error: BaseException | None = None
         self.done = threading.Event()
@@ -43,6 +45,7 @@ class _Slot:
     def start(self, encoded: Encoded, tasks: int) -> None:
         """Begin a batch of so many tasks."""
         self.encoded, self.error, self._open_tasks = encoded, None, tasks
+        self.boxes = encoded.fate.boxes.tolist()
         self.done.clear()
         if not tasks:
             self.done.set()
@@ -168,10 +171,9 @@ class CpuBackend:
                 task.slot.finish_task(None)
 
     def _run(self, kernel: ImageKernel, task: _Task) -> None:
-        encoded = task.slot.encoded
+        encoded, boxes, out = task.slot.encoded, task.slot.boxes, task.slot.each
         assert encoded is not None
-        fate, out = encoded.fate, task.slot.images.unbind()
-        boxes = fate.boxes.tolist()
+        fate = encoded.fate
         for index in range(task.first, task.first + task.count):
             pixels = self._pixels(kernel, encoded, index)
             for view in range(index, len(boxes), len(encoded)):
