@@ -29,13 +29,13 @@ def read_columns(paths: tuple[Path, ...], names: tuple[str, ...]) -> dict[str, p
     headers = {path: _header(path) for path in paths}
     wanted = {name: _find(name, headers) for name in names}
     columns: dict[str, pa.ChunkedArray] = {}
-    counts: dict[str, int] = {}
+    counts: dict[Path, int] = {}
     for path in paths:
         mine = [name for name in names if wanted[name] == path]
-        counts[path.name], read = _read_file(path, headers[path], mine)
+        counts[path], read = _read_file(path, headers[path], mine)
         columns |= read
     if len(set(counts.values())) > 1:
-        found = ", ".join(f"{name} has {count:,}" for name, count in counts.items())
+        found = ", ".join(f"{path} has {count:,}" for path, count in counts.items())
         raise InputError(f"the CSV files describe different numbers of rows: {found}; they must be row-aligned")
     return columns
 
@@ -90,7 +90,7 @@ def _find(name: str, headers: dict[Path, list[str]]) -> Path:
         known = "; ".join(f"{path.name}: {', '.join(header[:30])}" for path, header in headers.items())
         raise InputError(f"no column {name!r} in the CSV; columns are {known}")
     if len(found) > 1:
-        raise InputError(f"column {name!r} stands in {' and '.join(path.name for path in found)}; rename one")
+        raise InputError(f"column {name!r} stands in {' and '.join(map(str, found))}; rename one")
     return found[0]
 
 

@@ -158,7 +158,7 @@ def _patients(config: SourceConfig, columns: dict[str, pa.ChunkedArray]) -> NDAr
     if config.group_regex:
         pattern = re.compile(config.group_regex)
         matches = [pattern.search(text) for text in strings(column)]
-        taken = [match[1] if match and pattern.groups else match[0] if match else "" for match in matches]
+        taken = [(match[1] or "" if pattern.groups else match[0]) if match else "" for match in matches]
         column = pa.chunked_array([pa.array(taken, pa.large_string())])
     column = pc.utf8_trim_whitespace(column)  # `7` and `7 ` are one patient; `007` is another
     blank = np.flatnonzero(pc.equal(column, "").to_numpy())

@@ -247,6 +247,9 @@ class TestMistakes:
         short = write_csv(tmp_path / "c.csv", ["impression"], [["a"]] * 95)
         other = write_csv(tmp_path / "d.csv", ["Path"], [["a"]] * 96)
         refused("c.csv has 95", "d.csv has 96", table=short, more=("--csv", str(short), str(other)))
+        (tmp_path / "more").mkdir()
+        namesake = write_csv(tmp_path / "more" / "c.csv", ["Path"], [["a"]] * 96)
+        refused("c.csv has 95", "more/c.csv has 96", table=short, more=("--csv", str(short), str(namesake)))
         torn = tmp_path / "e.csv"
         torn.write_text("a,impression\n1,x\n\n2,y\n")
         refused("row 1", "blank", table=torn)

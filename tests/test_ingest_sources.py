@@ -286,6 +286,8 @@ class TestLabelsAndSplits:
             ingest(
                 IngestConfig(to_shards=tmp_path / "x", h5=(h5,), csv=(table,), group_column="Path", group_regex="q(.)")
             )
+        with pytest.raises(InputError, match="40 rows have no 'Path'"):  # its group takes no part in the match
+            run(tmp_path / "x", h5=(h5,), csv=(table,), group_column="Path", group_regex="files(x)?")
         assert not (tmp_path / "x").exists()
 
     def test_several_sources(self, tmp_path: Path, images: np.ndarray) -> None:
