@@ -78,6 +78,12 @@ class BlockReader:
         return self._loader.quarantine
 
     @property
+    def staged(self) -> int:
+        """Shards of which there are copies on the node."""
+        copies = self._loader.shards.copies
+        return 0 if copies is None else copies.count()
+
+    @property
     def buffer_bytes(self) -> int:
         """Bytes in all buffers, free ones included."""
         return self._buffers.total
@@ -125,6 +131,8 @@ class BlockReader:
     def close(self) -> None:
         """Stop the threads and close the files."""
         self.stop()
+        if (copies := self._loader.shards.copies) is not None:
+            copies.close()
         end = time.monotonic() + CLOSE_WAIT_S
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))

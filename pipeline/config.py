@@ -51,6 +51,10 @@ class LoaderConfig:
     max_bad: int = 0
     """Bad samples of the split (damaged, or not to be decoded) that training does without; see pipeline/quarantine.py.
     One more ends it, and evaluation takes none: it would count another row twice."""
+    stage_dir: Path | None = None
+    """Folder on this node to which shards are copied, verified, while they are read; see pipeline/stage.py."""
+    stage_gb: float | None = None
+    """Most gigabytes of copies of a data set there; None: until a twentieth of that disk is left."""
     stall_abort_s: float = 600
     """Seconds to wait for one block before giving up; 0: for ever. A line says after 5 s what is waited for."""
     image_size: int = 224
@@ -97,6 +101,8 @@ class LoaderConfig:
             raise InputError(f"mean {self.mean} has to be of finite numbers")
         if not (0 <= self.stall_abort_s < math.inf and self.max_bad >= 0):
             raise InputError(f"stall_abort_s {self.stall_abort_s} and max_bad {self.max_bad} have to be at least 0")
+        if self.stage_gb is not None and not 0 < self.stage_gb < math.inf:
+            raise InputError(f"stage_gb {self.stage_gb} has to be a number above 0")
         if self.backend.startswith("hdf5") and self.max_bad:
             raise InputError(f"max_bad {self.max_bad}: backend {self.backend} reads no shards and replaces nothing")
         if self.backend.startswith("hdf5") and self.h5 is None:

@@ -38,6 +38,14 @@ class Copies(Protocol):
         """Never say so again."""
         ...
 
+    def count(self) -> int:
+        """How many are there."""
+        ...
+
+    def close(self) -> None:
+        """Make no more."""
+        ...
+
 
 class _Entry:
     """A shard that is open or being opened, and how many are at it."""

@@ -22,6 +22,7 @@ from pipeline.handles import OpenShards
 from pipeline.order import Layout, Order, RowOrder, ShuffledOrder
 from pipeline.quarantine import Quarantine
 from pipeline.selection import Selection, select_rows
+from pipeline.stage import Stage
 from pipeline.visits import VisitLoader
 from shards.errors import InputError
 from shards.manifest import read_manifest
@@ -84,12 +85,13 @@ class Loader(Iterator[Batch]):
 
     def stats(self) -> dict[str, float]:
         """Counts so far: batches, images, seconds the trainer waited here; blocks and bytes read, reads retried, bad
-        samples replaced."""
+        samples replaced, shards that are on this node."""
         stats: dict[str, float] = {"batches": self._batches, "images": self._images, "wait_s": self._wait_s}
         if self._reader is not None:
             read = self._reader.stats
             stats |= {"blocks": read.blocks, "bytes": read.bytes, "retries": read.retries}
             stats |= {"buffer_bytes": self._reader.buffer_bytes, "bad_samples": len(self.bad_samples())}
+            stats["staged"] = self._reader.staged
         return stats
 
     def close(self) -> None:
@@ -193,11 +195,19 @@ def _make_reader(
     memory = config.memory_mb << 20
     check_memory(manifest, shards, memory, 1 if config.mode == "eval" else streams // world.size)
     visits = VisitLoader(
-        OpenShards(Path(config.shards), manifest, shards), manifest, quarantine, order.layout.chosen_of
+        OpenShards(Path(config.shards), manifest, shards, _stage(config, manifest)), manifest, quarantine, order.layout.chosen_of
     )
     return BlockReader(
         visits, manifest, shards, order.visits(position, world), memory, stall_abort_s=config.stall_abort_s
     )
+
+
+def _stage(config: LoaderConfig, manifest: Manifest) -> Stage | None:
+    """Copies on the node, begun, where the config asks for them."""
+    if config.stage_dir is None:
+        return None
+    limit = None if config.stage_gb is None else int(config.stage_gb * 1e9)
+    return Stage(Path(config.shards), Path(config.stage_dir), manifest, manifest.splits[config.split], limit)
 
 
 def _make_backend(

@@ -31,6 +31,10 @@ class DataConfig:
     max_bad: int = 0
     """Bad training samples (damaged, or not to be decoded) that the run does without: others of their blocks take their
     places. One more ends it. Validation takes none: name them in --data.exclude."""
+    stage_dir: Path | None = None
+    """Folder on each node to which shards are copied, verified, while the run reads them; used as they are complete."""
+    stage_gb: float | None = None
+    """Most gigabytes of copies there; none: until a twentieth of that disk is left."""
     stall_abort_s: float = 600
     """Seconds to wait for one block of a shard before giving up; 0: for ever."""
     image_size: int = 224

@@ -22,7 +22,7 @@ PATHS = ("shards", "out", "h5")
 """Settings that stay out of checkpoints: where files lie is nobody's business elsewhere."""
 
 
-READING = ("threads", "memory_mb", "max_bad", "stall_abort_s")
+READING = ("threads", "memory_mb", "max_bad", "stage_dir", "stage_gb", "stall_abort_s")
 """Settings of `data` that a run may change on its way: they change no sample."""
 
 
@@ -116,7 +116,8 @@ def capture(
     if not ranks.first:
         return {}
     settings = {name: value for name, value in to_fields(config).items() if name not in PATHS}
-    del settings["data"]["exclude"]
+    for name in ("exclude", "stage_dir"):
+        del settings["data"][name]
     return {
         "step": progress.step,
         "position": progress.step * config.batch_size,
