@@ -1,9 +1,15 @@
 """numba's compiler, kept from failing where it could only be slower."""
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
+from llvmlite.binding import get_host_cpu_features
 from numba import config, njit
+
+NEEDED = ("avx2", "fma", "f16c")
+"""Of an x86 CPU (any since 2013; a virtual one may hide them): without f16c LLVM ends the process, for want of a
+function that rounds to half precision."""
 
 
 def compiled(function: Callable[..., Any], signature: Any) -> Callable[..., Any]:
@@ -12,10 +18,12 @@ def compiled(function: Callable[..., Any], signature: Any) -> Callable[..., Any]
     Not so where neither the source's folder nor the user's cache folder takes files (RuntimeError), a disk is full
     (OSError) or a cached file is damaged (whatever unpickling says): then it is compiled for this process alone.
     NUMBA_CACHE_DIR names another folder. Entries are written under a temporary name and are per CPU model, so that
-    processes and machines may share one.
+    processes and machines may share one. RuntimeError where it cannot be compiled at all.
     """
     if vars(config)["DISABLE_JIT"]:
         raise RuntimeError("NUMBA_DISABLE_JIT is set")
+    if platform.machine() == "x86_64" and (missing := [name for name in NEEDED if not get_host_cpu_features()[name]]):
+        raise RuntimeError(f"the CPU has no {', '.join(missing)}")
     try:
         return njit(signature, nogil=True, cache=True)(function)
     except Exception:

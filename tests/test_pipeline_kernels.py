@@ -327,13 +327,19 @@ def test_a_cache_that_cannot_be_used_costs_time_only(tmp_path: Path, kind: str) 
     assert process.communicate()[1] == "" and process.returncode == 0
 
 
-def test_a_switched_off_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
+@pytest.mark.parametrize("reason", ["NUMBA_DISABLE_JIT", "f16c"])
+def test_what_keeps_the_compiler_from_working_is_named(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    if reason == "f16c":  # as in virtual machines with a plain CPU model
+        features = {"avx2": True, "fma": True, "f16c": False}
+        monkeypatch.setattr("pipeline.compiled.get_host_cpu_features", lambda: features)
+        monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    else:
+        monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
     for name in ("pipeline.resize", "pipeline.jpeg"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     compiled_functions.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="NUMBA_DISABLE_JIT"):
+        with pytest.warns(UserWarning, match=reason):
             assert compiled_functions() is None
     finally:
         compiled_functions.cache_clear()
