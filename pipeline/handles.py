@@ -72,10 +72,14 @@ class OpenShards:
         """Name of a shard."""
         return self._shards[number].name
 
+    def has_copy(self, number: int) -> bool:
+        """Whether a copy of a shard is on this node."""
+        return self.copies is not None and self.copies.has(number)
+
     @contextlib.contextmanager
-    def use(self, number: int) -> Iterator[OpenShard]:
-        """A shard, kept from being closed while in use. InputError where it is not the one the manifest describes."""
-        key = number, self.copies is not None and self.copies.has(number)
+    def use(self, number: int, *, staged: bool = False) -> Iterator[OpenShard]:
+        """A shard, or its copy, kept from being closed while in use. InputError where it is not the manifest's."""
+        key = number, staged
         with self._lock:
             entry = self._open.setdefault(key, _Entry())
             entry.users += 1

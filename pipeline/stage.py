@@ -67,6 +67,8 @@ class Stage:
 
     def distrust(self, number: int, why: str) -> None:
         """Read a shard from the shared folder from now on; its copy goes, so that a later run makes a new one."""
+        if number in self._distrusted:
+            return  # another thread said so
         self._distrusted.add(number)
         name = self._shards[number].name
         log.warning("the copy of shard %s in %s is read no more (%s)", name, self.root.parent, why)

@@ -6,7 +6,7 @@ are bad must not depend on the node.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from shards.reader import Rows
 from shards.schema import Manifest
 
 Ints = NDArray[np.int64]
+Result = TypeVar("Result")
 
 
 class Pool(Protocol):
@@ -62,22 +63,24 @@ class VisitLoader:
 
     def load(self, visit: Visit, pool: Pool) -> Loaded:
         """A visit's data. InputError for what cannot be read, and for bad samples where none are tolerated."""
-        with self.shards.use(visit.shard) as shard:
-            try:
-                return self._load(visit, shard, pool)
-            except InputError as error:
-                if not shard.staged:
-                    raise
-                self.shards.distrust(visit.shard, error)
-        with self.shards.use(visit.shard) as shard:
-            return self._load(visit, shard, pool)
+        return self._at(visit.shard, lambda shard: self._load(visit, shard, pool))
 
     def retire(self, number: int, row: int, why: str) -> None:
         """Note that a row of a shard is bad although its bytes are sound. InputError where none is tolerated."""
         block, within = divmod(row, self._block_rows)
+        rows = self._at(number, lambda shard: self.shards.rows(shard, number, block))
+        self._condemn(number, pick_rows(rows, np.array([within])), np.array([row]), [0], why)
+
+    def _at(self, number: int, action: Callable[[OpenShard], Result]) -> Result:
+        """What `action` returns of a shard's copy on the node; of the shared folder's, where there is no sound one."""
+        if self.shards.has_copy(number):
+            try:
+                with self.shards.use(number, staged=True) as shard:
+                    return action(shard)
+            except InputError as error:
+                self.shards.distrust(number, error)
         with self.shards.use(number) as shard:
-            rows = self.shards.rows(shard, number, block)
-            self._condemn(number, pick_rows(rows, np.array([within])), np.array([row]), [0], why)
+            return action(shard)
 
     def _load(self, visit: Visit, shard: OpenShard, pool: Pool) -> Loaded:
         block, first = self.shards.rows(shard, visit.shard, visit.block), visit.block * self._block_rows
