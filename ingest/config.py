@@ -68,6 +68,8 @@ class SourceConfig:
             raise InputError("--csv names no file; give one or more")
         if self.split and self.split_column:
             raise InputError("--split and --split-column contradict each other; give one")
+        if self.section is not None and not self.section.strip():
+            raise InputError("--section is empty; name the section that is the text, or leave it out")
         if not self.label_list_separator:
             raise InputError("--label-list-separator is empty; it is what joins the findings of a row")
         if self.group_regex is not None:
@@ -126,8 +128,8 @@ class IngestConfig(SourceConfig):
                 raise InputError(f"--{name.replace('_', '-')} {value} is not in [0, 1)")
         if self.val_fraction + self.test_fraction >= 1:
             raise InputError(f"fractions {self.val_fraction} for val and {self.test_fraction} for test leave no train")
-        if self.workers is not None and self.workers < 1:
-            raise InputError(f"--workers {self.workers} is not a positive number")
+        if self.workers is not None and not 1 <= self.workers <= 4096:
+            raise InputError(f"--workers {self.workers} is not a positive number up to 4,096")
         if self.workers is not None and self.scheduler is not None:
             raise InputError("--workers starts processes here, --scheduler uses those of a cluster; give one of them")
         if not 0 < self.scheduler_wait < math.inf:

@@ -47,7 +47,7 @@ class Fault(enum.IntEnum):
             Fault.NONE: "",
             Fault.ALL_ZERO: "film is all zero",
             Fault.CONSTANT: "film is constant",
-            Fault.MISSING: "film file is missing",
+            Fault.MISSING: "film file is missing or outside the folder",
             Fault.UNREADABLE: "film file cannot be decoded",
             Fault.TOO_LARGE: "film file declares too many pixels",
             Fault.FRAMES: "film file holds several frames",

@@ -12,7 +12,7 @@ from typing import Protocol, Self, TypeVar
 
 from ingest.config import IngestConfig, SourceConfig
 from shards.errors import InputError
-from shards.processes import start_worker
+from shards.processes import interrupts_held, start_worker
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -56,7 +56,8 @@ class Processes:
         pending: set[Future[Result]] = set()
         try:
             for task in tasks:
-                pending.add(self._executor.submit(function, task))
+                with interrupts_held():
+                    pending.add(self._executor.submit(function, task))
                 if len(pending) > _TASKS_PER_WORKER * self._workers:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)

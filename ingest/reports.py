@@ -7,6 +7,7 @@ with the wrong report.
 
 import csv
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from shards.errors import InputError
 MAX_FIELD = 16 << 20
 """Characters; a larger field is an unclosed quote far more often than a report."""
 _CHUNK = 10_000
+_LONGEST_NAME = 60
+_DATA = re.compile(r"\d{3}|[.!?]\s|(\S+\s+){6}|^\s*-?[\d.]*\s*$")
+"""What values have and names of columns do not: long numbers, sentences, a number alone, nothing."""
 
 
 def read_columns(paths: tuple[Path, ...], names: tuple[str, ...]) -> dict[str, pa.ChunkedArray]:
@@ -87,11 +91,20 @@ def _header(path: Path) -> list[str]:
 def _find(name: str, headers: dict[Path, list[str]]) -> Path:
     found = [path for path, header in headers.items() if name in header]
     if not found:
-        known = "; ".join(f"{path.name}: {', '.join(header[:30])}" for path, header in headers.items())
+        known = "; ".join(f"{path.name}: {_describe(header)}" for path, header in headers.items())
         raise InputError(f"no column {name!r} in the CSV; columns are {known}")
     if len(found) > 1:
         raise InputError(f"column {name!r} stands in {' and '.join(map(str, found))}; rename one")
     return found[0]
+
+
+def _describe(header: list[str]) -> str:
+    """The columns, for a message. A file without a header has a patient and a report in its first line instead."""
+    if len(header) == 1 and (other := next((mark for mark in ";\t" if mark in header[0]), None)):
+        return f"one column, and {other!r} in its name; save it with commas"
+    if any(len(name) > _LONGEST_NAME or _DATA.search(name) for name in header):
+        return f"{len(header):,}, whose first line does not read like names; add a header line"
+    return ", ".join(header[:30])
 
 
 def _read_file(path: Path, header: list[str], names: list[str]) -> tuple[int, dict[str, pa.ChunkedArray]]:

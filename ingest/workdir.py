@@ -6,6 +6,7 @@ goes when the manifest is written.
 
 import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import shutil
@@ -96,6 +97,8 @@ def _check_folder(out: Path, names: set[str], inputs: dict[str, Any]) -> None:
 
 def _cannot_write(out: Path, error: OSError) -> InputError:
     """What a full, read-only or broken disk says, in one line."""
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return InputError(f"{out} cannot be made a folder ({error.strerror}); choose another")
     what = Path(error.filename).name if error.filename else "a file"
     free = f"{shutil.disk_usage(out).free / 1e6:,.0f} MB are free there" if out.exists() else "the folder is not there"
     return InputError(

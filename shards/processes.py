@@ -1,8 +1,10 @@
 """Worker processes that do not outlive their parent."""
 
+import contextlib
 import ctypes
 import os
 import signal
+from collections.abc import Iterator
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -12,9 +14,20 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back inside the block: a worker that starts in it is not hit while it imports, and says nothing."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start_worker(parent: int) -> None:
     """Initializer of a pool's workers: leave Ctrl-C to the parent, which says so, and die with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # what `interrupts_held` left
     die_with_parent()
     if os.getppid() != parent:  # it died before we asked
         os._exit(1)

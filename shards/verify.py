@@ -28,7 +28,7 @@ from shards.cli import say
 from shards.errors import InputError
 from shards.leaks import Leaks
 from shards.manifest import read_manifest
-from shards.processes import start_worker
+from shards.processes import interrupts_held, start_worker
 from shards.schema import MANIFEST_NAME, REJECTS_NAME, REPORT_NAME, REPORT_PAGE_NAME, Manifest, ShardInfo
 
 DECODE = 16
@@ -138,7 +138,8 @@ def _in_order(
     """Results in the order of the shards, with few of them waiting."""
     pending: list[Future[Checked]] = []
     for info in infos:
-        pending.append(pool.submit(_check, root, manifest, info, decode))
+        with interrupts_held():
+            pending.append(pool.submit(_check, root, manifest, info, decode))
         if len(pending) > 2 * workers:
             yield pending.pop(0).result()
     while pending:

@@ -237,10 +237,26 @@ class TestMistakes:
         refused("no dataset 'images'", "'cxr'", more=("--dataset", "images"))
         refused("label column 'Path'", "row 0", more=("--label-columns", "Path"))
         refused("--val-fraction", "1.5", more=("--val-fraction", "1.5"))
+        refused("--section is empty", more=("--section", ""))
+        refused("--workers 3000000000", "4,096", more=("--workers", "3000000000"))
         refused("--frob", more=("--frob", "1"))
         text = tmp_path / "text.h5"
         text.write_text("not HDF5")
         refused("cannot be opened as HDF5", h5=text)
+
+    def test_headers(self, refused, tmp_path: Path) -> None:
+        """A first line that is data is a patient and a report, and no message says them."""
+        for line in (
+            "MRN123,no effusion",
+            "p1,Severe edema. No effusion",
+            "7,no effusion",
+            "p1,no sign of any edema at all",
+        ):
+            table = tmp_path / "headless.csv"
+            table.write_text(f"{line}\n" * 96)
+            refused("headless.csv: 2, whose first line does not read like names; add a header line", table=table)
+        table.write_text("patient;impression\np1;x\n")
+        refused("one column, and ';' in its name; save it with commas", table=table)
 
     def test_row_counts(self, refused, tmp_path: Path) -> None:
         refused("96 films", "2 rows", table=write_csv(tmp_path / "b.csv", ["impression"], [["a"], ["b"]]))
@@ -295,6 +311,7 @@ class TestMistakes:
         (tmp_path / "full" / "thesis.tex").write_text("precious")
         assert_refused(run_module(*arguments(tmp_path / "full", source)), "is not empty")
         assert os.listdir(tmp_path / "full") == ["thesis.tex"]
+        assert_refused(run_module(*arguments(source[1], source)), "cannot be made a folder", "choose another")
         # An interrupted ingest goes on only as what it was.
         out = tmp_path / "out"
         (out / ".ingest").mkdir(parents=True)

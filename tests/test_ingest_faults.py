@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, assert_refused, made_up_images, run_module, write_csv, write_h5
 
+from ingest.pool import Processes
 from shards.verify import verify
 
 INJECTED = Path(__file__).parent / "injected"
@@ -292,6 +293,23 @@ def test_a_silent_holder_elsewhere_is_dead_after_a_while(tmp_path: Path) -> None
     os.utime(lock, (long_ago, long_ago))
     with exclusive(lock):
         assert json.loads(lock.read_bytes())["pid"] == os.getpid()
+
+
+def test_a_worker_is_born_deaf_to_interrupts() -> None:
+    """One that is hit while it imports would print a traceback beside the parent's line."""
+    held = []
+
+    def tasks() -> Iterator[int]:
+        yield -1
+        for process in pool._executor._processes.values():  # just started
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            held.extend(int(line.split()[1], 16) for line in lines if line.startswith(("SigBlk", "SigIgn")))
+        yield -2
+
+    with Processes(1) as pool:
+        assert sorted(pool.map_unordered(abs, tasks())) == [1, 2]
+    assert len(held) == 2 and any(mask >> (signal.SIGINT - 1) & 1 for mask in held)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_workers_die_with_their_parent(tmp_path: Path) -> None:

@@ -175,12 +175,14 @@ class TestImageFolder:
         found = run(tmp_path / "out", images=folder, path_column="file", csv=(table,), max_rejects=0.9)
         assert sorted(found) == [key(0), key(6)]
         rejects = {int(row["row"]): row["reason"] for row in csv.DictReader(open(tmp_path / "out" / "rejects.csv"))}
-        assert rejects == {1: "film file cannot be decoded"} | dict.fromkeys((2, 3, 4, 5, 7), "film file is missing")
+        assert rejects == {1: "film file cannot be decoded"} | dict.fromkeys(
+            (2, 3, 4, 5, 7), "film file is missing or outside the folder"
+        )
 
     def test_too_many_rejects_are_a_mistake(self, folder: Path, tmp_path: Path) -> None:
         table = write_csv(tmp_path / "t.csv", ["Path", "impression"], [["gone.png", "Report"]] * 3)
         command = ["ingest", "--to-shards", tmp_path / "out", "--images", folder, "--csv", table]
-        assert_refused(run_module(*command), "3 of 3 rows are rejected", "film file is missing")
+        assert_refused(run_module(*command), "3 of 3 rows are rejected", "film file is missing or outside the folder")
 
     def test_the_real_films_are_chexzeros(self, real_data: Path) -> None:
         """Our way from an image file to 320 x 320 is the one that wrote the HDF5 file: equal to the pixel."""
