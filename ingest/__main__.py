@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _say(config: IngestConfig, report: "Report", seconds: float) -> None:
     from ingest.report import encoding_lines
+    from shards.stats import leak_lines
 
     sizes = ", ".join(f"{split} {stats.samples:,}" for split, stats in report.stats.splits.items())
     say(f"{config.to_shards}: {report.samples:,} samples ({sizes}); more in report.txt there")
@@ -37,7 +38,7 @@ def _say(config: IngestConfig, report: "Report", seconds: float) -> None:
     rows = report.rows - report.samples
     several = " (some have several reasons)" if report.rejected.total() > rows else ""
     say(f"rejected {rows:,} rows{several}{rejected}")
-    for line in encoding_lines(report.encoded):
+    for line in (*encoding_lines(report.encoded), *leak_lines(report.stats)):
         say(line)
 
 

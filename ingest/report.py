@@ -202,7 +202,7 @@ def encoding_lines(encoded: Encoded) -> Iterator[str]:
     factor = encoded.source_bytes / encoded.set_bytes
     yield (
         f"films took {encoded.source_bytes / 1e6:,.1f} MB, the set takes {encoded.set_bytes / 1e6:,.1f} MB: "
-        f"{factor:.1f} times less"
+        + (f"{factor:.1f} times less" if factor >= 1 else f"{1 / factor:.1f} times more")
     )
     name = encoded.codec if encoded.quality is None else f"{encoded.codec} quality {encoded.quality}"
     if encoded.psnr is None:

@@ -115,10 +115,15 @@ def page(stats: Stats) -> Iterator[str]:
     yield _line("", list(stats.splits))
     for name, show in _ROWS:
         yield _line(name, [show(split) for split in stats.splits.values()])
+    yield from leak_lines(stats)
+    yield from _label_page(stats.splits)
+
+
+def leak_lines(stats: Stats) -> Iterator[str]:
+    """Films that two splits share."""
     for pair, count in stats.shared_films.items():
         if count:
             yield f"{count:,} films are in {' and in '.join(pair.split(', '))}, byte for byte"
-    yield from _label_page(stats.splits)
 
 
 def _label_page(splits: dict[str, SplitStats]) -> Iterator[str]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import made_up_images, run_module, write_csv, write_h5
 
+from ingest.report import Encoded, encoding_lines
 from shards.manifest import read_manifest
 
 COUNT = 60
@@ -55,13 +56,20 @@ def test_rows_and_rejects(report: tuple[Path, dict, str]) -> None:
 
 def test_films(report: tuple[Path, dict, str]) -> None:
     """Blank and equal films, by opaque keys, within a source and across: the second source repeats rows 30 to 49."""
-    _, found, _ = report
+    _, found, said = report
+    assert "20 films are in train and in val, byte for byte" in said
     films = found["films"]
     assert (films["all_zero"], films["constant"]) == (2, 1)
     keys = {tuple(keys) for keys in films["equal"]}
     assert {("00-0000000010", "00-0000000011", "00-0000000012"), ("00-0000000020", "00-0000000021")} <= keys
     assert {(f"00-{row:010d}", f"01-{row - 30:010d}") for row in range(30, 50)} <= keys
     assert films["repeated"] == 5 + 40 and films["repeated_most"] == 3 and len(keys) == 22
+
+
+def test_more_bytes_are_called_more() -> None:
+    encoded = Encoded(codec="png", quality=None, source_bytes=10**7, set_bytes=4 * 10**7, measured=1, psnr=None,
+                      resized_psnr=None, resized_difference=0.0)  # fmt: skip
+    assert next(encoding_lines(encoded)) == "films took 10.0 MB, the set takes 40.0 MB: 4.0 times more"
 
 
 def test_bytes(report: tuple[Path, dict, str]) -> None:
