@@ -55,7 +55,7 @@ class LoaderConfig:
     """Folder on this node to which shards are copied, verified, while they are read; see pipeline/stage.py."""
     stage_gb: float | None = None
     """Most gigabytes of copies of a data set there; None: until a twentieth of that disk is left."""
-    stall_abort_s: float = 600
+    stall_abort_s: float = 300
     """Seconds to wait for one block before giving up; 0: for ever. A line says after 5 s what is waited for."""
     image_size: int = 224
     """Height and width of the images handed out, pixels."""

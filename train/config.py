@@ -35,7 +35,7 @@ class DataConfig:
     """Folder on each node to which shards are copied, verified, while the run reads them; used as they are complete."""
     stage_gb: float | None = None
     """Most gigabytes of copies there; none: until a twentieth of that disk is left."""
-    stall_abort_s: float = 600
+    stall_abort_s: float = 300
     """Seconds to wait for one block of a shard before giving up; 0: for ever."""
     image_size: int = 224
     """Height and width the model sees, pixels."""

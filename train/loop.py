@@ -4,6 +4,7 @@ A step is launched without waiting for the device; the loss is read on log steps
 """
 
 import math
+from typing import NoReturn
 
 import torch
 
@@ -19,6 +20,7 @@ from train.metrics import Meter, MetricsLog, Row, memory_mb
 from train.objective import Contrastive, Output
 from train.optim import learning_rate
 from train.preempt import StopRequest
+from train.ranks import together
 from train.state import Progress, capture, gather_bad, order_digest, restore
 from train.step import Step
 from train.validate import validation_loss
@@ -47,6 +49,8 @@ class Loop:
         objective = Contrastive(job.ranks, shuffle_seed=seed)
         self._step = Step(job.learner, objective, job.precision, job.ranks, clip=job.config.optim.clip)
         self.progress = self._begin()
+        self._output: Output | None = None
+        self._saved_step = self.progress.step
         self._meter = Meter()
         self._log: MetricsLog | None = None
         self._writer: CheckpointWriter | None = None
@@ -77,16 +81,42 @@ class Loop:
         """Train on one batch and do what is due after it; whether to stop."""
         config, progress = self._config, self.progress
         with self._meter.waiting():
-            batch = next(self._job.loader)
+            batch, failure = self._next_batch()
+        asked, failed = self._ranks.sums([float(self._stop.asked), float(failure is not None)])
+        if batch is None or failed:
+            self._stop_short(failure)
         lr = learning_rate(config.optim, progress.step, config.steps)
         output = self._step(batch, lr)
         progress.step += 1
         progress.digest = (progress.digest + digest_batch(batch, self._job.world)) % DIGEST_MODULUS
         if self._log is not None:
             self._log.advance()
-        stopping = self._ranks.any(self._stop.asked) or progress.step == config.stop_at
+        self._output = output
+        stopping = asked > 0 or progress.step == config.stop_at
         self._after_step(output, lr, stopping)
         return stopping
+
+    def _next_batch(self) -> tuple[Batch | None, InputError | None]:
+        """The next batch, or why there is none: a shard that is damaged, gone, or does not come."""
+        try:
+            return next(self._job.loader), None
+        except InputError as error:
+            return None, error
+
+    def _stop_short(self, failure: InputError | None) -> NoReturn:
+        """Save the steps done, then end all ranks with the line of the one whose loader failed. All have to call it."""
+        if self._output is not None and self.progress.step != self._saved_step:
+            self._read_loss(self._output)
+            self._save(is_best=False)
+        if self._writer is not None:
+            self._writer.wait()
+
+        def say_why() -> None:
+            if failure is not None:
+                raise InputError(f"{failure} (stopped after step {self.progress.step}, which is saved)")
+
+        together(self._ranks, "train.main", say_why)
+        raise AssertionError("unreachable")
 
     def _after_step(self, output: Output, lr: float, stopping: bool) -> None:
         step, config = self.progress.step, self._config
@@ -125,6 +155,7 @@ class Loop:
             "step_ms": round(step_ms, 3),
             "memory_mb": round(memory_mb(self._job.precision.device), 1),
             "order_digest": order_digest(self.progress, self._ranks),
+            "read_retries": int(self._ranks.sums([self._job.loader.stats().get("retries", 0)])[0]),
             "bad_samples": len(gather_bad(self._job.loader, self._ranks)),
         }
 
@@ -142,6 +173,7 @@ class Loop:
         job = self._job
         bad = gather_bad(job.loader, self._ranks)
         payload = capture(job.config, job.fingerprint, self.progress, job.learner, bad, self._ranks)
+        self._saved_step = self.progress.step
         if self._writer is not None:
             self._writer.write(payload, is_best=is_best)
 
