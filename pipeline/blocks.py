@@ -163,7 +163,8 @@ class BlockReader:
     def _claim(self) -> _Slot | None:
         with self._changed:
             while not (self._closed or self._failed):
-                slot = next((slot for slot in self._slots if not slot.claimed), None) or self._plan()
+                last = self._slots[-1] if self._slots else None  # claimed in turn, planned one by one: the others are
+                slot = last if last is not None and not last.claimed else self._plan()
                 if slot is not None and self._admit(slot):
                     slot.claimed = True
                     self._pending += slot.estimate
