@@ -71,6 +71,8 @@ def strings(column: pa.ChunkedArray) -> Iterator[str]:
 
 
 def _header(path: Path) -> list[str]:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path} is a pipe or a device; it is read more than once, so save it as a file")
     try:
         # What follows the header is read with it; whatever is wrong there is said of its own row.
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:

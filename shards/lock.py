@@ -29,7 +29,8 @@ class Held(InputError):
 @contextlib.contextmanager
 def exclusive(path: Path, taken: str) -> Iterator[None]:
     """Hold the lock file `path` inside the block. Held where another has it: says `taken`, host and process."""
-    holder = json.dumps({"host": socket.gethostname(), "boot": _boot_id(), "pid": os.getpid()}).encode()
+    me = {"host": socket.gethostname(), "boot": _boot_id(), "pid": os.getpid(), "started": _started(os.getpid())}
+    holder = json.dumps(me).encode()
     while not _create(path, holder):
         _take_over_or_refuse(path, taken)
     stop = threading.Event()
@@ -74,7 +75,8 @@ def _take_over_or_refuse(path: Path, taken: str) -> None:
 
 def _is_alive(holder: dict, age: float) -> bool:
     if holder.get("host") == socket.gethostname() and holder.get("boot") == _boot_id():
-        return Path(f"/proc/{holder.get('pid')}").exists()
+        started = _started(holder.get("pid"))
+        return started is not None and started == holder.get("started", started)
     return age < DEAD_AFTER_S
 
 
@@ -82,6 +84,14 @@ def _beat(path: Path, stop: threading.Event) -> None:
     while not stop.wait(HEARTBEAT_S):
         with contextlib.suppress(OSError):
             os.utime(path)
+
+
+def _started(pid: object) -> str | None:
+    """When a process started, in ticks since boot, for its number may be another's by now; None where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
 
 
 def _boot_id() -> str:

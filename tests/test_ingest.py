@@ -233,6 +233,8 @@ class TestMistakes:
     def test_files_and_columns(self, refused, tmp_path: Path) -> None:
         refused("no HDF5 file", "nothing.h5", h5=tmp_path / "nothing.h5")
         refused("cannot read", "nothing.csv", table=tmp_path / "nothing.csv")
+        os.mkfifo(tmp_path / "pipe.csv")
+        refused("pipe.csv is a pipe", "save it as a file", table=tmp_path / "pipe.csv")
         refused("no column 'findings'", "impression", more=("--text-column", "findings"))
         refused("no dataset 'images'", "'cxr'", more=("--dataset", "images"))
         refused("label column 'Path'", "row 0", more=("--label-columns", "Path"))

@@ -278,6 +278,11 @@ def test_two_ingests_into_one_folder(small: list[str], forked: Ingest, tmp_path:
     (work / "lock").write_text(json.dumps({**holder, "pid": int(dead.stdout)}))
     assert forked(out).returncode == 0
     assert [problem for _, problem in verify(out) if problem] == []
+    lock = tmp_path / "set" / ".ingest" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.write_text(json.dumps({**holder, "pid": os.getpid(), "started": "1"}))  # of a process that had our number
+    with exclusive(lock):
+        assert json.loads(lock.read_bytes())["started"] != "1"
 
 
 def test_a_silent_holder_elsewhere_is_dead_after_a_while(tmp_path: Path) -> None:
