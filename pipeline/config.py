@@ -34,6 +34,10 @@ class LoaderConfig:
     """File of keys, one 00-0000000123 a line, of samples to leave out."""
     balance: str | None = None
     """Label whose values, or query whose yes and no, get equal shares of each training epoch; evaluation ignores it."""
+    more_shards: tuple[Path, ...] = ()
+    """Folders of further data sets to train on, alike in images, tokenizer and labels; evaluation ignores them."""
+    mix: tuple[float, ...] = ()
+    """Shares of the sets in every batch, that of `shards` first, to half a stream; none: as large as the sets are."""
     backend: str = "auto"
     """cpu, dali, hdf5, hdf5-tuned; auto: dali where the device is a GPU, else cpu."""
     batch_size: int = 64
@@ -105,6 +109,7 @@ class LoaderConfig:
             raise InputError(f"stage_gb {self.stage_gb} has to be a number above 0")
         if self.backend.startswith("hdf5") and self.max_bad:
             raise InputError(f"max_bad {self.max_bad}: backend {self.backend} reads no shards and replaces nothing")
+        _check_mixture(self)
         if self.backend.startswith("hdf5") and self.h5 is None:
             raise InputError(f"backend {self.backend} reads the HDF5 file itself; give its path with --h5")
 
@@ -122,6 +127,20 @@ class LoaderConfig:
 def _one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise InputError(f"unknown {name} {value!r}; valid: {', '.join(valid)}")
+
+
+def _check_mixture(config: LoaderConfig) -> None:
+    if not config.more_shards and not config.mix:
+        return
+    if config.mix and len(config.mix) != 1 + len(config.more_shards):
+        raise InputError(f"--mix has {len(config.mix)} shares for {1 + len(config.more_shards)} data sets")
+    if not all(0 < share < math.inf for share in config.mix):
+        raise InputError(f"mix {config.mix} has to be of numbers above 0")
+    if config.backend.startswith("hdf5"):
+        raise InputError(f"backend {config.backend} reads one HDF5 file; --more-shards needs cpu or dali")
+    if config.max_bad or config.exclude:
+        name = "max_bad" if config.max_bad else "exclude"
+        raise InputError(f"{name} names samples of one data set and does not go with --more-shards; use one set")
 
 
 def available_cpus() -> int:

@@ -17,6 +17,7 @@ from pipeline.batch import Batch, World
 from pipeline.blocks import BlockReader
 from pipeline.config import LoaderConfig
 from pipeline.effects import draw
+from pipeline.mixture import MixedReader
 from pipeline.order import Visit
 from pipeline.visits import Loaded
 from shards.schema import Manifest, sample_key, shard_name
@@ -109,7 +110,7 @@ class EncodedBatches:
         config: LoaderConfig,
         manifest: Manifest,
         world: World,
-        reader: BlockReader,
+        reader: BlockReader | MixedReader,
         position: int,
         samples: int,
     ) -> None:

@@ -7,6 +7,7 @@ A loader's whole state is one integer, `position`: build it with `position=p` an
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -19,7 +20,8 @@ from pipeline.blocks import BlockReader, check_memory
 from pipeline.config import LoaderConfig, stream_count
 from pipeline.encoded import EncodedBatches
 from pipeline.handles import OpenShards
-from pipeline.order import Layout, Order, RowOrder, ShuffledOrder
+from pipeline.mixture import MixedOrder, MixedReader, check_alike, deal_streams, set_seed
+from pipeline.order import Layout, Order, RowOrder, ShuffledOrder, Visit
 from pipeline.quarantine import Quarantine
 from pipeline.selection import Selection, select_rows
 from pipeline.stage import Stage
@@ -51,7 +53,7 @@ class Loader(Iterator[Batch]):
         streams: int,
         position: int,
         backend: Backend,
-        reader: BlockReader | None = None,
+        reader: BlockReader | MixedReader | None = None,
     ) -> None:
         self.config = config
         self.samples = samples
@@ -125,15 +127,22 @@ def build_loader(
     if position < 0 or position % config.batch_size:
         raise InputError(f"position {position} is not a multiple of the batch size {config.batch_size}")
     manifest = read_manifest(config.shards)
-    order = make_order(config, manifest, streams)
+    mixed = config.mode == "train" and bool(config.more_shards)
     name = resolve_backend(config, world)
     if name.startswith("hdf5"):
         from pipeline.hdf5 import Hdf5Backend
 
+        order = make_order(config, manifest, streams)
         baseline = Hdf5Backend(config, manifest, world, order, position, tuned=name == "hdf5-tuned")
         return Loader(config, order.samples, streams, position, baseline)
     quarantine = Quarantine(config.split, config.max_bad if config.mode == "train" else 0, bad_samples)
-    reader = _make_reader(config, manifest, world, order, quarantine, streams, position)
+    reader: BlockReader | MixedReader
+    if mixed:
+        order, reader = _make_mixture(config, manifest, world, quarantine, streams, position)
+    else:
+        order = make_order(config, manifest, streams)
+        live = 1 if config.mode == "eval" else streams // world.size
+        reader = _make_reader(config, manifest, order.layout, order.visits(position, world), quarantine, live)
     batches = EncodedBatches(config, manifest, world, reader, position, order.samples)
     try:
         backend = _make_backend(name, config, manifest, world, batches)
@@ -183,23 +192,58 @@ def resolve_backend(config: LoaderConfig, world: World) -> str:
 def _make_reader(
     config: LoaderConfig,
     manifest: Manifest,
-    world: World,
-    order: Order,
+    layout: Layout,
+    visits: Iterator[Visit],
     quarantine: Quarantine,
-    streams: int,
-    position: int,
+    live: int,
 ) -> BlockReader:
+    """A reader of visits, `live` of which are open at once."""
     shards, image = manifest.splits[config.split], manifest.image
     if image.channels != 1:
         raise InputError(f"{config.shards} holds images of {image.channels} channels; the backends here read grey ones")
     memory = config.memory_mb << 20
-    check_memory(manifest, shards, memory, 1 if config.mode == "eval" else streams // world.size)
-    visits = VisitLoader(
-        OpenShards(Path(config.shards), manifest, shards, _stage(config, manifest)), manifest, quarantine, order.layout.chosen_of
-    )
-    return BlockReader(
-        visits, manifest, shards, order.visits(position, world), memory, stall_abort_s=config.stall_abort_s
-    )
+    check_memory(manifest, shards, memory, live)
+    opened = OpenShards(Path(config.shards), manifest, shards, _stage(config, manifest))
+    loader = VisitLoader(opened, manifest, quarantine, layout.chosen_of)
+    return BlockReader(loader, manifest, shards, visits, memory, stall_abort_s=config.stall_abort_s)
+
+
+def make_mixed_order(config: LoaderConfig, manifests: Sequence[Manifest], streams: int) -> MixedOrder:
+    """The order over all sets, by the mix or by their sizes. InputError where they do not go together."""
+    for root, manifest in zip(config.more_shards, manifests[1:], strict=True):
+        check_alike(manifests[0], manifest, str(root))
+    sets = [replace(config, shards=Path(root), more_shards=(), mix=()) for root in (config.shards, *config.more_shards)]
+    sizes = [make_layout(each, manifest).samples for each, manifest in zip(sets, manifests, strict=True)]
+    owner = deal_streams(config.mix or sizes, streams)
+    orders = [
+        make_order(replace(each, seed=set_seed(config.seed, number)), manifest, int((owner == number).sum()))
+        for number, (each, manifest) in enumerate(zip(sets, manifests, strict=True))
+    ]
+    return MixedOrder([order for order in orders if isinstance(order, ShuffledOrder)], owner)
+
+
+def _make_mixture(
+    config: LoaderConfig, manifest: Manifest, world: World, quarantine: Quarantine, streams: int, position: int
+) -> tuple[MixedOrder, MixedReader]:
+    """Order and readers of all sets; each has its part of the memory."""
+    manifests = [manifest, *(read_manifest(Path(root)) for root in config.more_shards)]
+    order = make_mixed_order(config, manifests, streams)
+    readers: list[tuple[int, BlockReader]] = []
+    try:
+        for number, root in enumerate((config.shards, *config.more_shards)):
+            live = order.set_streams(number, world)
+            if not live:
+                continue
+            part = replace(config, shards=Path(root), memory_mb=max(1, config.memory_mb * live * world.size // streams))
+            visits = order.set_visits(number, position, world)
+            layout = order.orders[number].layout
+            reader = _make_reader(part, manifests[number], layout, visits, quarantine, live)
+            readers.append((order.first_shard[number], reader))
+    except BaseException:
+        for _, reader in readers:
+            reader.close()
+        raise
+    return order, MixedReader(readers)
 
 
 def _stage(config: LoaderConfig, manifest: Manifest) -> Stage | None:

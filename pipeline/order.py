@@ -20,7 +20,7 @@ A *visit* is one stay of one stream in one block: what the reader reads, and in 
 """
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -168,10 +168,15 @@ class ShuffledOrder:
 
     def visits(self, position: int, world: World) -> Iterator[Visit]:
         """The rank's visits from a position on, endless, by the position of their first row."""
+        return self.visits_of(position, range(world.rank, self.streams, world.size))
+
+    def visits_of(self, position: int, residues: Sequence[int]) -> Iterator[Visit]:
+        """The visits from a position on whose positions leave one of these remainders modulo the streams."""
         epoch = position // self.samples
-        while True:
+        while residues:
             start = epoch * self.samples
-            mine = range((world.rank - start) % world.size, min(self.streams, self.samples), world.size)
+            streams = sorted((residue - start) % self.streams for residue in residues)
+            mine = [stream for stream in streams if stream < self.samples]
             spans = [self._stream_visits(epoch, stream, max(position - start, 0)) for stream in mine]
             yield from heapq.merge(*spans, key=lambda visit: visit.first)
             epoch += 1

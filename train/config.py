@@ -22,6 +22,10 @@ class DataConfig:
     """File of keys, one 00-0000000123 a line, of samples to leave out of training and validation."""
     balance: str | None = None
     """Label whose values, or query whose yes and no, get equal shares of each training epoch."""
+    more_shards: tuple[Path, ...] = ()
+    """Folders of further data sets to train on, alike in images, tokenizer and labels; validation is of --shards."""
+    mix: tuple[float, ...] = ()
+    """Shares of the sets in every batch, that of --shards first, to half a stream; none: as large as the sets are."""
     streams: int | None = None
     """Streams the order interleaves; none: 48, or the next multiple of the ranks."""
     threads: int | None = None

@@ -187,7 +187,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     split = choose_split(config, manifest)
     path = config.json or folder / f"evaluation-{split}.json"
     check_writable(path)
-    data = replace(trained.data, where=config.where, exclude=config.exclude)
+    data = replace(trained.data, where=config.where, exclude=config.exclude, mix=())  # nor its further sets
     settings = replace(
         trained, shards=config.shards, backend=config.backend, h5=config.h5, batch_size=config.batch_size, data=data
     )

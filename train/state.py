@@ -1,6 +1,7 @@
 """What a run is at a step boundary, to a checkpoint's payload and back."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from pipeline.loader import Loader
 from pipeline.quarantine import check_count
 from pipeline.selection import Selection
 from shards.errors import InputError
+from shards.manifest import read_manifest
 from shards.schema import Manifest
 from train.commandline import to_fields
 from train.config import TrainConfig, loader_config
@@ -67,8 +69,10 @@ def fingerprint(config: TrainConfig, manifest: Manifest, ranks: Ranks, precision
     )
     # Which samples are left out, not where the list of them lies.
     prints["data.exclude"] = Selection(exclude=config.data.exclude).keys_digest()
-    if not config.data.effects:
-        del prints["data.effects"]  # as in checkpoints from before there were any
+    prints["data.more_shards"] = [read_manifest(Path(root)).digest for root in config.data.more_shards]
+    for name in ("effects", "more_shards", "mix"):
+        if not getattr(config.data, name):
+            del prints[f"data.{name}"]  # as in checkpoints from before there were any
     for name in READING:
         del prints[f"data.{name}"]
     return prints
@@ -116,7 +120,7 @@ def capture(
     if not ranks.first:
         return {}
     settings = {name: value for name, value in to_fields(config).items() if name not in PATHS}
-    for name in ("exclude", "stage_dir"):
+    for name in ("exclude", "stage_dir", "more_shards"):
         del settings["data"][name]
     return {
         "step": progress.step,

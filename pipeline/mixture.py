@@ -1,0 +1,186 @@
+"""Train on several data sets at once, each with its share of every batch; still a pure function of the position.
+
+    --shards A --more-shards B C --mix 0.5 0.3 0.2
+
+The streams of the order are dealt out to the sets in proportion to the mix, spread evenly: stream c belongs to one set
+for good. Item i of the k-th of a set's C' streams is position i C' + k of that set's own endless order, with its own
+epochs: a small set with a large share simply comes round more often. So all that holds for one set holds here: any
+position in O(log blocks), the same for any ranks (a rank has whole streams), a block live per stream. A mix is met to
+half a stream in C; more streams meet it more closely.
+
+Shards are numbered on through the sets, in the order in which they are given: (shard, row) names a sample as before,
+and the order digest needs nothing new. Validation and evaluation use the first set alone.
+"""
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.batch import World
+from pipeline.blocks import BlockReader
+from pipeline.order import Layout, Places, ShuffledOrder, Visit
+from pipeline.quarantine import Quarantine
+from pipeline.read import ReadStats
+from pipeline.visits import Loaded
+from shards.counter import hash64
+from shards.errors import InputError
+from shards.schema import Manifest
+
+Ints = NDArray[np.int64]
+
+# A word of `pipeline.order`'s range, 1 to 15.
+_SET_WORD = 5
+
+
+def set_seed(seed: int, number: int) -> int:
+    """Seed of a set's order; the first set's is the seed itself."""
+    return int(hash64(seed, _SET_WORD, number)) if number else seed
+
+
+def deal_streams(mix: Sequence[float], streams: int) -> Ints:
+    """The set that each stream belongs to: (streams,). InputError where a set would get none."""
+    shares = np.asarray(mix, dtype=np.float64) / sum(mix) * streams
+    counts = np.floor(shares).astype(np.int64)
+    counts[np.argsort(counts - shares, kind="stable")[: streams - int(counts.sum())]] += 1
+    if not counts.all():
+        least = int(np.ceil(streams / shares.min()))
+        raise InputError(
+            f"--mix {' '.join(f'{each:g}' for each in mix)} leaves a set none of {streams} streams; "
+            f"use --streams {least} or more, or another mix"
+        )
+    place = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
+    return np.repeat(np.arange(len(counts)), counts)[np.argsort(place, kind="stable")]
+
+
+def check_alike(first: Manifest, other: Manifest, name: str) -> None:
+    """InputError where a batch cannot hold samples of both sets."""
+    for what in ("image", "tokenizer", "labels"):
+        one, two = getattr(first, what), getattr(other, what)
+        if one != two:
+            raise InputError(f"{name} differs from --shards in its {what} ({two}, not {one}); ingest it alike")
+
+
+class MixedOrder:
+    """The training order of several sets. Safe to share between threads."""
+
+    def __init__(self, orders: Sequence[ShuffledOrder], owner: Ints) -> None:
+        """`owner`: (streams,) the set of each stream; each order has as many streams as are its set's."""
+        self.orders = orders
+        self.samples = sum(order.samples for order in orders)
+        self.layout: Layout = orders[0].layout
+        """The first set's; each set's reader uses its own."""
+        self._owner, self._streams = owner, len(owner)
+        self._mine = [np.flatnonzero(owner == number) for number in range(len(orders))]
+        shards = [len(order.layout.rows) for order in orders]
+        self.first_shard: list[int] = [0, *np.cumsum(shards).tolist()[:-1]]
+        """Number of each set's first shard."""
+
+    def locate(self, positions: Ints) -> Places:
+        """Places of positions (n,) int64 >= 0, in any order; epochs are those of each sample's set."""
+        item, stream = np.divmod(np.asarray(positions, dtype=np.int64), self._streams)
+        places = Places(epoch=np.empty_like(item), shard=np.empty_like(item), row=np.empty_like(item))
+        for number, order in enumerate(self.orders):
+            here = np.flatnonzero(self._owner[stream] == number)
+            index = np.searchsorted(self._mine[number], stream[here])
+            found = order.locate(item[here] * order.streams + index)
+            places.epoch[here], places.row[here] = found.epoch, found.row
+            places.shard[here] = found.shard + self.first_shard[number]
+        return places
+
+    def visits(self, position: int, world: World) -> Iterator[Visit]:
+        """The rank's visits of all sets from a position on, by the position of their first row."""
+        sets = [self._numbered_on(number, position, world) for number in range(len(self.orders))]
+        return heapq.merge(*sets, key=lambda visit: visit.first)
+
+    def _numbered_on(self, number: int, position: int, world: World) -> Iterator[Visit]:
+        for visit in self.set_visits(number, position, world):
+            yield replace(visit, shard=visit.shard + self.first_shard[number])
+
+    def set_streams(self, number: int, world: World) -> int:
+        """How many of a rank's streams are a set's."""
+        return int((self._mine[number] % world.size == world.rank).sum())
+
+    def set_visits(self, number: int, position: int, world: World) -> Iterator[Visit]:
+        """The rank's visits of one set, shards counted within the set; positions are the mixture's."""
+        order, mine = self.orders[number], self._mine[number]
+        residues = np.flatnonzero(mine % world.size == world.rank)
+        whole, rest = divmod(position, self._streams)
+        begin = whole * order.streams + int(np.searchsorted(mine, rest))
+        for visit in order.visits_of(begin, residues.tolist()):
+            item, index = divmod(visit.first, order.streams)
+            yield replace(visit, first=item * self._streams + int(mine[index]), step=self._streams)
+
+
+class MixedReader:
+    """Several sets' block readers as one: visits by position, shards numbered on through the sets. One consumer."""
+
+    def __init__(self, readers: Sequence[tuple[int, BlockReader]]) -> None:
+        """Each reader with the number of its set's first shard."""
+        self._readers = readers
+        self.quarantine: Quarantine = readers[0][1].quarantine
+
+    @property
+    def stats(self) -> ReadStats:
+        """What was read so far."""
+        total = ReadStats()
+        for _, reader in self._readers:
+            total.add(bytes=reader.stats.bytes, blocks=reader.stats.blocks, retries=reader.stats.retries)
+        return total
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes in all buffers, free ones included."""
+        return sum(reader.buffer_bytes for _, reader in self._readers)
+
+    @property
+    def staged(self) -> int:
+        """Shards of which there are copies on the node."""
+        return sum(reader.staged for _, reader in self._readers)
+
+    def next_first(self) -> int | None:
+        """First position of the visit that `get` hands out next."""
+        return min(self._firsts())
+
+    def get(self) -> Loaded:
+        """The next visit, waited for."""
+        firsts = self._firsts()
+        first_shard, reader = self._readers[firsts.index(min(firsts))]
+        loaded = reader.get()
+        return replace(loaded, visit=replace(loaded.visit, shard=loaded.visit.shard + first_shard))
+
+    def release(self, loaded: Loaded) -> None:
+        """Give the buffer of a visit back; its images are no longer valid."""
+        self._of(loaded.visit.shard)[1].release(loaded)
+
+    def retire(self, shard: int, row: int, why: str) -> None:
+        """See `VisitLoader.retire`."""
+        first_shard, reader = self._of(shard)
+        reader.retire(shard - first_shard, row, why)
+
+    def load_one(self, visit: Visit) -> Loaded:
+        """See `BlockReader.load_one`."""
+        first_shard, reader = self._of(visit.shard)
+        loaded = reader.load_one(replace(visit, shard=visit.shard - first_shard))
+        return replace(loaded, visit=visit)
+
+    def stop(self) -> None:
+        """Begin to close."""
+        for _, reader in self._readers:
+            reader.stop()
+
+    def close(self) -> None:
+        """Stop the threads and close the files."""
+        self.stop()
+        for _, reader in self._readers:
+            reader.close()
+
+    def _firsts(self) -> list[int]:
+        firsts = [reader.next_first() for _, reader in self._readers]
+        assert None not in firsts  # training orders do not end
+        return [first for first in firsts if first is not None]
+
+    def _of(self, shard: int) -> tuple[int, BlockReader]:
+        return max((each for each in self._readers if each[0] <= shard), key=lambda each: each[0])

@@ -1,0 +1,213 @@
+"""Several sets at once: each has its share of every stretch and its own epochs; the same for any ranks."""
+
+import itertools
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_source
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_pipeline_order import everything, layouts, places, used_blocks
+from test_pipeline_selection import config, delivered, table
+
+from pipeline.batch import World
+from pipeline.loader import build_loader
+from pipeline.mixture import MixedOrder, deal_streams, set_seed
+from pipeline.order import ShuffledOrder
+from shards.errors import InputError
+from shards.manifest import read_manifest
+from train.checkpoint import list_checkpoints, read_checkpoint
+from train.evaluate import EvaluateConfig, evaluate
+from train.main import main as train
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> tuple[int, MixedOrder]:
+    """A number of ranks and an order over two or three sets of any shape."""
+    sets = draw(st.lists(layouts(), min_size=2, max_size=3))
+    ranks = draw(st.sampled_from([1, 2, 3]))
+    streams = ranks * draw(st.integers(-(-len(sets) // ranks), 6))
+    mix = draw(st.lists(st.floats(1, 2), min_size=len(sets), max_size=len(sets)))
+    try:
+        owner = deal_streams(mix, streams)
+    except InputError:
+        owner = np.arange(streams) % len(sets)
+    seed = draw(st.integers(0, 2**63))
+    orders = [
+        ShuffledOrder(layout, seed=set_seed(seed, number), streams=int((owner == number).sum()))
+        for number, layout in enumerate(sets)
+    ]
+    return ranks, MixedOrder(orders, owner)
+
+
+def set_of(order: MixedOrder, shard: int) -> tuple[int, int]:
+    """The set of a shard of the mixture, and the shard's number in it."""
+    number = max(index for index, first in enumerate(order.first_shard) if first <= shard)
+    return number, shard - order.first_shard[number]
+
+
+@settings(max_examples=60, deadline=None)
+@given(mixtures(), st.data())
+def test_visits_agree_with_positions_for_any_ranks_and_start(
+    mixture: tuple[int, MixedOrder], data: st.DataObject
+) -> None:
+    ranks, order = mixture
+    first = data.draw(st.integers(0, 3 * order.samples))
+    end = first + order.samples + 5
+    found: dict[int, tuple[int, int]] = {}
+    for rank in range(ranks):
+        visits = order.visits(first, World(rank=rank, size=ranks))
+        for visit in itertools.takewhile(lambda visit: visit.first < end, visits):
+            block_rows = order.orders[set_of(order, visit.shard)[0]].layout.block_rows
+            for index, row in enumerate(visit.rows.tolist()):
+                position = visit.first + index * visit.step
+                assert position >= first and position not in found and position % ranks == rank
+                found[position] = visit.shard, visit.block * block_rows + row
+    expected = {first + index: place[1:] for index, place in enumerate(places(order, first, end))}
+    assert {position: place for position, place in found.items() if position < end} == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(mixtures(), st.integers(1, 3))
+def test_every_set_goes_through_its_own_epochs(mixture: tuple[int, MixedOrder], epochs: int) -> None:
+    """Whatever of a set is delivered is a run of its epochs, each a permutation."""
+    _, order = mixture
+    streams = len(order._owner)
+    count = max(-(-each.samples // each.streams) for each in order.orders) * streams * epochs
+    found = places(order, 0, count)
+    for number, each in enumerate(order.orders):
+        mine = [(epoch, *set_of(order, shard), row) for epoch, shard, row in found]
+        rows = [(epoch, shard, row) for epoch, owner, shard, row in mine if owner == number]
+        assert len(rows) == count // streams * each.streams >= each.samples
+        for epoch in range(len(rows) // each.samples):
+            epoch_rows = [(shard, row) for at, shard, row in rows if at == epoch]
+            assert sorted(epoch_rows) == everything(each.layout)
+
+
+@settings(max_examples=40, deadline=None)
+@given(mixtures())
+def test_reads_stay_within_the_bound(mixture: tuple[int, MixedOrder]) -> None:
+    ranks, order = mixture
+    for number, each in enumerate(order.orders):
+        end = each.samples // each.streams * len(order._owner)
+        reads = 0
+        for rank in range(ranks):
+            firsts = (visit.first for visit in order.set_visits(number, 0, World(rank=rank, size=ranks)))
+            reads += sum(1 for _ in itertools.takewhile(end.__gt__, firsts))
+        assert reads <= used_blocks(each.layout) + each.streams - 1
+
+
+@pytest.mark.parametrize(
+    ("mix", "streams", "expected"),
+    [((0.7, 0.3), 50, [35, 15]), ((0.7, 0.3), 48, [34, 14]), ((1, 1, 1), 48, [16, 16, 16]), ((9000, 200), 48, [47, 1])],
+)
+def test_streams_are_dealt_by_the_mix_and_evenly(mix: tuple, streams: int, expected: list[int]) -> None:
+    owner = deal_streams(mix, streams)
+    assert np.bincount(owner).tolist() == expected
+    for number, count in enumerate(expected):  # any stretch of the streams has its share, to two streams
+        for first, end in itertools.combinations(range(streams + 1), 2):
+            assert abs((owner[first:end] == number).sum() - (end - first) * count / streams) < 2
+
+
+def test_a_set_without_a_stream_is_refused_with_what_would_do() -> None:
+    with pytest.raises(InputError, match=r"leaves a set none of 48 streams; use --streams 1000 or more"):
+        deal_streams((0.999, 0.001), 48)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second set, of 36 films in other blocks and shards."""
+    from conftest import FINDINGS
+
+    from ingest.config import IngestConfig
+    from ingest.run import ingest
+
+    folder = tmp_path_factory.mktemp("other")
+    h5, csv = write_source(folder / "source", 36, seed=5)
+    ingest(IngestConfig(to_shards=folder / "set", h5=(h5,), csv=(csv,), label_columns=FINDINGS, workers=1))
+    return folder / "set"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_samples_of_both_sets_are_what_their_shards_hold(shards_dir: Path, other: Path, backend: str) -> None:
+    sets = [{row["place"]: row for row in table(root)} for root in (shards_dir, other)]
+    shards = len(read_manifest(shards_dir).splits["train"])
+    settings_ = config(shards_dir, more_shards=(other,), mix=(0.75, 0.25), batch_size=48, backend=backend)
+    with build_loader(settings_, World()) as loader:
+        assert loader.samples == len(sets[0]) + len(sets[1])
+        seen: Counter = Counter()
+        for batch, _ in zip(loader, range(6), strict=False):
+            numbers = [int(shard >= shards) for shard, _ in batch.samples.tolist()]
+            assert numbers.count(1) == 12  # exactly, batch by batch: a batch has each stream once
+            for (shard, row), number, tokens in zip(batch.samples.tolist(), numbers, batch.tokens, strict=True):
+                seen[number, shard - shards * number, row] += 1
+                assert tokens.tolist() == sets[number][shard - shards * number, row]["tokens"]
+        stats = loader.stats()
+    assert stats["blocks"] > 6 and stats["buffer_bytes"] > 0
+    assert {key[1:] for key in seen if key[0] == 1} == set(sets[1])
+    assert all(count == 2 for key, count in seen.items() if key[0] == 1)  # 72 draws of 36 rows: two whole epochs
+
+
+def test_ranks_and_resumed_runs_see_the_same(shards_dir: Path, other: Path) -> None:
+    settings_ = config(shards_dir, more_shards=(other,), where="token_count > 1", balance="Cardiomegaly", batch_size=16)
+    whole = delivered(settings_, 9)
+    assert delivered(settings_, 9, ranks=4) == whole
+    assert delivered(settings_, 3, ranks=2, position=96) == {p: place for p, place in whole.items() if p >= 96}
+
+
+def test_evaluation_is_of_the_first_set(shards_dir: Path, other: Path) -> None:
+    plain, mixed = (config(shards_dir, mode="eval", more_shards=more) for more in ((), (other,)))
+    assert delivered(plain, 99) == delivered(mixed, 99)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"mix": (1.0, 2.0, 3.0)}, "--mix has 3 shares for 2 data sets"),
+        ({"mix": (1.0, 0.0)}, "numbers above 0"),
+        ({"backend": "hdf5", "h5": Path("x.h5")}, "reads one HDF5 file"),
+        ({"exclude": Path("keys")}, "exclude names samples of one data set"),
+        ({"max_bad": 3}, "max_bad names samples of one data set"),
+    ],
+)
+def test_what_cannot_be_mixed_is_one_line(shards_dir: Path, other: Path, more: dict, words: str) -> None:
+    with pytest.raises(InputError) as error:
+        config(shards_dir, more_shards=(other,), **more)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_sets_that_differ_are_refused(shards_dir: Path, other: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(other, tmp_path / "set"))
+    manifest = copy / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"quality": 95', '"quality": 80'))
+    with pytest.raises(InputError, match="differs from --shards in its image"):
+        build_loader(config(shards_dir, more_shards=(copy,)), World())
+
+
+def test_a_run_on_two_sets_resumes_on_the_same_two_and_is_evaluated(
+    shards_dir: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The sets are part of the fingerprint by their digests; where they lie is not, nor is it in the checkpoint."""
+    out = tmp_path / "run"
+    small = ["--shards", str(shards_dir), "--out", str(out), "--batch-size", "8", "--model.widths", *("16",) * 4]
+    small += ["--device", "cpu", "--threads", "1", "--steps", "4", "--validate-every", "4", "--resume", "auto"]
+
+    def run(*more: str) -> int:
+        try:
+            train([*small, *more])
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
+
+    assert run("--data.more-shards", str(other), "--data.mix", "3", "1", "--stop-at", "2") == 0
+    capsys.readouterr()
+    assert run() == 2
+    assert "data.more_shards was" in capsys.readouterr().err
+    moved = Path(shutil.copytree(other, tmp_path / "moved"))
+    assert run("--data.more-shards", str(moved), "--data.mix", "3", "1") == 0
+    payload = read_checkpoint(list_checkpoints(out / "checkpoints")[0][1])
+    assert payload["step"] == 4 and "more_shards" not in payload["config"]["data"]
+    evaluate(EvaluateConfig(checkpoint=out, shards=shards_dir, device="cpu", where="token_count > 1"))
