@@ -21,6 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from xxhash import xxh3_64_hexdigest
 
+from pipeline.read import ReadStats, retried
 from shards.errors import InputError
 from shards.query import parse_query
 from shards.reader import ShardReader
@@ -114,10 +115,11 @@ def scan_shards(shards: tuple[ShardInfo, ...], scan: Callable[[ShardInfo], Resul
 
 
 def read_tables(root: Path, manifest: Manifest, info: ShardInfo, columns: list[str]) -> Iterator[pa.Table]:
-    """The columns of a shard, block by block."""
-    with ShardReader(root, manifest, info) as reader:
+    """The columns of a shard, block by block; what often passes is tried again."""
+    stats = ReadStats()
+    with retried(lambda: ShardReader(root, manifest, info), stats) as reader:
         for block in range(reader.blocks):
-            yield reader.read_columns(block, columns)
+            yield retried(partial(reader.read_columns, block, columns), stats)
 
 
 def read_keys(path: Path) -> Ints:

@@ -1,5 +1,6 @@
 """A part of a split without writing its shards anew: the rows that are meant, all of them, each once an epoch."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +121,22 @@ def test_the_bits_are_those_of_the_query_and_one_a_row(shards_dir: Path) -> None
     assert bits.of(1, 3, 11).tolist() == [meant(row) for row in rows if row["place"][0] == 1][3:11]
     assert bits.nbytes == sum(-(-info.rows // 8) for info in infos)
     assert select_rows(shards_dir, manifest, "train", Selection()) is None
+
+
+def test_an_error_that_passes_is_tried_again(shards_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parallel file system that hiccups must not end a run before it starts."""
+    failures = {"read": 2}
+    real = ShardReader.read_columns
+
+    def read_columns(self: ShardReader, block: int, columns: list[str]) -> object:
+        if failures["read"]:
+            failures["read"] -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return real(self, block, columns)
+
+    monkeypatch.setattr(ShardReader, "read_columns", read_columns)
+    bits = select_rows(shards_dir, read_manifest(shards_dir), "train", Selection(where=QUERY))
+    assert bits is not None and failures["read"] == 0
 
 
 def test_a_query_of_the_split_alone(shards_dir: Path) -> None:
