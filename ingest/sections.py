@@ -7,13 +7,19 @@ from xml.etree import ElementTree
 _HEADING = re.compile(r"(?:^|(?<=[\n.]))[ \t]*([A-Z][A-Za-z]*(?:[ /&-][A-Za-z]+){0,4})[ \t]*:", re.MULTILINE)
 """A heading stands at the start of a line or after a full stop and ends with a colon."""
 MAX_REPORT_BYTES = 1 << 20
+_SECTIONS = frozenset(
+    "findings impression recommendation recommendations technique comparison history indication examination exam "
+    "conclusion addendum procedure reason notification wet_read clinical_history clinical_indication "
+    "clinical_information reason_for_exam reason_for_examination final_report final_impression".split()
+)
+"""What reports call their sections, `_` for a space: these are headings in whatever letters."""
 
 
 def cut_section(report: str, section: str) -> str:
     """The text of a section, stripped; empty where the report has none. A report in XML is recognised by its beginning.
 
-    In plain text a section runs from its heading, whatever its case, to the next heading; `FINAL IMPRESSION` and
-    `IMPRESSIONS` count as `impression`.
+    In plain text a section runs from its heading, whatever its case, to the next heading: words in capitals, or one of
+    the usual names of sections. `FINAL IMPRESSION` and `IMPRESSIONS` count as `impression`, `CLINICAL ...` does not.
     """
     if is_xml(report):
         return _cut_xml(report, section)
@@ -32,12 +38,14 @@ def is_xml(report: str) -> bool:
 
 
 def _is_heading(words: str, section: str) -> bool:
-    """Capitals, or the wanted section itself; `Heart size: normal` inside a section is no heading."""
-    return words.isupper() or _names(words, section)
+    """Capitals, a usual name, or the wanted section itself; `Heart size: normal` inside a section is no heading."""
+    return words.isupper() or words.lower().replace(" ", "_") in _SECTIONS or _names(words, section)
 
 
 def _names(words: str, section: str) -> bool:
     heading, wanted = words.lower(), section.lower()
+    if heading.startswith("clinical ") and not wanted.startswith("clinical "):
+        return False  # why the film was made, not what it shows
     return heading in (wanted, f"{wanted}s") or heading.endswith((f" {wanted}", f" {wanted}s"))
 
 

@@ -70,6 +70,9 @@ def main_guard(prog: str) -> Iterator[None]:
     if sys.platform != "linux":
         sys.stderr.write(f"{prog}: shardclip runs on Linux only, this is {sys.platform}\n")
         raise SystemExit(2)
+    for stream in (sys.stdout, sys.stderr):  # a path of other letters must not end work that is done
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except InputError as error:

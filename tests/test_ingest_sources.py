@@ -205,6 +205,10 @@ class TestReports:
         assert cut_section(report, "Findings") == "Heart size: normal. Lungs clear."
         assert cut_section(report, "history") == ""
         assert cut_section("Findings: a. FINAL IMPRESSION: Stable.", "impression") == "Stable."
+        mixed = "Findings: x\nImpression: y\nHeart size: normal\nRecommendation: z"
+        assert cut_section(mixed, "impression") == "y\nHeart size: normal"
+        assert cut_section("CLINICAL IMPRESSION: cough\nIMPRESSION: none", "impression") == "none"
+        assert cut_section("CLINICAL HISTORY: cough\nIMPRESSION: none", "clinical history") == "cough"
         bomb = '<!DOCTYPE r [<!ENTITY a "x">]><r><AbstractText Label="IMPRESSION">&a;</AbstractText></r>'
         assert cut_section(bomb, "impression") == ""
 
