@@ -91,6 +91,8 @@ class OpenShards:
         finally:
             with self._lock:
                 entry.users -= 1
+                if not entry.users and entry.shard is not None:
+                    entry.shard.close_stale()
                 self._close_unused()
 
     def rows(self, shard: OpenShard, number: int, block: int) -> Rows:

@@ -129,10 +129,15 @@ class OpenShard:
         """Whether an image's bytes are those that ingest wrote."""
         return xxh3_64_intdigest(image.data) == int(rows.xxh3[row])
 
+    def close_stale(self) -> None:
+        """Close the files that were opened anew. Nobody may be reading."""
+        while self._stale:
+            self._stale.pop().close()
+
     def close(self) -> None:
-        """Close the files."""
-        for reader in (self._reader, *self._stale):
-            reader.close()
+        """Close the files. Nobody may be reading."""
+        self.close_stale()
+        self._reader.close()
 
     def _mend(self, number: int) -> None:
         """A stale handle stays stale: open the shard anew, as the one that the manifest describes or not at all."""
