@@ -20,6 +20,7 @@ from pipeline.stage import Stage
 from shards.digest import file_digest
 from shards.errors import InputError
 from shards.manifest import read_manifest
+from train.main import main
 
 BATCHES = 30
 """Some three epochs of the made-up set."""
@@ -121,6 +122,7 @@ import os, signal, sys
 from pathlib import Path
 from pipeline import stage
 from shards.manifest import read_manifest
+from train.main import main
 manifest = read_manifest(Path(sys.argv[1]))
 copy, calls = stage.Stage._copy_file, []
 def kill(self, source, file, info):
@@ -215,6 +217,42 @@ def test_a_folder_that_cannot_be_written_is_done_without(
     with build_loader(settings(copy, Path(node)), World()) as loader:
         wait(lambda: "no more copies" in caplog.text)
         assert digest(loader) == expected
+
+
+def test_a_copier_that_is_stopped_leaves_whole_files_only(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "_PIECE", 1024)
+    manifest = read_manifest(copy)
+    copies = Stage(copy, tmp_path / "node", manifest, manifest.splits["train"])
+    wait(lambda: folder(copy, tmp_path / "node").exists() and bool(folder_content(tmp_path / "node")))
+    copies.close()
+    for path in folder_content(tmp_path / "node"):
+        assert file_digest(path) == file_digest(copy / path.name)
+
+
+@pytest.mark.slow
+def test_training_with_copies(copy: Path, tmp_path: Path) -> None:
+    """The same run with and without; where copies lie is in no checkpoint, and a resume may do without."""
+    runs = {}
+    for name, more in (("plain", ()), ("staged", ("--data.stage-dir", str(tmp_path / "node-local")))):
+        main(training(copy, tmp_path / name, "--steps", "8", *more))
+        runs[name] = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    digests = {name: [json.loads(line)["order_digest"] for line in lines] for name, lines in runs.items()}
+    assert digests["plain"] == digests["staged"]
+    early, last = sorted((tmp_path / "staged" / "checkpoints").glob("*.pt"))
+    assert b"node-local" not in early.read_bytes() + last.read_bytes()
+    shutil.copy(early, tmp_path / "plain" / "checkpoints")
+    (tmp_path / "plain" / "checkpoints" / last.name).unlink()
+    main(training(copy, tmp_path / "plain", "--steps", "8", "--resume", "auto"))
+    assert json.loads(runs["staged"][-1])["order_digest"] in (tmp_path / "plain" / "metrics.jsonl").read_text()
+
+
+def training(root: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *("--shards", str(root), "--out", str(out), "--batch-size", "8", "--model.widths", *("16",) * 4),
+        *("--device", "cpu", "--threads", "1", "--log-every", "2", "--validate-every", "4", *more),
+    ]
 
 
 FULL = """
