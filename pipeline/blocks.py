@@ -142,6 +142,8 @@ class BlockReader:
             self._loader.shards.close()
 
     def _wait(self, slot: _Slot) -> None:
+        if slot.result is not None:
+            return
         patience = stall.Patience(self._infos[slot.visit.shard].name, self._loader.shards.busy, self._stall_abort_s)
         while slot.result is None and not self._closed:
             self._changed.wait(stall.TICK_S)
