@@ -26,7 +26,7 @@ from shards.schema import Manifest, ShardInfo
 READ_THREADS = 4
 """Enough to keep several requests on the way to a parallel file system; they cost next to no CPU."""
 CLOSE_WAIT_S = 10.0
-"""Seconds that closing waits for reads under way; those that take longer are left behind with their files."""
+"""Seconds that closing waits for reads under way; those that take longer are left behind, to close the files themselves."""
 
 
 class _Slot:
@@ -58,7 +58,8 @@ class BlockReader:
         self._slots: deque[_Slot] = deque()
         self._buffers = Buffers(memory)
         self._pending = 0
-        self._waiting = self._ended = self._closed = self._failed = False
+        self._waiting = self._ended = self._closed = self._failed = self._abandoned = False
+        self._running = READ_THREADS
         self._changed = threading.Condition()
         self._threads = [
             threading.Thread(target=self._work, name=f"shardclip-read-{number}", daemon=True)
@@ -136,7 +137,9 @@ class BlockReader:
         end = time.monotonic() + CLOSE_WAIT_S
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
-        if any(thread.is_alive() for thread in self._threads):
+        with self._changed:
+            self._abandoned = self._running > 0
+        if self._abandoned:
             stall.log.warning("left behind: a thread %s", self._loader.shards.busy.longest())
         else:
             self._loader.shards.close()
@@ -161,6 +164,11 @@ class BlockReader:
                 slot.result = result
                 self._failed |= isinstance(result, BaseException)
                 self._changed.notify_all()
+        with self._changed:
+            self._running -= 1
+            last = self._abandoned and not self._running
+        if last:
+            self._loader.shards.close()
 
     def _claim(self) -> _Slot | None:
         with self._changed:

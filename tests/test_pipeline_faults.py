@@ -251,13 +251,24 @@ def test_a_hanging_read_is_told_of_and_changes_nothing(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_read_that_hangs_for_too_long_ends_the_run(
-    shards_dir: Path, hang: Hang, backend: str, monkeypatch: pytest.MonkeyPatch
+    copy: Path, hang: Hang, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It does not wait for the thread that hangs; should that ever come back, it closes the files."""
     monkeypatch.setattr("pipeline.blocks.CLOSE_WAIT_S", 0.1)
-    with build_loader(settings(shards_dir, backend=backend, stall_abort_s=0.3), World()) as loader:
+    with build_loader(settings(copy, backend=backend, stall_abort_s=0.3), World()) as loader:
         with pytest.raises(InputError, match=r"shard train-00000\d did not come within 0.3 s \(a thread is at train-"):
             digest(loader, 40)
         assert not hang.release.is_set()
+    assert open_files(copy)
+    hang.release.set()
+    while open_files(copy):
+        time.sleep(0.01)
+
+
+def open_files(root: Path) -> list[str]:
+    """This process's open files of a set."""
+    links = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+    return [link for link in links if os.path.exists(link) and str(root) in os.readlink(link)]
 
 
 def test_a_hang_while_opening_holds_up_that_shard_alone(shards_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
