@@ -26,7 +26,7 @@ from shards.schema import Manifest, ShardInfo
 READ_THREADS = 4
 """Enough to keep several requests on the way to a parallel file system; they cost next to no CPU."""
 CLOSE_WAIT_S = 10.0
-"""Seconds that closing waits for reads under way; those that take longer are left behind, to close the files themselves."""
+"""Seconds that closing waits for reads under way; those that take longer are left behind, to close the files."""
 
 
 class _Slot:
