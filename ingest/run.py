@@ -4,6 +4,7 @@ Both phases can be interrupted at any moment; the same command goes on and ends 
 """
 
 import csv
+import dataclasses
 import io
 import math
 from collections import Counter
@@ -67,7 +68,9 @@ def ingest(config: IngestConfig) -> Report:
             rejects = _rejects(inputs.plan, records)
             _check_rejects(config, inputs, rejects)
             order = _accepted(inputs.plan, rejects)
-            manifest = _assemble(config, inputs, tokenizer, records, order, pool, work)
+            draft = _draft(config, inputs, tokenizer, records, order)
+            tasks = _shard_tasks(config, draft, inputs, records, order, work)
+            manifest = _assemble(draft, tasks, sum(map(len, order.values())), pool)
         _write_rejects(config.to_shards, inputs, rejects)
         report = make_report(config.to_shards, signed(manifest), inputs, records, rejects)
         write_report(config.to_shards, report)
@@ -139,58 +142,67 @@ def _accepted(plan: Plan, rejects: dict[int, str]) -> dict[str, NDArray[np.int64
     return order
 
 
-def _assemble(
+def _draft(
     config: IngestConfig,
     inputs: Inputs,
     tokenizer: TokenizerSpec,
     records: NDArray[np.void],
     order: dict[str, NDArray[np.int64]],
-    pool: Pool,
-    work: Path,
 ) -> Manifest:
-    """Phase two, and the manifest that describes it."""
-    image = _image_spec(config, inputs)
+    """The manifest before there are shards."""
     samples = sum(map(len, order.values()))
-    mean_bytes = float(records["size"].sum()) / samples
-    block_rows = block_rows_for(samples, mean_bytes)
-    source_of, starts = _numbers(inputs)
-
-    def tasks() -> Iterator[AssembleTask]:
-        for name, rows in _cut_shards(order, mean_bytes + _SAMPLE_OVERHEAD, config.shard_mb * 1e6):
-            yield AssembleTask(
-                folder=config.to_shards,
-                work=work,
-                name=name,
-                starts=_spill_starts(inputs),
-                image=image,
-                context=tokenizer.context,
-                labels=inputs.label_names,
-                block_rows=block_rows,
-                group_range=inputs.plan.ranges.get(name.split("-")[0]),
-                rows=rows,
-                sources=source_of[rows],
-                source_rows=rows - starts[source_of[rows]],
-                offsets=records["offset"][rows],
-                sizes=records["size"][rows],
-                hashes=records["xxh3"][rows],
-            )
-
-    infos: dict[str, ShardInfo] = {}
-    with tqdm(total=samples, unit="film", desc="assemble", disable=None, mininterval=0.5) as progress:
-        for info in pool.map_unordered(assemble_shard, tasks()):
-            infos[info.name] = info
-            progress.update(info.rows)
     return Manifest(
         schema_version=SCHEMA_VERSION,
-        image=image,
+        image=_image_spec(config, inputs),
         tokenizer=tokenizer,
         labels=inputs.label_names,
-        block_rows=block_rows,
+        block_rows=block_rows_for(samples, float(records["size"].sum()) / samples),
         seed=config.seed,
         sources=_source_infos(inputs, records, order),
-        splits={split: tuple(infos[name] for name in sorted(infos) if name.startswith(f"{split}-")) for split in order},
+        splits=dict.fromkeys(order, ()),
         groups=inputs.plan.ranges,
     )
+
+
+def _assemble(draft: Manifest, tasks: Iterator[AssembleTask], samples: int, pool: Pool) -> Manifest:
+    """Phase two: the manifest with its shards."""
+    infos: dict[str, ShardInfo] = {}
+    with tqdm(total=samples, unit="film", desc="assemble", disable=None, mininterval=0.5) as progress:
+        for info in pool.map_unordered(assemble_shard, tasks):
+            infos[info.name] = info
+            progress.update(info.rows)
+    names = {split: sorted(name for name in infos if name.startswith(f"{split}-")) for split in draft.splits}
+    return dataclasses.replace(draft, splits={split: tuple(infos[name] for name in names[split]) for split in names})
+
+
+def _shard_tasks(
+    config: IngestConfig,
+    draft: Manifest,
+    inputs: Inputs,
+    records: NDArray[np.void],
+    order: dict[str, NDArray[np.int64]],
+    work: Path,
+) -> Iterator[AssembleTask]:
+    source_of, starts = _numbers(inputs)
+    sample_bytes = float(records["size"].sum()) / sum(map(len, order.values())) + _SAMPLE_OVERHEAD
+    for name, rows in _cut_shards(order, sample_bytes, config.shard_mb * 1e6):
+        yield AssembleTask(
+            folder=config.to_shards,
+            work=work,
+            name=name,
+            starts=_spill_starts(inputs),
+            image=draft.image,
+            context=draft.tokenizer.context,
+            labels=draft.labels,
+            block_rows=draft.block_rows,
+            group_range=draft.groups.get(name.split("-")[0]),
+            rows=rows,
+            sources=source_of[rows],
+            source_rows=rows - starts[source_of[rows]],
+            offsets=records["offset"][rows],
+            sizes=records["size"][rows],
+            hashes=records["xxh3"][rows],
+        )
 
 
 def _numbers(inputs: Inputs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

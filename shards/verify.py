@@ -88,9 +88,10 @@ def run(config: VerifyConfig) -> None:
                 progress.write(problem, file=sys.stdout)
     if problems:
         raise InputError(f"{len(problems)} problems in {config.root}, the first: {problems[0]}")
+    several = len(manifest.sources) > 1  # whose patients are taken for different people
     say(
         f"{config.root}: {len(rows)} shards, {samples:,} samples, every byte as ingested; "
-        f"{decoded:,} images decoded, no key twice, no patient in two splits"
+        f"{decoded:,} images decoded, no key twice, no patient {'of a source ' * several}in two splits"
     )
 
 
