@@ -32,6 +32,10 @@ class DataConfig:
     """Threads that decode on each rank; none: the CPUs this process may use, shared by the ranks on this machine."""
     memory_mb: int = 256
     """MiB of encoded blocks each rank holds at once."""
+    ahead: int = 2
+    """Batches prepared while the trainer works."""
+    own_jpeg: bool = True
+    """Backend cpu: decode with the compiled decoder; off: libjpeg-turbo, which is slower, decodes all. Same pixels."""
     max_bad: int = 0
     """Bad training samples (damaged, or not to be decoded) that the run does without: others of their blocks take their
     places. One more ends it. Validation takes none: name them in --data.exclude."""
@@ -59,16 +63,28 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW and its learning rate over the steps."""
+    """The optimizer and its learning rate over the steps."""
 
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum; in one fused kernel each."""
     lr: float = 5e-4
     """Peak learning rate."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """After the warm-up: stay at the peak, or fall to zero along half a cosine by the last step."""
+    schedule: Literal["constant", "linear", "cosine", "one-cycle", "plateau"] = "cosine"
+    """After the warm-up: stay at the peak; fall to zero by the last step along a line or half a cosine; plateau: fall
+    by a factor when validation no longer improves. one-cycle: rise from 1/25 of the peak and fall, along cosines."""
     warmup: int = 50
-    """Steps of linear rise from zero to the peak."""
+    """Steps of rise to the peak: linear from zero, but for one-cycle."""
+    plateau_factor: float = 0.5
+    """What a plateau multiplies the learning rate by."""
+    plateau_patience: int = 2
+    """Validations in a row without a lower loss that a plateau bears; one more lowers the learning rate."""
+    momentum: float = 0.9
+    """SGD's momentum."""
+    nesterov: bool = False
+    """Nesterov's variant of it."""
     weight_decay: float = 0.1
-    """Decay of weights with two dimensions or more; biases, norms and the logit scale have none."""
+    """Decay of weights with two dimensions or more; biases, norms and the logit scale have none. AdamW's is decoupled,
+    SGD's is added to the gradient."""
     betas: tuple[float, float] = (0.9, 0.98)
     """Decay rates of AdamW's two moments."""
     eps: float = 1e-6
@@ -81,12 +97,19 @@ class OptimConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"--optim.{name} {value} is not a number above 0")
-        if self.warmup < 0:
-            raise InputError(f"--optim.warmup {self.warmup} is below 0")
+        for name in ("warmup", "plateau_patience"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--optim.{name.replace('_', '-')} {getattr(self, name)} is below 0")
+        if not 0 < self.plateau_factor < 1:
+            raise InputError(f"--optim.plateau-factor {self.plateau_factor} does not lie between 0 and 1")
         if not 0 <= self.weight_decay < math.inf:
             raise InputError(f"--optim.weight-decay {self.weight_decay} is not a number of at least 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"--optim.betas {self.betas[0]} {self.betas[1]} do not both lie in [0, 1)")
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"--optim.momentum {self.momentum} does not lie in [0, 1)")
+        if self.nesterov and not self.momentum:
+            raise InputError(f"--optim.nesterov needs momentum; --optim.momentum is {self.momentum}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,12 +147,35 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """Newest good checkpoints to keep; the best is kept besides."""
+    patience: int | None = None
+    """Validations in a row without a lower loss after which the run ends; none: it goes on to --steps."""
+    min_delta: float = 0.0
+    """By how much a loss has to be lower to count, for --patience and for the plateau schedule."""
+    accumulate: int = 1
+    """Parts into which each rank's share of a batch is cut to save memory. The loss is still that of the whole batch:
+    it costs one more forward pass."""
+    label_smoothing: float = 0.0
+    """Share of the contrastive target that is spread over all pairs of the batch."""
+    ema: float | None = None
+    """Decay of a moving average of the weights, which is validated and saved beside them; none: no average."""
+    activation_checkpointing: bool = False
+    """Compute the towers' activations again in the backward pass instead of keeping them: less memory, more time."""
+    compile: bool = False
+    """Compile the training pass with torch.compile."""
+    channels_last: bool = True
+    """Keep images and convolutions in the layout that GPUs and CPUs convolve fastest."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """Where a loss or a gradient is no number: end the run, or count it and go on. Its update is made in neither."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that has it, else fp16 with a scaler; fp32 on a CPU."""
     threads: int | None = None
     """Threads of a rank's arithmetic; none: the CPUs this process may use, shared by the ranks on this machine."""
+    vision_weights: Path | None = None
+    """File of weights the image tower starts with, instead of chance or the preset's."""
+    text_weights: Path | None = None
+    """File of weights the text tower starts with, instead of chance or the preset's."""
     shuffle_reports: bool = False
     """A control, not a way to train: reports change places within the batch, so that nothing can be learnt."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -140,7 +186,10 @@ class TrainConfig:
     """Optimizer and learning rate."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "save_every", "keep", "stop_at", "threads"):
+        for name in (
+            *("steps", "batch_size", "accumulate", "log_every", "save_every"),
+            *("keep", "patience", "stop_at", "threads"),
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; it has to be at least 1")
@@ -148,6 +197,24 @@ class TrainConfig:
             raise InputError(f"seed is {self.seed}; it has to fit 64 bits")
         if self.validate_every < 0:
             raise InputError(f"validate_every is {self.validate_every}; it has to be at least 0")
+        _check_shares(self)
+
+
+def _check_shares(config: TrainConfig) -> None:
+    """InputError for a share or a decay outside its range, or for what needs validations where there are none."""
+    if not 0 <= config.label_smoothing < 1:
+        raise InputError(f"label_smoothing is {config.label_smoothing}; it has to lie in [0, 1)")
+    if config.ema is not None and not 0 < config.ema < 1:
+        raise InputError(f"ema is {config.ema}; it has to lie between 0 and 1, as 0.9999 does")
+    if not 0 <= config.min_delta < math.inf:
+        raise InputError(f"min_delta is {config.min_delta}; it has to be a number of at least 0")
+    if config.batch_size % config.accumulate:
+        raise InputError(
+            f"batch_size {config.batch_size} is not a multiple of accumulate {config.accumulate}; change either"
+        )
+    if not config.validate_every and (config.patience is not None or config.optim.schedule == "plateau"):
+        name = "--patience" if config.patience is not None else "--optim.schedule plateau"
+        raise InputError(f"{name} goes by the validation loss, and --validate-every is 0; validate now and then")
 
 
 def loader_config(config: TrainConfig, *, split: str, mode: str) -> LoaderConfig:

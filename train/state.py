@@ -20,11 +20,11 @@ from train.config import TrainConfig, loader_config
 from train.device import Precision
 from train.ranks import Ranks
 
-PATHS = ("shards", "out", "h5")
+PATHS = ("shards", "out", "h5", "vision_weights", "text_weights")
 """Settings that stay out of checkpoints: where files lie is nobody's business elsewhere."""
 
 
-READING = ("threads", "memory_mb", "max_bad", "stage_dir", "stage_gb", "stall_abort_s")
+READING = ("threads", "memory_mb", "ahead", "own_jpeg", "max_bad", "stage_dir", "stage_gb", "stall_abort_s")
 """Settings of `data` that a run may change on its way: they change no sample."""
 
 
@@ -59,7 +59,10 @@ def fingerprint(config: TrainConfig, manifest: Manifest, ranks: Ranks, precision
     save; where things lie.
     """
     prints: dict[str, Any] = {"shards": manifest.digest, "tokenizer": manifest.tokenizer.digest}
-    prints |= {name: getattr(config, name) for name in ("seed", "batch_size", "steps", "shuffle_reports")}
+    prints |= {
+        name: getattr(config, name)
+        for name in ("seed", "batch_size", "steps", "shuffle_reports", "label_smoothing", "ema")
+    }
     prints |= {"precision": precision.name}
     for group in ("data", "model", "optim"):
         fields = to_fields(getattr(config, group))
