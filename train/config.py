@@ -172,10 +172,12 @@ class TrainConfig:
     """auto: bf16 on a GPU that has it, else fp16 with a scaler; fp32 on a CPU."""
     threads: int | None = None
     """Threads of a rank's arithmetic; none: the CPUs this process may use, shared by the ranks on this machine."""
-    vision_weights: Path | None = None
-    """File of weights the image tower starts with, instead of chance or the preset's."""
-    text_weights: Path | None = None
-    """File of weights the text tower starts with, instead of chance or the preset's."""
+    vision_weights: str = "none"
+    """What the image tower starts with: none (chance), hub:ORG/REPO/FILE (from the Hugging Face cache, never the
+    network; see `python -m train.weights`), or a path: safetensors, a torch or TorchScript archive, a checkpoint of a
+    run, a folder that holds one of them."""
+    text_weights: str = "none"
+    """The same of the text tower. A file of both towers may stand at both."""
     shuffle_reports: bool = False
     """A control, not a way to train: reports change places within the batch, so that nothing can be learnt."""
     data: DataConfig = field(default_factory=DataConfig)
