@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from shards.errors import InputError
@@ -26,22 +27,66 @@ class Held(InputError):
     """Somebody else holds the lock and is alive."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lease:
+    """A lock that is held, unless it was taken over: from a holder that was stopped, or cut off, for a minute."""
+
+    path: Path
+    holder: bytes
+    """What the file says while it is ours."""
+
+    def mine(self) -> bool:
+        """Whether it is still held. A file system that fails just now does not say that it is not."""
+        try:
+            return self.path.read_bytes() == self.holder
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+
+
 @contextlib.contextmanager
-def exclusive(path: Path, taken: str) -> Iterator[None]:
-    """Hold the lock file `path` inside the block. Held where another has it: says `taken`, host and process."""
+def exclusive(path: Path, taken: str, *, wait_s: float = 0.0) -> Iterator[Lease]:
+    """Hold the lock file `path` inside the block. Held where another has it: says `taken`, host and process.
+
+    `wait_s`: seconds to wait for a living holder. Given those, a holder on another machine is dead only when its
+    heartbeat was *seen* to stand still for DEAD_AFTER_S: clocks of machines and file servers differ.
+    """
     me = {"host": socket.gethostname(), "boot": _boot_id(), "pid": os.getpid(), "started": _started(os.getpid())}
-    holder = json.dumps(me).encode()
-    while not _create(path, holder):
-        _take_over_or_refuse(path, taken)
+    lease = Lease(path=path, holder=json.dumps(me).encode())
+    seen = _Heartbeat()
+    deadline = time.monotonic() + wait_s
+    while not _create(path, lease.holder):
+        try:
+            _take_over_or_refuse(path, taken, seen if wait_s else None)
+        except Held:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(min(1.0, wait_s))
     stop = threading.Event()
-    beat = threading.Thread(target=_beat, args=(path, stop), name="lock-heartbeat", daemon=True)
+    beat = threading.Thread(target=_beat, args=(lease, stop), name="lock-heartbeat", daemon=True)
     beat.start()
     try:
-        yield
+        yield lease
     finally:
         stop.set()
         beat.join()
-        path.unlink(missing_ok=True)
+        if lease.mine():
+            path.unlink(missing_ok=True)
+
+
+class _Heartbeat:
+    """How long a file's time of change has stood still, by our own clock."""
+
+    def __init__(self) -> None:
+        self._mtime_ns: int | None = None
+        self._since = 0.0
+
+    def still_s(self, mtime_ns: int) -> float:
+        """Seconds since `mtime_ns` was first seen."""
+        if mtime_ns != self._mtime_ns:
+            self._mtime_ns, self._since = mtime_ns, time.monotonic()
+        return time.monotonic() - self._since
 
 
 def _create(path: Path, holder: bytes) -> bool:
@@ -54,15 +99,17 @@ def _create(path: Path, holder: bytes) -> bool:
     return True
 
 
-def _take_over_or_refuse(path: Path, taken: str) -> None:
+def _take_over_or_refuse(path: Path, taken: str, seen: _Heartbeat | None) -> None:
     try:
-        age = time.time() - path.stat().st_mtime
-        holder = json.loads(path.read_bytes() or b"{}")
+        status, content = path.stat(), path.read_bytes()
     except FileNotFoundError:
         return  # released in this moment
+    age = seen.still_s(status.st_mtime_ns) if seen else time.time() - status.st_mtime
+    try:
+        holder = json.loads(content or b"{}")
     except ValueError:
         holder = {}
-    if _is_alive(holder, age):
+    if _is_alive(holder if isinstance(holder, dict) else {}, age):
         raise Held(
             f"{taken}: process {holder.get('pid')} on {holder.get('host')}, last seen {age:.0f} s ago; wait for it, or "
             "choose another folder"
@@ -70,6 +117,9 @@ def _take_over_or_refuse(path: Path, taken: str) -> None:
     with contextlib.suppress(FileNotFoundError):  # somebody else was faster
         grave = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         path.rename(grave)
+        if grave.read_bytes() != content:  # somebody else was faster, and this is theirs
+            with contextlib.suppress(FileExistsError):
+                os.link(grave, path)
         grave.unlink()
 
 
@@ -80,10 +130,11 @@ def _is_alive(holder: dict, age: float) -> bool:
     return age < DEAD_AFTER_S
 
 
-def _beat(path: Path, stop: threading.Event) -> None:
+def _beat(lease: Lease, stop: threading.Event) -> None:
     while not stop.wait(HEARTBEAT_S):
         with contextlib.suppress(OSError):
-            os.utime(path)
+            if lease.mine():
+                os.utime(lease.path)
 
 
 def _started(pid: object) -> str | None:
