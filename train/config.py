@@ -9,6 +9,7 @@ from pipeline.config import CLIP_MEAN, CLIP_STD, LoaderConfig
 from pipeline.effects import EffectsConfig
 from shards.errors import InputError
 from train.model import ModelConfig
+from train.tracking import WatchConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,6 +187,8 @@ class TrainConfig:
     """The two towers."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning rate."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    """What is shown and recorded besides metrics.jsonl."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -55,7 +55,7 @@ class Loop:
         self._log: MetricsLog | None = None
         self._writer: CheckpointWriter | None = None
         if job.ranks.first:
-            self._log = MetricsLog(job.folder, steps=job.config.steps, done=job.done)
+            self._log = MetricsLog(job.folder, config=job.config, done=job.done)
             self._writer = CheckpointWriter(job.folder.checkpoints, keep=job.config.keep, best=job.folder.best)
 
     def train(self) -> None:

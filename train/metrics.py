@@ -1,22 +1,22 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard beside it, and a progress bar or a line now and then."""
+"""What a run says of itself: the time of its steps, and a row now and then to metrics.jsonl and all who watch."""
 
 import contextlib
 import json
+import math
+import os
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from shards.atomic import write_atomic
-from shards.cli import say
+from train.config import TrainConfig
+from train.progress import ProgressDisplay
 from train.rundir import RunFolder
-
-Row = dict[str, Any]
+from train.tracking import Board, Guarded, Row, Sink, Wandb
 
 
 class Meter:
@@ -57,35 +57,62 @@ class Meter:
 class MetricsLog:
     """Rank 0's record of a run. Rows are on disk as soon as they are written."""
 
-    def __init__(self, folder: RunFolder, *, steps: int, done: int) -> None:
+    def __init__(self, folder: RunFolder, *, config: TrainConfig, done: int) -> None:
         """`done`: steps of an earlier start; rows beyond it, which will be trained again, are cut off."""
-        trim(folder.metrics, done)
-        self._file = open(folder.metrics, "a", encoding="utf-8")
-        self._board = _board(folder.tensorboard, done)
-        self._steps = steps
-        self._bar = tqdm(total=steps, initial=done, unit="step", disable=not sys.stderr.isatty())
+        self._sinks: list[Sink] = [
+            JsonLines(folder.metrics, done),
+            Guarded("TensorBoard", lambda: Board(folder.tensorboard, done)),
+        ]
+        if config.watch.wandb != "off":
+            self._sinks.append(Guarded("W&B", lambda: Wandb(folder.root, config, done)))
+        self._display = ProgressDisplay(steps=config.steps, done=done, line_every=config.watch.line_every)
 
     def advance(self) -> None:
         """One more step is done."""
-        self._bar.update()
+        self._display.advance()
 
     def write(self, row: Row) -> None:
-        """Record a row; it has a `step`."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for name, value in row.items():
-            if isinstance(value, int | float) and name != "step":
-                self._board.add_scalar(name, value, row["step"])
-        if self._bar.disable:
-            say(_line(row, self._steps))
-        else:
-            self._bar.set_postfix_str(f"loss {row['loss']:.3f}")
+        """Record a row of plain values; it has a `step`."""
+        for sink in self._sinks:
+            sink.write(row)
+        self._display.show(row)
 
     def close(self) -> None:
         """Close the files."""
-        self._bar.close()
+        self._display.close()
+        for sink in self._sinks:
+            sink.close()
+
+
+class JsonLines:
+    """metrics.jsonl, one object a line. A number that is none (NaN, infinite) is written as null, as JSON wants it.
+
+    A full disk ends nothing: rows are kept until one can be written, and it is said once.
+    """
+
+    def __init__(self, path: Path, done: int) -> None:
+        trim(path, done)
+        self._file = open(path, "r+b", buffering=0)
+        self._end = path.stat().st_size
+        self._pending = b""
+        self._warned = False
+
+    def write(self, row: Row) -> None:
+        """Append a row, and those that could not be written before it."""
+        self._pending += _encode(row).encode()
+        try:
+            # At a place of its own: what a write that failed half-way left there is overwritten by the next.
+            while self._pending:
+                written = os.pwrite(self._file.fileno(), self._pending, self._end)
+                self._end, self._pending = self._end + written, self._pending[written:]
+        except OSError as error:
+            if not self._warned:
+                sys.stderr.write(f"warning: cannot write metrics.jsonl ({error.strerror}); rows are kept for later\n")
+            self._warned = True
+
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
-        self._board.close()
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -102,7 +129,7 @@ def read_rows(path: Path) -> list[Row]:
 def trim(path: Path, step: int) -> None:
     """Leave the rows up to a step only, atomically."""
     rows = [row for row in read_rows(path) if row["step"] <= step]
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write_atomic(path, "".join(_encode(row) for row in rows).encode())
 
 
 def memory_mb(device: torch.device) -> float:
@@ -112,15 +139,8 @@ def memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def _board(folder: Path, done: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
-
-    return SummaryWriter(str(folder), purge_step=done + 1)
-
-
-def _line(row: Row, steps: int) -> str:
-    text = (
-        f"step {row['step']}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['images_per_s']:.0f} films/s  "
-        f"step {row['step_ms']:.0f} ms, of it waiting for the loader {row['loader_wait_ms']:.1f} ms"
-    )
-    return text + (f"  validation loss {row['val_loss']:.4f}" if "val_loss" in row else "")
+def _encode(row: Row) -> str:
+    known = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
+    return json.dumps(known, allow_nan=False) + "\n"

@@ -1,0 +1,197 @@
+"""Where else the rows of a run go: TensorBoard beside it, and Weights & Biases if asked.
+
+Neither can end a run: what fails to be recorded there is said once, and training goes on. W&B is told numbers and names
+of choices, never a path, a query or a text, and nothing of the machine: a run may be watched from outside the hospital.
+"""
+
+import importlib.util
+import math
+import sys
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from shards.atomic import write_atomic
+from shards.errors import InputError
+
+Row = dict[str, Any]
+
+_NAMES = ("preset", "tower")
+"""Settings that are text and harmless: names out of lists of ours."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchConfig:
+    """How a run is watched besides metrics.jsonl."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases: offline writes into RUN/wandb, for `wandb sync` where there is network; online: logged in."""
+    project: str = "shardclip"
+    """The run's project there."""
+    line_every: int = 10
+    """Steps between lines of text where there is no terminal; a validation always gets one."""
+
+    def __post_init__(self) -> None:
+        if self.line_every < 1:
+            raise InputError(f"--watch.line-every {self.line_every} is not at least 1")
+
+
+class Sink(Protocol):
+    """Somewhere rows go."""
+
+    def write(self, row: Row) -> None:
+        """Take a row, which has a `step`."""
+        ...
+
+    def close(self) -> None:
+        """No more rows."""
+        ...
+
+
+class Board:
+    """TensorBoard's event files."""
+
+    def __init__(self, folder: Path, done: int) -> None:
+        """`done`: steps of an earlier start; what it said of later ones is purged."""
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+        self._writer = SummaryWriter(str(folder), purge_step=done + 1)
+
+    def write(self, row: Row) -> None:
+        """Every number of a row, under its name."""
+        for name, value in numbers(row):
+            self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class Wandb:
+    """One W&B run for all starts of a run: its id lies in RUN/wandb-id."""
+
+    def __init__(self, root: Path, config: Any, done: int) -> None:
+        """`config`: the run's settings, with a `watch`. Raises what wandb raises, where it cannot begin."""
+        import wandb
+
+        # Without these W&B sends the command line (paths), host and user names, the git remote and all that is printed.
+        settings = wandb.Settings(
+            console="off", disable_git=True, disable_code=True, save_code=False, silent=True, host="", username="",
+            x_disable_meta=True, x_disable_stats=True, x_disable_machine_info=True,
+        )  # fmt: skip
+        self._run = wandb.init(
+            project=config.watch.project,
+            id=_run_id(root),
+            resume="allow",
+            mode=config.watch.wandb,
+            dir=str(root),
+            config=harmless(config),
+            settings=settings,
+        )
+        # Its own step counts what was logged, and would refuse the rows that a resumed run writes again.
+        self._run.define_metric("*", step_metric="step")
+        self._run.config.update({"started_after_step": done}, allow_val_change=True)
+
+    def write(self, row: Row) -> None:
+        """Every number of a row."""
+        self._run.log({"step": row["step"], **dict(numbers(row))})
+
+    def close(self) -> None:
+        """Finish; online this waits for what is still to be sent."""
+        self._run.finish()
+
+
+class Guarded:
+    """A sink that is given up when it fails, in one line."""
+
+    def __init__(self, name: str, build: typing.Callable[[], Sink]) -> None:
+        self._name = name
+        self._sink: Sink | None = None
+        with self._forgiving():
+            self._sink = build()
+
+    def write(self, row: Row) -> None:
+        """Hand a row on."""
+        if self._sink is not None:
+            with self._forgiving():
+                self._sink.write(row)
+
+    def close(self) -> None:
+        """Close what is still there."""
+        if self._sink is not None:
+            with self._forgiving():
+                self._sink.close()
+
+    def _forgiving(self) -> "_Forgiving":
+        return _Forgiving(self)
+
+    def give_up(self, error: BaseException) -> None:
+        """Say so, without the error's own words, which may hold a path; and take no more."""
+        self._sink = None
+        sys.stderr.write(f"warning: {self._name} failed ({type(error).__name__}); the run goes on without it\n")
+        sys.stderr.flush()
+
+
+class _Forgiving:
+    """Around a call to a sink."""
+
+    def __init__(self, sink: Guarded) -> None:
+        self._sink = sink
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self._sink.give_up(error)
+        return True
+
+
+def check_installed(watch: WatchConfig) -> None:
+    """InputError where W&B is asked for and not installed."""
+    if watch.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise InputError(f"--watch.wandb {watch.wandb} needs the package wandb: pip install -e '.[wandb]'")
+
+
+def numbers(row: Row) -> Iterator[tuple[str, float]]:
+    """The finite numbers of a row, without its step."""
+    for name, value in row.items():
+        if isinstance(value, int | float) and name != "step" and math.isfinite(value):
+            yield name, value
+
+
+def harmless(config: Any) -> dict[str, Any]:
+    """A config's numbers, switches and names of choices, nested as they are; no path, query, file name or free text."""
+    hints = typing.get_type_hints(type(config))
+    found: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            found[field.name] = harmless(value)
+        elif _is_harmless(value) or field.name in _NAMES or _is_choice(hints[field.name], value):
+            found[field.name] = value
+    return found
+
+
+def _is_harmless(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_harmless(part) for part in value)
+    return value is None or isinstance(value, bool | int | float)
+
+
+def _is_choice(hint: Any, value: Any) -> bool:
+    """Whether a setting takes words of a list only."""
+    return typing.get_origin(hint) is Literal and value in typing.get_args(hint)
+
+
+def _run_id(root: Path) -> str:
+    """The run's id at W&B, drawn at its first start."""
+    import secrets
+
+    path = root / "wandb-id"
+    if not path.exists():
+        write_atomic(path, secrets.token_hex(8).encode())
+    return path.read_text(encoding="ascii").strip()
