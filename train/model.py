@@ -1,21 +1,28 @@
-"""The image and the text tower, and the temperature that ties them.
-
-`tiny`, for CPU demos and tests: a small residual CNN with group normalisation (no running statistics, so ranks, resumed
-runs and evaluation all compute the same thing) and open_clip's causal text tower.
-"""
+"""The image and the text tower, and the temperature that ties them: which, how large, and built from chance."""
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
+import timm
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from shards.errors import InputError
+from train.towers import (
+    CausalTextTower,
+    Head,
+    Headed,
+    TinyImageTower,
+    activation,
+    clip_image_tower,
+    groups,
+    make_head,
+    timm_trunk,
+)
 
-TOWERS = ("tiny",)
-_PLACES = 7
+TOWERS = ("tiny", "clip-vit")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,47 +30,81 @@ class ModelConfig:
     """Which towers, and how large."""
 
     tower: str = "tiny"
-    """The image tower: tiny."""
+    """The image tower: tiny (a small CNN), clip-vit (CLIP's vision transformer, of the sizes below), or the name of a
+    plain vision transformer of timm's, e.g. vit_base_patch16_dinov3."""
     widths: tuple[int, int, int, int] = (16, 32, 64, 128)
-    """Channels of the image tower at 1/2, 1/4, 1/8 and 1/16 of the image's size."""
+    """tiny: channels at 1/2, 1/4, 1/8 and 1/16 of the image's size."""
+    patch_size: int = 32
+    """clip-vit: height and width of a patch, pixels."""
+    image_width: int = 768
+    """clip-vit: width."""
+    image_layers: int = 12
+    """clip-vit: layers."""
+    image_heads: int = 12
+    """clip-vit: attention heads."""
+    image_pool: Literal["token", "avg"] = "token"
+    """timm's: what stands for an image, its class token or the mean over patches."""
+    image_head: Head = "none"
+    """timm's: none, one linear layer to embed-dim, or an MLP: linear to head-width, GELU, dropout, linear."""
+    text_head: Head = "none"
+    """The same on the text tower, which then projects to its own width."""
+    head_width: int = 1536
+    """Hidden width of an MLP head."""
+    head_dropout: float = 0.0
+    """Share of an MLP head's hidden values that are zeroed in training."""
     embed_dim: int = 64
     """Width of the shared embedding."""
     text_width: int = 64
+    """Width of the text tower."""
     text_layers: int = 2
+    """Layers of the text tower."""
     text_heads: int = 2
+    """Attention heads of the text tower."""
+    quick_gelu: bool = False
+    """The towers of CLIP have OpenAI's x sigmoid(1.702 x) where GELU would stand; its weights want it."""
     temperature: float = 0.07
     """Where the learnable temperature starts."""
 
     def __post_init__(self) -> None:
-        if self.tower not in TOWERS:
-            raise InputError(f"--model.tower is {self.tower}: choose one of {', '.join(TOWERS)}")
-        for name in ("embed_dim", "text_width", "text_layers", "text_heads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--model.{name.replace('_', '-')} {getattr(self, name)} is not at least 1")
-        if not all(width > 0 and width % _groups(width) == 0 for width in self.widths):
+        if self.tower not in TOWERS and not timm.is_model(self.tower):
+            raise InputError(
+                f"--model.tower is {self.tower}: choose one of {', '.join(TOWERS)}, or a name that timm knows"
+            )
+        self._check_sizes()
+        if not all(width > 0 and width % groups(width) == 0 for width in self.widths):
             raise InputError(
                 f"--model.widths {' '.join(map(str, self.widths))}: each has to lie in 1..31 or to be a multiple of 16"
             )
         if not 0 < self.temperature < math.inf:
             raise InputError(f"--model.temperature {self.temperature} is not a number above 0")
-        if self.text_width % self.text_heads:
-            raise InputError(
-                f"--model.text-width {self.text_width} is not a multiple of --model.text-heads {self.text_heads}"
-            )
+        if not 0 <= self.head_dropout < 1:
+            raise InputError(f"--model.head-dropout {self.head_dropout} does not lie in [0, 1)")
+        if self.tower in TOWERS and self.image_head != "none":
+            raise InputError(f"--model.image-head {self.image_head}: the tower {self.tower} projects by itself")
+
+    def _check_sizes(self) -> None:
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise InputError(f"--model.{name.replace('_', '-')} {getattr(self, name)} is not at least 1")
+        for tower in ("text", "image"):
+            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
+            if width % heads:
+                raise InputError(f"--model.{tower}-width {width} is not a multiple of --model.{tower}-heads {heads}")
 
 
-def build_model(config: ModelConfig, *, vocab_size: int, context: int) -> "ClipModel":
-    """The model of a config, freshly initialised from torch's global generator."""
-    image = TinyImageTower(config.widths, config.embed_dim)
-    text = CausalTextTower(
-        context_length=context,
-        vocab_size=vocab_size,
-        width=config.text_width,
-        heads=config.text_heads,
-        layers=config.text_layers,
-        output_dim=config.embed_dim,
-    )
-    return ClipModel(image, text, config.temperature)
+_SIZES = (
+    *("embed_dim", "head_width", "text_width", "text_layers", "text_heads"),
+    *("patch_size", "image_width", "image_layers", "image_heads"),
+)
+
+
+def build_model(config: ModelConfig, *, vocab_size: int, context: int, image_size: int = 224) -> "ClipModel":
+    """The model of a config for images of `image_size` pixels, freshly initialised from torch's global generator.
+
+    Touches neither network nor weight files; see train/pretrained.py for those.
+    """
+    image = _image_tower(config, image_size)
+    return ClipModel(image, _text_tower(config, vocab_size, context), config.temperature)
 
 
 class ClipModel(nn.Module):
@@ -90,59 +131,47 @@ class ClipModel(nn.Module):
         image, text = self.encode_image(images), self.encode_text(tokens)
         return F.normalize(image, dim=-1), F.normalize(text, dim=-1), self.logit_scale.exp()
 
-
-class CausalTextTower(TextTransformer):
-    """open_clip's text tower, its weights and names; takes tokens cut below the context too, as its own does not."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        length, rows = tokens.shape[1], torch.arange(tokens.shape[0], device=tokens.device)
-        x = self.token_embedding(tokens) + self.positional_embedding[:length]  # (B, L, width)
-        x = self.transformer(x, attn_mask=self.attn_mask[:length, :length])
-        return self.ln_final(x[rows, tokens.argmax(dim=-1)]) @ self.text_projection
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether both towers compute their activations again in the backward pass instead of keeping them."""
+        for tower in (self.image, self.text):
+            tower.set_grad_checkpointing(enable)  # type: ignore[operator]
 
 
-class TinyImageTower(nn.Module):
-    """A CNN down to 1/16, read out twice: means and maxima of two levels say what is there, a coarse grid says where.
-
-    About 80 million multiply-adds at 224 x 224, where the coarse grid is 7 x 7 by itself; other sizes are pooled to it.
-    """
-
-    def __init__(self, widths: tuple[int, int, int, int], embed_dim: int) -> None:
-        super().__init__()
-        a, b, c, d = widths
-        self.fine = nn.Sequential(_Down(3, a), _Down(a, b), _Down(b, c))
-        self.body = nn.Sequential(_Down(c, d), _Residual(d))
-        self.coarse = _Down(d, c)
-        self.project = nn.Linear(_PLACES**2 * c + 2 * (c + d), embed_dim)
-
-    def forward(self, images: Tensor) -> Tensor:
-        fine = self.fine(images)  # (B, c, 28, 28)
-        grid = self.body(fine)  # (B, d, 14, 14)
-        where = F.adaptive_avg_pool2d(self.coarse(grid), _PLACES).flatten(1)  # (B, c * 7 * 7)
-        what = [pooled for x in (fine, grid) for pooled in (x.mean((2, 3)), x.amax((2, 3)))]
-        return self.project(torch.cat([where, *what], dim=1))
-
-
-def _groups(width: int) -> int:
-    """Groups of about 16 channels; they have to divide the width."""
-    return max(1, width // 16)
+def _image_tower(config: ModelConfig, image_size: int) -> nn.Module:
+    if config.tower == "tiny":
+        return TinyImageTower(config.widths, config.embed_dim)
+    if config.tower == "clip-vit":
+        return clip_image_tower(
+            image_size=image_size,
+            patch_size=config.patch_size,
+            width=config.image_width,
+            layers=config.image_layers,
+            heads=config.image_heads,
+            embed_dim=config.embed_dim,
+            quick_gelu=config.quick_gelu,
+        )
+    trunk, features = timm_trunk(config.tower, image_size=image_size, pool=config.image_pool)
+    if config.image_head == "none" and features != config.embed_dim:
+        raise InputError(
+            f"--model.embed-dim is {config.embed_dim}, the tower {config.tower} gives {features}: "
+            "make them equal, or choose --model.image-head linear"
+        )
+    return Headed(trunk, _head(config, config.image_head, features))
 
 
-class _Down(nn.Sequential):
-    """Halve the grid."""
+def _text_tower(config: ModelConfig, vocab_size: int, context: int) -> nn.Module:
+    bare = config.text_head == "none"
+    tower = CausalTextTower(
+        context_length=context,
+        vocab_size=vocab_size,
+        width=config.text_width,
+        heads=config.text_heads,
+        layers=config.text_layers,
+        output_dim=config.embed_dim if bare else config.text_width,
+        act_layer=activation(config.quick_gelu),
+    )
+    return tower if bare else Headed(tower, _head(config, config.text_head, config.text_width))
 
-    def __init__(self, inside: int, outside: int) -> None:
-        conv = nn.Conv2d(inside, outside, 3, stride=2, padding=1, bias=False)
-        super().__init__(conv, nn.GroupNorm(_groups(outside), outside), nn.ReLU(inplace=True))
 
-
-class _Residual(nn.Module):
-    """x + norm(conv(x))."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm = nn.GroupNorm(_groups(width), width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.norm(self.conv(x)))
+def _head(config: ModelConfig, kind: Head, inside: int) -> nn.Module:
+    return make_head(kind, inside, config.embed_dim, width=config.head_width, dropout=config.head_dropout)
