@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY_PREFIX = ".tmp-"
+_BUFFER = 1 << 20
+"""Bytes written at once: the kernel takes 24 KB at a time at half the speed."""
 
 _writer: ContextVar[str] = ContextVar("writer", default="")
 """Stands in the temporary names of this thread's files."""
@@ -44,7 +46,7 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(TEMPORARY_PREFIX + _writer.get() + path.name)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", buffering=_BUFFER) as file:
             yield file
             file.flush()
             if durable:

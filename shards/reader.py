@@ -145,11 +145,16 @@ class ShardReader:
     ) -> None:
         self.close()
 
-    def read_columns(self, block: int, columns: list[str]) -> pa.Table:
-        """The named columns of one block, page checksums verified, without nulls but in labels."""
-        self._check_group(block, columns)
+    def read_columns(self, block: int, columns: list[str], count: int = 1) -> pa.Table:
+        """The named columns of `count` blocks from one on, page checksums verified, without nulls but in labels.
+
+        Many small blocks at once cost a fraction of as many calls, and as much more memory.
+        """
+        blocks = range(block, block + count)
+        for each in blocks:
+            self._check_group(each, columns)
         try:
-            table = self._parquet.read_row_group(block, columns=columns, use_threads=False)
+            table = self._parquet.read_row_groups(list(blocks), columns=columns, use_threads=False)
         except (OSError, MemoryError, pa.ArrowException) as error:
             raise self._damaged(f"block {block}", error) from None
         self._check_values(block, table)

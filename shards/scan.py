@@ -33,23 +33,18 @@ class Block:
     """One row a sample."""
 
 
-def scan(
-    root: Path, manifest: Manifest, columns: Sequence[str], splits: Sequence[str] | None = None
-) -> Iterator[Block]:
-    """All blocks of all shards of the splits (None: of all) in order, with the named columns.
+def scan(root: Path, manifest: Manifest, columns: Sequence[str], *, rows: int = 1) -> Iterator[Block]:
+    """All blocks of all shards in order, with the named columns; several blocks as one up to `rows` rows or more.
 
     Page checksums are verified. The reader of a block is open until the next block is asked for.
     """
-    for split in manifest.splits if splits is None else splits:
+    count = -(-rows // manifest.block_rows)
+    for split in manifest.splits:
         for number, info in enumerate(manifest.splits[split]):
             with ShardReader(root, manifest, info) as reader:
-                for block in range(reader.blocks):
-                    first, end = reader.block_span(block)
-                    table = read_block(reader, block, columns)
-                    if table.num_rows != end - first:
-                        raise InputError(
-                            f"shard {info.name}: block {block} has {table.num_rows} rows, not {end - first}"
-                        )
+                for block in range(0, reader.blocks, count):
+                    table = reader.read_columns(block, list(columns), min(count, reader.blocks - block))
+                    first = reader.block_span(block)[0]
                     yield Block(split=split, shard=number, first=first, reader=reader, table=table)
 
 

@@ -18,6 +18,9 @@ from shards.scan import scan
 from shards.schema import LABEL_PREFIX, Manifest
 from shards.tally import BATCH, LABEL_VALUES, TALLY_COLUMNS, SplitStats, Tally
 
+_ROWS_AT_ONCE = 64
+"""Rows read at once, in whole blocks: small blocks are slow one by one, and any of them may hold 128 MiB of text."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StatsConfig:
@@ -64,7 +67,7 @@ def gather(root: Path, manifest: Manifest) -> Stats:
     tallies = {split: Tally(manifest, split) for split in manifest.splits}
     total = sum(map(manifest.rows, manifest.splits))
     with tqdm(total=total, unit="film", disable=None, leave=False) as progress:
-        for block in scan(root, manifest, columns):
+        for block in scan(root, manifest, columns, rows=_ROWS_AT_ONCE):
             tallies[block.split].add(block.table)
             progress.update(block.table.num_rows)
     shared = {

@@ -191,7 +191,7 @@ TAR, SPILL, MANIFEST = "train-000001.tar", ".ingest/0000000000.spill", "manifest
 @pytest.mark.parametrize(
     ("name", "fault", "words"),
     [
-        (SPILL, "write:error=ENOSPC:when=3+", "No space left on device"),
+        (SPILL, "write:error=ENOSPC", "No space left on device"),
         (SPILL, "close:error=EIO", "Input/output error"),
         (TAR, "fsync:error=EIO", "Input/output error"),
         (TAR, "close:error=EDQUOT", "Disk quota exceeded"),
