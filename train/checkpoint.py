@@ -1,30 +1,30 @@
-"""Checkpoint files: one hashed, atomic file each, written off the critical path, the newest good ones kept.
+"""Checkpoint files: one hashed, atomic file each, and which of them to go on from.
 
-A file is one header line, `shardclip-checkpoint 1 XXH3 BYTES`, and then what `torch.save` made, whose 128-bit digest
+A file is one header line, `shardclip-checkpoint 2 XXH3 BYTES`, and then what `torch.save` made, whose 128-bit digest
 and length the header holds: `torch.save` itself takes a flipped bit silently. It is read with `weights_only=True`, so
 that a file from elsewhere cannot run code. The rename is the moment of truth: a kill before it leaves the older files,
-one after it leaves this one too.
+one after it leaves this one too. Written and read as a stream: nothing holds a second copy in memory.
 """
 
 import io
-import pickle
+import os
 import re
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from xxhash import xxh3_128_hexdigest
+from xxhash import xxh3_128
 
-from shards.atomic import TEMPORARY_PREFIX, write_atomic
+from shards.atomic import TEMPORARY_PREFIX, atomic_file
 from shards.errors import InputError
 
 MAGIC = "shardclip-checkpoint"
-VERSION = 1
+VERSION = 2
 _HEADER = re.compile(rb"shardclip-checkpoint (\d+) ([0-9a-f]{32}) (\d+)\n")
+_HEADER_BYTES = len(f"{MAGIC} {VERSION} ") + 32 + 1 + 20 + 1
 _NAME = re.compile(r"step-(\d{7,})\.pt")
-_HEADER_LIMIT = 128
+_PIECE = 1 << 20
 
 
 class DamagedCheckpoint(InputError):
@@ -36,42 +36,103 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:07d}.pt"
 
 
+class _Hashing(io.RawIOBase):
+    """Passes on what is written, and counts and hashes it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest, self.size = file, xxh3_128(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, piece: Any) -> int:
+        self.digest.update(piece)
+        self.size += len(piece)
+        return self._file.write(piece)
+
+
+def write_stream(file: BinaryIO, payload: dict[str, Any]) -> None:
+    """Write a checkpoint to a seekable file. `payload` holds tensors, numbers, strings, lists and dicts only."""
+    file.write(bytes(_HEADER_BYTES))  # no checkpoint until it is whole
+    content = _Hashing(file)
+    torch.save(payload, content)  # type: ignore[arg-type]  # it needs no more than write
+    file.seek(0)
+    file.write(f"{MAGIC} {VERSION} {content.digest.hexdigest()} {content.size:020d}\n".encode())
+
+
 def encode(payload: dict[str, Any]) -> bytes:
-    """The bytes of a checkpoint file. `payload` holds tensors, numbers, strings, lists and dicts only."""
+    """The bytes of a checkpoint file."""
     buffer = io.BytesIO()
-    torch.save(payload, buffer)
-    content = buffer.getvalue()
-    return f"{MAGIC} {VERSION} {xxh3_128_hexdigest(content)} {len(content)}\n".encode() + content
+    write_stream(buffer, payload)
+    return buffer.getvalue()
+
+
+def write_checkpoint(path: Path, payload: dict[str, Any], *, check: Callable[[], None] = lambda: None) -> None:
+    """Write a checkpoint, read it back, then give it its name. OSError where it cannot be; older files stay.
+
+    `check` may raise an InputError at the last moment, before the name is given.
+    """
+    with atomic_file(path) as file:
+        write_stream(file, payload)
+        file.flush()
+        os.fsync(file.fileno())
+        try:
+            verify_checkpoint(Path(file.name))
+        except DamagedCheckpoint as error:
+            raise OSError(None, f"read back, it was not what had been written: {error}") from None
+        check()
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The payload of a file, on the CPU, every byte checked. DamagedCheckpoint says what is wrong with it."""
-    content = read_verified(path)
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DamagedCheckpoint(f"{path} is refused: it holds more than tensors and plain values ({reason})") from None
-
-
-def read_verified(path: Path) -> memoryview:
-    """The file's content behind the header, once its length and digest are found to be right."""
-    try:
-        file = memoryview(path.read_bytes())
+        with open(path, "rb") as file:
+            file.seek(_verify(path, file))
+            return _load(path, file)
     except OSError as error:
         raise DamagedCheckpoint(f"cannot read the checkpoint {path} ({error.strerror})") from None
-    header = _HEADER.match(file[:_HEADER_LIMIT])
+
+
+def _load(path: Path, file: BinaryIO) -> dict[str, Any]:
+    try:
+        payload = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a file from elsewhere makes an unpickler say
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DamagedCheckpoint(f"{path} is refused: it holds more than tensors and plain values ({reason})") from None
+    if not isinstance(payload, dict):
+        raise DamagedCheckpoint(f"{path} is refused: it holds a {type(payload).__name__}, not a checkpoint's fields")
+    return payload
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Check every byte of a file against its header. DamagedCheckpoint says what is wrong with it."""
+    try:
+        with open(path, "rb") as file:
+            _verify(path, file)
+    except OSError as error:
+        raise DamagedCheckpoint(f"cannot read the checkpoint {path} ({error.strerror})") from None
+
+
+def _verify(path: Path, file: BinaryIO) -> int:
+    """Where the content begins, once its length and digest are found to be right."""
+    header = _HEADER.match(file.read(2 * _HEADER_BYTES))
     if header is None:
         raise DamagedCheckpoint(f"{path} is not a checkpoint of this program, or its beginning is damaged")
-    version, digest, size = int(header[1]), header[2].decode(), int(header[3])
+    version, expected, size = int(header[1]), header[2].decode(), int(header[3])
     if version != VERSION:
         raise DamagedCheckpoint(f"{path} is a checkpoint of version {version}; this program reads version {VERSION}")
-    content = file[header.end() :]
-    if len(content) != size:
-        raise DamagedCheckpoint(f"{path} is damaged: {len(content):,} bytes where its header says {size:,}")
-    if xxh3_128_hexdigest(content) != digest:
+    file.seek(header.end())
+    found = os.fstat(file.fileno()).st_size - header.end()
+    if found != size:
+        raise DamagedCheckpoint(f"{path} is damaged: {found:,} bytes where its header says {size:,}")
+    digest = xxh3_128()
+    while piece := file.read(_PIECE):
+        digest.update(piece)
+    if digest.hexdigest() != expected:
         raise DamagedCheckpoint(f"{path} is damaged: its bytes do not have the digest in its header")
-    return content
+    return header.end()
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -82,79 +143,35 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
-def newest_good(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that can be read, None where there are no files at all.
+def newest_good(
+    folder: Path, warn: Callable[[str], None], *, check: Callable[[dict[str, Any]], None] = lambda _: None
+) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that can be read and that `check` takes, None where there are no files at all.
 
-    `warn` is told of each damaged one on the way. InputError where there are files and none is good: starting again
-    from step 0 would throw the run away without a word.
+    `warn` is told of each one on the way that is damaged, or that `check` refuses by an InputError. InputError where
+    there are files and none will do: starting again from step 0 would throw the run away without a word. It is that of
+    the newest that can be read, where there is one.
     """
-    checkpoints = list_checkpoints(folder)
-    for _, path in checkpoints:
+    refusals: list[InputError] = []
+    for _, path in list_checkpoints(folder):
         try:
-            return path, read_checkpoint(path)
-        except DamagedCheckpoint as error:
-            warn(str(error))
-    if checkpoints:
+            payload = read_checkpoint(path)
+            check(payload)
+        except InputError as error:
+            refusals.append(error if path.name in str(error) else type(error)(f"{path}: {error}"))
+            continue
+        for refusal in refusals:
+            warn(f"{refusal}; an older one is taken")
+        return path, payload
+    for refusal in refusals:
+        if not isinstance(refusal, DamagedCheckpoint):
+            raise refusal
+    if refusals:
         raise InputError(
-            f"none of the {len(checkpoints)} checkpoints in {folder} can be read; restore one, "
+            f"none of the {len(refusals)} checkpoints in {folder} can be read ({refusals[0]}); restore one, "
             "or start again in another --out"
         )
     return None
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Delete checkpoints older than the newest `keep` good ones; damaged ones do not count."""
-    good = 0
-    for _, path in list_checkpoints(folder):
-        if good == keep:
-            path.unlink()
-            continue
-        try:
-            read_verified(path)
-            good += 1
-        except DamagedCheckpoint:
-            continue
-
-
-class CheckpointWriter:
-    """Writes payloads in a thread, one at a time, in order."""
-
-    def __init__(self, folder: Path, *, keep: int, best: Path) -> None:
-        """Files go to `folder`; the best one also to `best`."""
-        self._folder, self._keep, self._best = folder, keep, best
-        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
-
-    def write(self, payload: dict[str, Any], *, is_best: bool) -> None:
-        """Hand over a payload, which must not change any more; waits for the one before, and raises its error."""
-        self.wait()
-        self._pending = self._threads.submit(self._write, payload, is_best)
-
-    def wait(self) -> None:
-        """Return when all is on disk. InputError where it could not be written."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def close(self) -> None:
-        """`wait`, then end the thread."""
-        try:
-            self.wait()
-        finally:
-            self._threads.shutdown()
-
-    def _write(self, payload: dict[str, Any], is_best: bool) -> None:
-        content = encode(payload)
-        path = self._folder / checkpoint_name(payload["step"])
-        try:
-            write_atomic(path, content)
-            if is_best:
-                write_atomic(self._best, content)
-            prune(self._folder, self._keep)
-        except OSError as error:
-            raise InputError(
-                f"cannot write the checkpoint {path} of {len(content):,} bytes ({error.strerror}); older ones are whole"
-            ) from None
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -148,6 +148,13 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """Newest good checkpoints to keep; the best is kept besides."""
+    save_retries: int = 3
+    """Saves in a row that may fail, on a full disk say, before the run ends; training goes on meanwhile."""
+    rank_timeout_s: float = 25
+    """Seconds without a sign of life from a rank after which the others end the run; 0: never. Not a bound on a step, a
+    validation or a save: a thread of each rank gives the sign."""
+    force: bool = False
+    """Go on from a checkpoint that was made with other settings, data or versions; what differs is said and noted."""
     patience: int | None = None
     """Validations in a row without a lower loss after which the run ends; none: it goes on to --steps."""
     min_delta: float = 0.0
@@ -200,8 +207,9 @@ class TrainConfig:
                 raise InputError(f"{name} is {value}; it has to be at least 1")
         if not -(2**63) <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}; it has to fit 64 bits")
-        if self.validate_every < 0:
-            raise InputError(f"validate_every is {self.validate_every}; it has to be at least 0")
+        for name in ("validate_every", "save_retries", "rank_timeout_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}; it has to be at least 0")
         _check_shares(self)
 
 

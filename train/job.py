@@ -1,6 +1,5 @@
 """A run before it runs: everything that a config asks for, built and checked. Nothing here talks to other ranks."""
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,33 +8,46 @@ import torch
 from pipeline.batch import World
 from pipeline.loader import Loader, build_loader, make_layout
 from shards.errors import InputError
+from shards.lock import Lease
 from shards.manifest import read_manifest
 from shards.schema import Manifest
-from train.checkpoint import newest_good
+from train.accumulate import micro_batch
 from train.config import TrainConfig, loader_config
 from train.device import Precision, choose_device, choose_precision, pin_threads
+from train.ema import build_average
+from train.lease import check_lease
 from train.model import build_model
 from train.optim import build_optimizer
-from train.ranks import Ranks
+from train.ranks import Ranks, tell
+from train.resume import check_model
 from train.rundir import RunFolder
-from train.state import Learner, check_fingerprint, fingerprint
+from train.state import Learner, fingerprint
+from train.tracking import check_installed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """The parts of a run on one rank."""
+class Setting:
+    """What a run is made of, before any of it is built."""
 
     config: TrainConfig
     ranks: Ranks
     manifest: Manifest
     folder: RunFolder
     precision: Precision
-    learner: Learner
     fingerprint: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job(Setting):
+    """The parts of a run on one rank."""
+
+    learner: Learner
     loader: Loader
     """Training batches, from where the run goes on."""
     checkpoint: dict[str, Any] | None
     """The payload to go on from; None at the beginning."""
+    lease: Lease | None
+    """Rank 0's hold on the run's folder."""
 
     @property
     def world(self) -> World:
@@ -47,37 +59,53 @@ class Job:
         """Steps already done when this process starts."""
         return self.checkpoint["step"] if self.checkpoint else 0
 
+    def warn(self, text: str) -> None:
+        """A line for people, from rank 0."""
+        tell(self.ranks, f"warning: {text}")
 
-def build_job(config: TrainConfig, ranks: Ranks) -> Job:
-    """Check a config against what is there, and build its parts. InputError for a mistake of the user's."""
-    device = choose_device(config.device, ranks)
-    precision = choose_precision(config.precision, device)
+    def check_lease(self) -> None:
+        """InputError where the folder is another run's by now."""
+        if self.lease is not None:
+            check_lease(self.lease)
+
+
+def build_setting(config: TrainConfig, ranks: Ranks) -> Setting:
+    """Check a config against the machine and the data. InputError for a mistake of the user's."""
+    check_installed(config.watch)
+    precision = choose_precision(config.precision, choose_device(config.device, ranks))
     pin_threads(config.threads, ranks)
-    manifest, folder = read_manifest(config.shards), RunFolder(root=config.out)
+    micro_batch(config.batch_size, ranks.size, config.accumulate)
+    manifest = read_manifest(config.shards)
     if config.validate_every and not manifest.rows("val"):
         raise InputError(
             f"{config.shards} has no val split to validate on; ingest with --val-fraction, or add --validate-every 0"
         )
     if config.validate_every:
         make_layout(loader_config(config, split="val", mode="eval"), manifest)  # a query may leave nothing of it
-    prints = fingerprint(config, manifest, ranks, precision)
-    checkpoint = _find_checkpoint(config, folder, prints, ranks)
-    return Job(
+    return Setting(
         config=config,
         ranks=ranks,
         manifest=manifest,
-        folder=folder,
+        folder=RunFolder(root=config.out),
         precision=precision,
-        learner=_build_learner(config, manifest, precision, ranks),
-        fingerprint=prints,
-        loader=build_loader(
-            loader_config(config, split="train", mode="train"),
-            ranks.world(device),
-            position=checkpoint["position"] if checkpoint else 0,
-            bad_samples=checkpoint.get("bad_samples", ()) if checkpoint else (),
-        ),
-        checkpoint=checkpoint,
+        fingerprint=fingerprint(config, manifest, ranks, precision),
     )
+
+
+def build_job(setting: Setting, checkpoint: dict[str, Any] | None, lease: Lease | None) -> Job:
+    """Build what a run needs, to begin or to go on from a checkpoint's payload. InputError where they do not fit."""
+    config, ranks, precision = setting.config, setting.ranks, setting.precision
+    learner = _build_learner(config, setting.manifest, precision, ranks)
+    if checkpoint is not None:
+        check_model(checkpoint, learner.model)
+    loader = build_loader(
+        loader_config(config, split="train", mode="train"),
+        ranks.world(precision.device),
+        position=checkpoint["position"] if checkpoint else 0,
+        bad_samples=checkpoint["bad_samples"] if checkpoint else (),
+    )
+    parts = {name: getattr(setting, name) for name in Setting.__slots__}
+    return Job(**parts, learner=learner, loader=loader, checkpoint=checkpoint, lease=lease)
 
 
 def prepare_folder(job: Job) -> None:
@@ -86,34 +114,15 @@ def prepare_folder(job: Job) -> None:
         job.folder.prepare(job.config)
 
 
-def _find_checkpoint(
-    config: TrainConfig, folder: RunFolder, prints: dict[str, Any], ranks: Ranks
-) -> dict[str, Any] | None:
-    """The payload to go on from, checked against this run."""
-    if config.resume == "never":
-        folder.check_free()
-        return None
-    found = newest_good(folder.checkpoints, warn=lambda text: _tell(ranks, f"warning: {text}; trying the one before"))
-    if found is None:
-        _tell(ranks, f"no checkpoint in {folder.checkpoints} yet: starting at step 0")
-        return None
-    path, payload = found
-    check_fingerprint(payload["fingerprint"], prints)
-    if config.stop_at is not None and config.stop_at <= payload["step"]:
-        raise InputError(f"--stop-at {config.stop_at}: {path} is at step {payload['step']} already; name a later one")
-    _tell(ranks, f"going on after step {payload['step']}, from {path}")
-    return payload
-
-
 def _build_learner(config: TrainConfig, manifest: Manifest, precision: Precision, ranks: Ranks) -> Learner:
     torch.manual_seed(config.seed)  # the same weights on every rank
     model = build_model(config.model, vocab_size=manifest.tokenizer.vocab_size, context=manifest.tokenizer.context)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # and chance of its own while training
-    model = model.to(device=precision.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Learner(model=model, optimizer=build_optimizer(model, config.optim), scaler=precision.scaler())
-
-
-def _tell(ranks: Ranks, text: str) -> None:
-    if ranks.first:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model = model.to(device=precision.device, memory_format=layout)  # type: ignore[call-overload]
+    return Learner(
+        model=model,
+        optimizer=build_optimizer(model, config.optim),
+        scaler=precision.scaler(),
+        ema=build_average(model, config.ema),
+    )

@@ -121,6 +121,13 @@ def end_with_parent() -> None:
         raise SystemExit(1)
 
 
+def tell(ranks: Ranks, text: str) -> None:
+    """A line on stderr, from rank 0 alone."""
+    if ranks.first:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
 def together(ranks: Ranks, prog: str, build: Callable[[], Result]) -> Result:
     """Run `build`, which must not talk to other ranks, on every rank.
 

@@ -1,9 +1,8 @@
-"""The files of a run: RUN/config.json, versions.json, metrics.jsonl, checkpoints/, best.pt, requeue, curves.png."""
+"""The files of a run: RUN/config.json, versions.json, metrics.jsonl, checkpoints/, best.pt, requeue, forced.txt, lock,
+curves.png, tensorboard/.
+"""
 
-import importlib.metadata
 import json
-import os
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +11,7 @@ from shards.errors import InputError
 from train.checkpoint import remove_leftovers
 from train.commandline import config_json
 from train.config import TrainConfig
-
-PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "nvidia-dali-cuda120", "numpy", "pyarrow", "simplejpeg")
-"""Whose versions a run records."""
+from train.versions import versions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +55,16 @@ class RunFolder:
         """Folder of TensorBoard's event files."""
         return self.root / "tensorboard"
 
+    @property
+    def forced(self) -> Path:
+        """What --force went over, a line each."""
+        return self.root / "forced.txt"
+
+    def note_forced(self, step: int, what: str) -> None:
+        """Leave a lasting note that the run went on from a step with something changed."""
+        with open(self.forced, "a", encoding="utf-8") as file:
+            file.write(f"after step {step}: {what}\n")
+
     def check_free(self) -> None:
         """InputError where a run is here already: a second one would mix its files with the first one's."""
         if self.config.exists() or self.checkpoints.exists() or self.metrics.exists():
@@ -74,14 +81,3 @@ class RunFolder:
             self.requeue.unlink(missing_ok=True)
         except OSError as error:
             raise InputError(f"cannot write to the run's folder {self.root} ({error.strerror})") from None
-
-
-def versions() -> dict[str, str | int]:
-    """What the run ran on: Python, libraries, kernel, CPUs."""
-    found: dict[str, str | int] = {"python": platform.python_version(), "kernel": platform.release()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {**found, "cpus": len(os.sched_getaffinity(0))}

@@ -18,12 +18,13 @@ _PATIENCE_S = 20
 def versions() -> dict[str, Any]:
     """Name -> version: Python, kernel, libraries, commit, GPU, driver, CUDA. What there is none of is absent."""
     found: dict[str, Any] = {"python": platform.python_version(), "kernel": platform.release()}
-    found |= {name: version for name in PACKAGES if (version := _version(name))}
+    found |= {name: version for name in PACKAGES if (version := package_version(name))}
     found |= {"cpus": len(os.sched_getaffinity(0))}
     return {**found, **_commit(), **_gpu()}
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version of an installed package; None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

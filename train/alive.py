@@ -1,0 +1,122 @@
+"""Signs of life: a rank that was stopped, or whose node is gone, ends the job instead of keeping it waiting.
+
+A rank that dies closes its connections, which the others see at once. One that hangs (SIGSTOP, a machine that swaps or
+lost its network) does not, and collectives wait for it for minutes. So a thread of each rank counts upwards in
+torchrun's store, rank 0's reads all counts and the others' read rank 0's; a count that stands still for the timeout, by
+our own monotonic clock, ends the process. A long validation, a slow save or a wait for data stop no such thread, so
+they may take as long as they like; a loader that waits for ever has limits of its own.
+"""
+
+import contextlib
+import datetime
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import torch.distributed as dist
+
+from train.ranks import Ranks
+
+BEATS = 10
+"""Beats within the timeout."""
+
+
+@contextlib.contextmanager
+def watching(ranks: Ranks, timeout_s: float) -> Iterator[None]:
+    """Watch the other ranks inside the block; end this process by exit code 1 where one stays silent for `timeout_s`.
+
+    All ranks have to call it. With one rank, or a timeout of 0, nothing is watched.
+    """
+    if ranks.size == 1 or not timeout_s:
+        yield
+        return
+    watch = Watch(ranks, timeout_s, connect(timeout_s))
+    ranks.barrier()  # all counts are there
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.stop()
+
+
+def connect(timeout_s: float) -> dist.Store:
+    """A connection of our own to the store by which torchrun's processes find each other."""
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
+    return dist.PrefixStore(f"shardclip/alive/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+class Watch:
+    """One rank's beats, and its eyes on the others'."""
+
+    def __init__(self, ranks: Ranks, timeout_s: float, store: dist.Store) -> None:
+        self._ranks, self._timeout_s, self._store = ranks, timeout_s, store
+        self._others = list(range(1, ranks.size)) if ranks.first else [0]
+        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="signs-of-life", daemon=True)
+        self._beat(0)
+
+    def start(self) -> None:
+        """Begin to beat and to look."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Say goodbye, so that nobody waits for the next beat."""
+        self._done.set()
+        self._thread.join(self._timeout_s)
+        faulthandler.cancel_dump_traceback_later()
+        with contextlib.suppress(RuntimeError):  # rank 0's machine has gone first
+            self._store.set(str(self._ranks.rank), "done")
+
+    def _run(self) -> None:
+        number = 0
+        try:
+            while not self._done.wait(self._timeout_s / BEATS):
+                # Were this thread itself held up, by a store that does not answer or a lock, the process ends too.
+                faulthandler.dump_traceback_later(2 * self._timeout_s, exit=True)
+                number += 1
+                self._beat(number)
+                silent = self._silent(time.monotonic())
+                if silent and not self._done.is_set():
+                    self._end(silent)
+        except RuntimeError:  # the store has gone, with the first node's torchrun
+            if not self._done.wait(self._timeout_s):
+                self._end([0])
+
+    def _beat(self, number: int) -> None:
+        self._store.set(str(self._ranks.rank), str(number))
+
+    def _silent(self, now: float) -> list[int]:
+        """The ranks whose count stands still for too long."""
+        counts = self._store.multi_get([str(rank) for rank in self._others])
+        for rank, count in zip(self._others, counts, strict=True):
+            if rank not in self._seen or self._seen[rank][0] != count:
+                self._seen[rank] = (count, now)
+        return [
+            rank for rank, (count, since) in self._seen.items() if count != b"done" and now - since > self._timeout_s
+        ]
+
+    def _end(self, silent: Sequence[int]) -> None:
+        """Say why, once in the whole job, and leave at once: the main thread may be waiting for ever."""
+        if self._first_to_tell():
+            names = ", ".join(map(str, silent))
+            sys.stderr.write(
+                f"train.main: no sign of life from rank {names} for {self._timeout_s:.0f} s: stopped, or its machine "
+                "is gone; this run ends. Go on with --resume auto (see --rank-timeout-s)\n"
+            )
+            sys.stderr.flush()
+        os._exit(1)
+
+    def _first_to_tell(self) -> bool:
+        try:
+            return self._store.add("told", 1) == 1
+        except RuntimeError:
+            return True
