@@ -1,6 +1,7 @@
 """From arguments to a config, and a config to JSON and back.
 
-`--preset NAME` or `--config FILE` is read first and gives every value; the other flags then change single ones.
+`--preset NAME` or `--config FILE` is read first and gives every value, `--loader-config FILE` then those of reading and
+decoding; the other flags then change single ones.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 from shards.cli import parse
 from shards.errors import InputError
+from train import tuned
 from train.config import TrainConfig
 from train.presets import PRESETS
 
@@ -27,6 +29,7 @@ def parse_config(prog: str, argv: Sequence[str] | None = None) -> TrainConfig:
     first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", default=None)
     first.add_argument("--config", type=Path, default=None)
+    first.add_argument("--loader-config", type=Path, default=None)
     try:
         known, rest = first.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -34,6 +37,8 @@ def parse_config(prog: str, argv: Sequence[str] | None = None) -> TrainConfig:
     if known.preset and known.config:
         raise InputError("--preset and --config both give every value; name one of them")
     default = read_config(known.config) if known.config else preset(known.preset or "tiny")
+    if known.loader_config:
+        default = tuned.apply(default, known.loader_config)
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
