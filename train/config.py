@@ -118,6 +118,7 @@ class TrainConfig:
     """Train an image-text model on shards.
 
     --preset NAME or --config FILE (RUN/config.json of an earlier run) gives all values; other flags change single ones.
+    --loader-config FILE (from python -m bench.loader --tune) sets how films are read and decoded on this machine.
     """
 
     shards: Path
