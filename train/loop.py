@@ -1,43 +1,41 @@
 """The loop: wait for a batch, step, and now and then log, validate, save. There is one, whatever is trained.
 
-A step is launched without waiting for the device; the loss is read on log steps and before a save only.
+A step is launched without waiting for the device; what the steps said is read on log steps and before a save only.
 """
 
 import math
+import time
 from typing import NoReturn
-
-import torch
 
 from pipeline.batch import DIGEST_MODULUS, Batch, digest_batch
 from shards.atomic import write_atomic
 from shards.cli import say
 from shards.errors import InputError
-from train.checkpoint import CheckpointWriter
 from train.config import loader_config
 from train.curves import draw_curves
+from train.ema import update_average
 from train.job import Job
 from train.metrics import Meter, MetricsLog, Row, memory_mb
-from train.objective import Contrastive, Output
-from train.optim import learning_rate
+from train.nonfinite import REPORT, Recorder, all_finite, complain
+from train.objective import Output
 from train.preempt import StopRequest
 from train.ranks import together
+from train.saving import CheckpointWriter, Shelf
+from train.schedule import learning_rate
 from train.state import Progress, capture, gather_bad, order_digest, restore
-from train.step import Step
-from train.validate import validation_loss
+from train.step import build_step, compiled_graphs, nothing_batch
 
 
-def run(job: Job) -> bool:
+def run(job: Job, stop: StopRequest) -> bool:
     """Train to the end, or until asked to stop; whether the end was reached. All ranks have to call it."""
-    with StopRequest().listening() as stop:
-        loop = Loop(job, stop)
-        try:
-            loop.train()
-        finally:
-            loop.close()
-        finished = loop.progress.step >= job.config.steps
-        if job.ranks.first:
-            _conclude(job, loop.progress, finished)
-    return finished
+    loop = Loop(job, stop)
+    try:
+        loop.train()
+    finally:
+        loop.close()
+    if job.ranks.first:
+        _conclude(job, loop.progress, loop.finished)
+    return loop.finished
 
 
 class Loop:
@@ -45,23 +43,33 @@ class Loop:
 
     def __init__(self, job: Job, stop: StopRequest) -> None:
         self._job, self._config, self._ranks, self._stop = job, job.config, job.ranks, stop
-        seed = job.config.seed if job.config.shuffle_reports else None
-        objective = Contrastive(job.ranks, shuffle_seed=seed)
-        self._step = Step(job.learner, objective, job.precision, job.ranks, clip=job.config.optim.clip)
+        self._step = build_step(job.config, job.learner, job.precision, job.ranks)
         self.progress = self._begin()
-        self._output: Output | None = None
+        self._recorder = Recorder(job.ranks, scaled=job.learner.scaler.is_enabled())
+        self._loss = math.nan
         self._saved_step = self.progress.step
         self._meter = Meter()
         self._log: MetricsLog | None = None
         self._writer: CheckpointWriter | None = None
         if job.ranks.first:
             self._log = MetricsLog(job.folder, config=job.config, done=job.done)
-            self._writer = CheckpointWriter(job.folder.checkpoints, keep=job.config.keep, best=job.folder.best)
+            shelf = Shelf(job.folder.checkpoints, keep=job.config.keep, best=job.folder.best)
+            self._writer = CheckpointWriter(
+                shelf, retries=job.config.save_retries, warn=job.warn, check=job.check_lease, before=job.folder.metrics
+            )
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do: all steps are done, or validation has not improved for too long."""
+        patience = self._config.patience
+        return self.progress.step >= self._config.steps or (
+            patience is not None and self.progress.patience.bad >= patience
+        )
 
     def train(self) -> None:
         """Step until the last one or a stop."""
         stopping = False
-        while self.progress.step < self._config.steps and not stopping:
+        while not (self.finished or stopping):
             stopping = self._one_step()
 
     def close(self) -> None:
@@ -73,8 +81,8 @@ class Loop:
 
     def _begin(self) -> Progress:
         """Weights and progress to start with; those of a fresh model survive the warm-up."""
-        size = self._config.data.image_size
-        self._step.warm_up(nothing_batch(size, self._job.manifest.tokenizer.context, self._job.precision.device))
+        size, context = self._config.data.image_size, self._job.manifest.tokenizer.context
+        self._step.warm_up(nothing_batch(2 * self._config.accumulate, size, context, self._job.precision.device))
         return restore(self._job.checkpoint, self._job.learner, self._ranks) if self._job.checkpoint else Progress()
 
     def _one_step(self) -> bool:
@@ -85,13 +93,16 @@ class Loop:
         asked, failed = self._ranks.sums([float(self._stop.asked), float(failure is not None)])
         if batch is None or failed:
             self._stop_short(failure)
-        lr = learning_rate(config.optim, progress.step, config.steps)
+        lr = learning_rate(config.optim, progress.step, config.steps, progress.plateau.cuts)
         output = self._step(batch, lr)
         progress.step += 1
+        progress.position += config.batch_size
         progress.digest = (progress.digest + digest_batch(batch, self._job.world)) % DIGEST_MODULUS
+        self._recorder.note(progress.step, output, batch.samples)
+        if self._job.learner.ema is not None and config.ema is not None:
+            update_average(self._job.learner.ema, self._job.learner.model, config.ema, progress.step)
         if self._log is not None:
             self._log.advance()
-        self._output = output
         stopping = asked > 0 or progress.step == config.stop_at
         self._after_step(output, lr, stopping)
         return stopping
@@ -105,8 +116,8 @@ class Loop:
 
     def _stop_short(self, failure: InputError | None) -> NoReturn:
         """Save the steps done, then end all ranks with the line of the one whose loader failed. All have to call it."""
-        if self._output is not None and self.progress.step != self._saved_step:
-            self._read_loss(self._output)
+        if self.progress.step != self._saved_step:
+            self._look()
             self._save(is_best=False)
         if self._writer is not None:
             self._writer.wait()
@@ -126,30 +137,33 @@ class Loop:
         logging = last or validating or step % config.log_every == 0
         if not (logging or saving):
             return
-        loss = self._read_loss(output)
-        row = self._row(output, loss, lr) if logging else {}
+        self._look()
+        row = self._row(output, lr) if logging else {}
         with self._meter.paused():
             improved = validating and self._validate(row)
             if self._log is not None and logging:
                 self._log.write(row)
-            if saving or improved:
+            if saving or improved or self.finished:
                 self._save(is_best=improved)
 
-    def _read_loss(self, output: Output) -> float:
-        """The global batch's loss; the same on all ranks. Weights that gave no number are not worth keeping."""
-        loss = self._ranks.sums([output.loss.item()])[0] / self._ranks.size
-        if not math.isfinite(loss):
-            step = self.progress.step
-            raise InputError(f"the loss is {loss} at step {step}; lower --optim.lr, or go on from a checkpoint before")
-        return loss
+    def _look(self) -> None:
+        """Read what the steps since the last look said; stop for losses that are no numbers, or count them."""
+        reading = self._recorder.read(loader_config(self._config, split="train", mode="train"))
+        self.progress.skipped += reading.skipped
+        self._loss = self._loss if reading.loss is None else reading.loss
+        if reading.bad or self._recorder.hopeless:
+            report = self._job.folder.root / REPORT if self._ranks.first else None
+            together(self._ranks, "train.main", lambda: complain(reading, self._recorder, self._config, report))
 
-    def _row(self, output: Output, loss: float, lr: float) -> Row:
+    def _row(self, output: Output, lr: float) -> Row:
+        scaler = self._job.learner.scaler
         step_ms, wait_ms = (value / self._ranks.size for value in self._ranks.sums(self._meter.read()))
+        metrics = {name: value.item() for name, value in output.metrics.items()}
         return {
             "step": self.progress.step,
-            "loss": loss,
+            "loss": self._loss,
             "lr": lr,
-            **{name: value.item() for name, value in output.metrics.items()},
+            **{name: value for name, value in metrics.items() if math.isfinite(value)},
             "images_per_s": round(self._config.batch_size / step_ms * 1e3, 1),
             "loader_wait_ms": round(wait_ms, 3),
             "step_ms": round(step_ms, 3),
@@ -157,40 +171,46 @@ class Loop:
             "order_digest": order_digest(self.progress, self._ranks),
             "read_retries": int(self._ranks.sums([self._job.loader.stats().get("retries", 0)])[0]),
             "bad_samples": len(gather_bad(self._job.loader, self._ranks)),
+            "skipped_steps": self.progress.skipped,
+            **({"compiled_graphs": compiled_graphs()} if self._config.compile else {}),
+            **({"loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}),
+            **(self._writer.figures() if self._writer is not None else {}),
         }
 
     def _validate(self, row: Row) -> bool:
         """Validate and note the loss; whether it is the lowest so far."""
-        loader = loader_config(self._config, split="val", mode="eval")
-        loss = validation_loss(self._job.learner.model, loader, self._job.precision, self._ranks)
-        row["val_loss"] = loss
-        if self.progress.best_loss is not None and loss >= self.progress.best_loss:
+        job, config, progress, began = self._job, self._config, self.progress, time.perf_counter()
+        loader = loader_config(config, split="val", mode="eval")
+        loss = self._step.objective.validate(job.learner.judged, loader, job.precision, self._ranks)
+        row |= {"val_loss": loss, "validate_s": round(time.perf_counter() - began, 3)}
+        progress.patience.note(loss, config.min_delta)
+        if config.optim.schedule == "plateau":
+            progress.plateau.note(loss, config.min_delta, config.optim)
+        if not math.isfinite(loss) or (progress.best_loss is not None and loss >= progress.best_loss):
             return False
-        self.progress.best_loss, self.progress.best_step = loss, self.progress.step
+        progress.best_loss, progress.best_step = loss, progress.step
         return True
 
     def _save(self, *, is_best: bool) -> None:
         job = self._job
+        together(self._ranks, "train.main", self._check_weights)
         bad = gather_bad(job.loader, self._ranks)
         payload = capture(job.config, job.fingerprint, self.progress, job.learner, bad, self._ranks)
         self._saved_step = self.progress.step
-        if self._writer is not None:
-            self._writer.write(payload, is_best=is_best)
 
+        def hand_over() -> None:
+            if self._writer is not None:
+                self._writer.write(payload, is_best=is_best)
 
-def nothing_batch(image_size: int, context: int, device: torch.device) -> Batch:
-    """Two black images with empty reports, for the warm-up."""
-    tokens = torch.zeros(2, context, dtype=torch.int64)
-    tokens[:, 0] = 1
-    images = torch.zeros(2, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
-    return Batch(
-        images=images.to(device),
-        tokens=tokens.to(device),
-        labels=torch.zeros(2, 0, device=device),
-        samples=torch.zeros(2, 2, dtype=torch.int64),
-        position=0,
-        text_length=1,
-    )
+        together(self._ranks, "train.main", hand_over)
+
+    def _check_weights(self) -> None:
+        """InputError where an update has overflowed: such weights must not push good ones off the shelf."""
+        if not (all_finite(self._job.learner.model) and all_finite(self._job.learner.ema)):
+            raise InputError(
+                f"a weight is no number after step {self.progress.step}, which is not saved; lower --optim.lr, "
+                "and go on from a checkpoint before"
+            )
 
 
 def _conclude(job: Job, progress: Progress, finished: bool) -> None:
@@ -202,7 +222,12 @@ def _conclude(job: Job, progress: Progress, finished: bool) -> None:
             if progress.best_loss is None
             else f"; best validation loss {progress.best_loss:.4f} at step {progress.best_step}"
         )
-        say(f"trained {progress.step} steps{best}; run folder {job.folder.root}")
+        early = (
+            ""
+            if progress.step >= job.config.steps
+            else f", no lower validation loss in {job.config.patience} validations"
+        )
+        say(f"trained {progress.step} steps{early}{best}; run folder {job.folder.root}")
         return
     write_atomic(job.folder.requeue, f"{progress.step}\n".encode())
     say(

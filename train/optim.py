@@ -1,4 +1,4 @@
-"""AdamW and the learning rate, which is a pure function of the step: a schedule has no state to save."""
+"""The optimizer, in one fused kernel, and the bound on the logit scale."""
 
 import math
 
@@ -11,24 +11,21 @@ MAX_LOGIT_SCALE = math.log(100.0)
 """CLIP's bound: a temperature of at least 0.01."""
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW in one fused kernel, weight decay on parameters with two dimensions or more."""
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD; weight decay on parameters with two dimensions or more."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-
-
-def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate of step `step` (0 is the first) of `steps`."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    if config.schedule == "constant":
-        return config.lr
-    progress = (step - config.warmup) / max(1, steps - config.warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    if config.momentum:
+        # torch 2.14 leaves the momentum uninitialised where the very first update is skipped; zeros give the same sums.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -37,7 +34,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, norm: torch.Tensor) -> None:
+    """One update, not made where the gradient's norm () is no number: decided on the device, without waiting for it.
+
+    The fused kernels look at a flag first, as they do for a scaler, which sets the flag itself where it is in use.
+    """
+    if not scaler.is_enabled():
+        optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+    scaler.step(optimizer)
+    scaler.update()
+
+
 def clamp_logit_scale(model: nn.Module) -> None:
-    """Keep the model's `logit_scale` (a logarithm) at or below MAX_LOGIT_SCALE; no host sync."""
+    """Keep the model's `logit_scale` (a logarithm) within [0, MAX_LOGIT_SCALE], as open_clip does; no host sync."""
     with torch.no_grad():
-        model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)  # type: ignore[operator]
+        model.logit_scale.clamp_(min=0.0, max=MAX_LOGIT_SCALE)  # type: ignore[operator]

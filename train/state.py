@@ -1,27 +1,34 @@
 """What a run is at a step boundary, to a checkpoint's payload and back."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.batch import DIGEST_MODULUS
+from pipeline.batch import DIGEST_MODULUS, World
 from pipeline.config import stream_count
-from pipeline.loader import Loader
+from pipeline.loader import Loader, resolve_backend
 from pipeline.quarantine import check_count
 from pipeline.selection import Selection
-from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.schema import Manifest
 from train.commandline import to_fields
 from train.config import TrainConfig, loader_config
 from train.device import Precision
 from train.ranks import Ranks
+from train.schedule import Patience, Plateau
+from train.versions import package_version
 
 PATHS = ("shards", "out", "h5", "vision_weights", "text_weights")
 """Settings that stay out of checkpoints: where files lie is nobody's business elsewhere."""
+
+
+VERSIONS = ("torch", "open_clip_torch", "timm")
+DALI_PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
+"""A newer one of these gives other last digits, or other pixels. Not so the others: order, crops and the backend `cpu`
+are this program's own, and libjpeg-turbo's pixels are fixed."""
 
 
 READING = ("threads", "memory_mb", "ahead", "own_jpeg", "max_bad", "stage_dir", "stage_gb", "stall_abort_s")
@@ -34,12 +41,20 @@ class Progress:
 
     step: int = 0
     """Optimizer steps done."""
+    position: int = 0
+    """Where the next batch starts."""
     digest: int = 0
     """This rank's share of the order digest; the sum over the ranks modulo 2^64 is the run's."""
     best_loss: float | None = None
     """Lowest validation loss so far."""
     best_step: int | None = None
     """Where it was reached."""
+    skipped: int = 0
+    """Steps whose update was left out because loss or gradient was no number."""
+    patience: Patience = field(default_factory=Patience)
+    """What --patience has counted."""
+    plateau: Plateau = field(default_factory=Plateau)
+    """What the plateau schedule has counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +65,13 @@ class Learner:
     """The bare model, without DDP around it."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    ema: nn.Module | None = None
+    """The moving average of the weights, where one is kept."""
+
+    @property
+    def judged(self) -> nn.Module:
+        """What is validated: the average where there is one."""
+        return self.model if self.ema is None else self.ema
 
 
 def fingerprint(config: TrainConfig, manifest: Manifest, ranks: Ranks, precision: Precision) -> dict[str, Any]:
@@ -78,15 +100,25 @@ def fingerprint(config: TrainConfig, manifest: Manifest, ranks: Ranks, precision
             del prints[f"data.{name}"]  # as in checkpoints from before there were any
     for name in READING:
         del prints[f"data.{name}"]
-    return prints
+    return prints | _versions(config, ranks.world(precision.device))
 
 
-def check_fingerprint(then: dict[str, Any], now: dict[str, Any]) -> None:
-    """InputError that names each setting in which a checkpoint differs from this run."""
+def _versions(config: TrainConfig, world: World) -> dict[str, str]:
+    """Versions of what makes the numbers: arithmetic, towers, and the decoder where it is DALI's."""
+    packages = [*VERSIONS]
+    if resolve_backend(loader_config(config, split="train", mode="train"), world) == "dali":
+        packages += [*DALI_PACKAGES]
+    return {f"versions.{name}": version for name in packages if (version := package_version(name))}
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Each setting in which two fingerprints differ, in words. A version that only one of them has is none."""
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    if names:
-        listed = "; ".join(f"{name} was {then.get(name)}, is now {now.get(name)}" for name in names)
-        raise InputError(f"the checkpoint is of another run: {listed}; give the same settings, or another --out")
+    return [
+        f"{name} was {then.get(name)}, is now {now.get(name)}"
+        for name in names
+        if not name.startswith("versions.") or (name in then and name in now)
+    ]
 
 
 def order_digest(progress: Progress, ranks: Ranks) -> str:
@@ -127,14 +159,17 @@ def capture(
         del settings["data"][name]
     return {
         "step": progress.step,
-        "position": progress.step * config.batch_size,
+        "position": progress.position,
         "order_digest": digest,
         "bad_samples": bad_samples,
         "best_loss": progress.best_loss,
         "best_step": progress.best_step,
+        "skipped": progress.skipped,
+        "schedule": {"patience": asdict(progress.patience), "plateau": asdict(progress.plateau)},
         "config": settings,
         "fingerprint": prints,
         "model": to_host(learner.model.state_dict()),
+        **({} if learner.ema is None else {"ema": to_host(learner.ema.state_dict())}),
         "optimizer": to_host(learner.optimizer.state_dict()),
         "scaler": learner.scaler.state_dict(),
         "rng": random,
@@ -145,6 +180,8 @@ def capture(
 def restore(payload: dict[str, Any], learner: Learner, ranks: Ranks) -> Progress:
     """Put a payload back in place; returns the progress. The fingerprint has been checked."""
     learner.model.load_state_dict(payload["model"])
+    if learner.ema is not None:
+        learner.ema.load_state_dict(payload["ema"])
     learner.optimizer.load_state_dict(payload["optimizer"])
     learner.scaler.load_state_dict(payload["scaler"])
     if len(payload["rng"]) == ranks.size:
@@ -153,10 +190,18 @@ def restore(payload: dict[str, Any], learner: Learner, ranks: Ranks) -> Progress
             torch.cuda.set_rng_state(payload["device_rng"][ranks.rank])
     return Progress(
         step=payload["step"],
+        position=payload["position"],
         digest=int(payload["order_digest"], 16) if ranks.first else 0,
         best_loss=payload["best_loss"],
         best_step=payload["best_step"],
+        skipped=payload["skipped"],
+        patience=Patience(**payload["schedule"]["patience"]),
+        plateau=_plateau(payload["schedule"]["plateau"]),
     )
+
+
+def _plateau(fields: dict[str, Any]) -> Plateau:
+    return Plateau(patience=Patience(**fields["patience"]), cuts=fields["cuts"])
 
 
 def to_host(tree: Any) -> Any:

@@ -1,41 +1,79 @@
 """One optimizer step: forward, backward, update. The only place where gradients are made, and free of host syncs."""
 
+import contextlib
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.batch import Batch
+from train.accumulate import backward_in_parts
+from train.config import TrainConfig
 from train.device import Precision
-from train.objective import Objective, Output
-from train.optim import clamp_logit_scale, set_learning_rate
+from train.objective import Contrastive, Objective, Output, Tensors
+from train.optim import set_learning_rate, update
 from train.ranks import Ranks
 from train.state import Learner
+
+
+def build_step(config: TrainConfig, learner: Learner, precision: Precision, ranks: Ranks) -> "Step":
+    """The step that a config asks for; the learner may be restored from a checkpoint after it."""
+    seed = config.seed if config.shuffle_reports else None
+    if config.activation_checkpointing:
+        learner.model.set_grad_checkpointing()  # type: ignore[operator]
+    return Step(
+        learner,
+        Contrastive(ranks, label_smoothing=config.label_smoothing, shuffle_seed=seed),
+        precision,
+        ranks,
+        clip=config.optim.clip,
+        parts=config.accumulate,
+        compiled=config.compile,
+        channels_last=config.channels_last,
+    )
 
 
 class Step:
     """Trains a learner in place, one batch a call."""
 
     def __init__(
-        self, learner: Learner, objective: Objective, precision: Precision, ranks: Ranks, *, clip: float | None = None
+        self,
+        learner: Learner,
+        objective: Objective,
+        precision: Precision,
+        ranks: Ranks,
+        *,
+        clip: float | None = None,
+        parts: int = 1,
+        compiled: bool = False,
+        channels_last: bool = True,
     ) -> None:
-        """`clip`: largest norm of the gradient; None: no limit."""
+        """`clip`: largest norm of the gradient; None: no limit. `parts`: into which the rank's share of a batch is cut.
+
+        `channels_last`: the layout that the model's weights have; images are brought to it where they are not in it.
+        """
         self._model, self._optimizer, self._scaler = learner.model, learner.optimizer, learner.scaler
-        self._objective, self._precision = objective, precision
+        self.objective, self._precision, self.parts = objective, precision, parts
         self._clip = math.inf if clip is None else clip
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._wrapped = distribute(learner.model, precision.device, ranks)
+        # Compiled apart from what `_wrapped` and the bare model are: the warm-up and validation have other shapes.
+        self._compiled = torch.compile(self._wrapped) if compiled else self._wrapped
 
     def __call__(self, batch: Batch, lr: float) -> Output:
-        """Train on one batch; what comes back is still being computed where the device is a GPU."""
-        output = self._backward(batch)
-        output.metrics["grad_norm"] = self._clip_gradients()
+        """Train on one batch; what comes back is still being computed where the device is a GPU.
+
+        No update is made where loss or gradient is no number: its metric `grad_norm` is none then, on every rank.
+        """
+        output = self._backward(self._compiled, batch)
+        output.metrics["grad_norm"] = norm = self._clip_gradients()
         set_learning_rate(self._optimizer, lr)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+        update(self._optimizer, self._scaler, norm)
         self._optimizer.zero_grad(set_to_none=True)
-        clamp_logit_scale(self._model)
+        self.objective.constrain(self._model)
         return output
 
     def warm_up(self, batch: Batch) -> None:
@@ -46,22 +84,71 @@ class Step:
         """
         device = self._precision.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            self._backward(batch)
+            self._backward(self._wrapped, batch)
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _backward(self, batch: Batch) -> Output:
-        output = self._objective(self._forward, batch)
-        self._scaler.scale(output.loss).backward()
-        return output
+    def _backward(self, module: Callable[..., Tensors], batch: Batch) -> Output:
+        """Loss of this rank's share, and the gradients of the global batch."""
+
+        def forward(*inputs: torch.Tensor) -> Tensors:
+            with self._precision.autocast():
+                return module(*inputs)
+
+        def loss(outputs: Tensors) -> Output:
+            output = self.objective.loss(outputs, batch)
+            self._scaler.scale(poisoned(output.loss)).backward()
+            return output
+
+        inputs = tuple(self._laid_out(tensor) for tensor in self.objective.inputs(batch))
+        if self.parts == 1:
+            return loss(forward(*inputs))
+        return backward_in_parts(forward, inputs, self.parts, loss, self._no_sync)
+
+    def _laid_out(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) in the layout of the model's weights; the loaders' are already, but for hdf5's."""
+        return tensor.contiguous(memory_format=self._layout) if tensor.ndim == 4 else tensor
+
+    def _no_sync(self) -> contextlib.AbstractContextManager:
+        """The context in which no gradients are exchanged."""
+        if isinstance(self._wrapped, DistributedDataParallel):
+            return self._wrapped.no_sync()
+        return contextlib.nullcontext()
 
     def _clip_gradients(self) -> torch.Tensor:
         """Bound the gradient's norm; returns the norm () before, still on the device."""
         self._scaler.unscale_(self._optimizer)
         return nn.utils.clip_grad_norm_(self._model.parameters(), self._clip)
 
-    def _forward(self, images: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        with self._precision.autocast():
-            return self._wrapped(images, tokens)
+
+def nothing_batch(count: int, image_size: int, context: int, device: torch.device) -> Batch:
+    """`count` black images with empty reports, for the warm-up."""
+    tokens = torch.zeros(count, context, dtype=torch.int64)
+    tokens[:, 0] = 1
+    images = torch.zeros(count, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
+    return Batch(
+        images=images.to(device),
+        tokens=tokens.to(device),
+        labels=torch.zeros(count, 0, device=device),
+        samples=torch.zeros(count, 2, dtype=torch.int64),
+        position=0,
+        text_length=1,
+    )
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made so far in this process; more than a few mean that shapes keep changing."""
+    from torch._dynamo.utils import counters  # slow to import, and there without --compile too
+
+    return counters["stats"]["unique_graphs"]
+
+
+def poisoned(loss: torch.Tensor) -> torch.Tensor:
+    """The loss () for the backward pass: itself, or NaN where it is infinite.
+
+    An infinite loss can have finite gradients. With NaN for all of them, what DDP sums up is NaN on every rank, so that
+    all ranks leave the update out together and none has to ask the others. Times 1 a finite loss is what it was.
+    """
+    return loss * (1 + 0 * loss.detach())
 
 
 def distribute(model: nn.Module, device: torch.device, ranks: Ranks) -> nn.Module:

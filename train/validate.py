@@ -14,11 +14,11 @@ from pipeline.batch import Batch
 from pipeline.config import LoaderConfig
 from pipeline.loader import build_loader
 from train.device import Precision
-from train.objective import cut_tokens
 from train.ranks import Ranks
 
 GROUP = 64
 """Rows that are contrasted with each other in the validation loss."""
+TOKEN_STEP = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +64,16 @@ def validation_loss(model: nn.Module, loader: LoaderConfig, precision: Precision
     with torch.inference_mode():
         scale = model.logit_scale.float().exp()  # type: ignore[operator]
         return contrastive_loss(embedded.images, embedded.texts, scale).item()
+
+
+def cut_tokens(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """tokens (B, context) cut to the longest report, `length` tokens, rounded up to steps of TOKEN_STEP: (B, L).
+
+    Exact, because the text tower is causal and all that is cut off follows every end token. Steps keep the number of
+    shapes small.
+    """
+    wanted = -(-max(length, 1) // TOKEN_STEP) * TOKEN_STEP
+    return tokens[:, : min(wanted, tokens.shape[1])]
 
 
 def _embed_batch(model: nn.Module, batch: Batch, precision: Precision) -> tuple[torch.Tensor, ...]:
