@@ -11,16 +11,16 @@ from xxhash import xxh3_128_hexdigest
 from shards.errors import InputError
 from train.checkpoint import (
     MAGIC,
-    CheckpointWriter,
+    VERSION,
     DamagedCheckpoint,
     checkpoint_name,
     encode,
     list_checkpoints,
     newest_good,
-    prune,
     read_checkpoint,
-    read_verified,
+    verify_checkpoint,
 )
+from train.saving import CheckpointWriter, LeaseLost, Shelf
 
 
 def payload(step: int) -> dict:
@@ -50,7 +50,7 @@ def test_every_flipped_byte_is_seen(tmp_path: Path) -> None:
         changed[place] ^= 1
         path.write_bytes(changed)
         with pytest.raises(DamagedCheckpoint):
-            read_verified(path)
+            verify_checkpoint(path)
 
 
 def test_every_cut_is_seen(tmp_path: Path) -> None:
@@ -65,11 +65,13 @@ def test_every_cut_is_seen(tmp_path: Path) -> None:
         read_checkpoint(path)
 
 
-def test_a_later_version_is_named(tmp_path: Path) -> None:
+def test_another_version_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, 1)
-    path.write_bytes(path.read_bytes().replace(f"{MAGIC} 1".encode(), f"{MAGIC} 2".encode(), 1))
-    with pytest.raises(DamagedCheckpoint, match="version 2"):
-        read_checkpoint(path)
+    content = path.read_bytes()
+    for other in (VERSION + 1, VERSION - 1):
+        path.write_bytes(content.replace(f"{MAGIC} {VERSION}".encode(), f"{MAGIC} {other}".encode(), 1))
+        with pytest.raises(DamagedCheckpoint, match=f"version {other}"):
+            read_checkpoint(path)
 
 
 class _Payload:
@@ -87,7 +89,7 @@ def test_a_pickle_payload_does_not_run(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     torch.save({"step": 1, "model": _Payload(marker)}, buffer)
     content = buffer.getvalue()
-    path.write_bytes(f"{MAGIC} 1 {xxh3_128_hexdigest(content)} {len(content)}\n".encode() + content)
+    path.write_bytes(f"{MAGIC} {VERSION} {xxh3_128_hexdigest(content)} {len(content):020d}\n".encode() + content)
     with pytest.raises(DamagedCheckpoint, match="more than tensors"):
         read_checkpoint(path)
     path.write_bytes(content)
@@ -105,7 +107,7 @@ def test_newest_good_falls_back_and_says_so(tmp_path: Path) -> None:
     warnings: list[str] = []
     found = newest_good(tmp_path, warnings.append)
     assert found is not None and found[1]["step"] == 20
-    assert len(warnings) == 1 and "step-0000030.pt" in warnings[0]
+    assert len(warnings) == 1 and "step-0000030.pt" in warnings[0] and "an older one is taken" in warnings[0]
 
 
 def test_none_good_is_refused(tmp_path: Path) -> None:
@@ -114,33 +116,145 @@ def test_none_good_is_refused(tmp_path: Path) -> None:
         newest_good(tmp_path, warn=lambda _: None)
 
 
-def test_pruning_counts_good_ones_only(tmp_path: Path) -> None:
-    for step in (10, 20, 30, 40):
+def test_an_older_one_is_taken_where_check_refuses(tmp_path: Path) -> None:
+    for step in (10, 20):
         write(tmp_path, step)
-    (tmp_path / checkpoint_name(40)).write_bytes(b"damaged")
-    prune(tmp_path, keep=2)
-    assert [step for step, _ in list_checkpoints(tmp_path)] == [40, 30, 20]
+
+    def only_10(payload: dict) -> None:
+        if payload["step"] != 10:
+            raise InputError("of another run")
+
+    warnings: list[str] = []
+    found = newest_good(tmp_path, warnings.append, check=only_10)
+    assert found is not None and found[1]["step"] == 10 and "of another run" in warnings[0]
+    (tmp_path / checkpoint_name(10)).write_bytes(b"")
+    with pytest.raises(InputError, match=r"step-0000020.*of another run"):
+        newest_good(tmp_path, warnings.append, check=only_10)
+    assert len(warnings) == 1
 
 
-def test_the_writer_keeps_newest_and_best(tmp_path: Path) -> None:
-    folder, best = tmp_path / "checkpoints", tmp_path / "best.pt"
-    folder.mkdir()
-    writer = CheckpointWriter(folder, keep=2, best=best)
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    """Two checkpoints are kept in checkpoints/, the best as best.pt."""
+    (tmp_path / "checkpoints").mkdir()
+    return Shelf(tmp_path / "checkpoints", keep=2, best=tmp_path / "best.pt")
+
+
+def steps(tmp_path: Path) -> list[int]:
+    """What lies there, newest first."""
+    return [step for step, _ in list_checkpoints(tmp_path / "checkpoints")]
+
+
+def test_pruning_counts_good_ones_only(shelf: Shelf, tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        shelf.put(payload(step), is_best=False)
+    assert steps(tmp_path) == [30, 20]
+    damaged = tmp_path / "checkpoints" / checkpoint_name(30)
+    damaged.write_bytes(damaged.read_bytes()[:-1])  # after it was found good
+    shelf.put(payload(40), is_best=False)
+    assert steps(tmp_path) == [40, 30, 20]
+    shelf.put(payload(50), is_best=False)
+    assert steps(tmp_path) == [50, 40]
+
+
+def test_the_writer_keeps_newest_and_best(shelf: Shelf, tmp_path: Path) -> None:
+    writer = CheckpointWriter(shelf, retries=0, warn=pytest.fail)
     for step in (1, 2, 3, 4):
         writer.write(payload(step), is_best=step == 2)
     writer.close()
-    assert [step for step, _ in list_checkpoints(folder)] == [4, 3]
-    assert read_checkpoint(best)["step"] == 2
+    assert steps(tmp_path) == [4, 3]
+    assert read_checkpoint(tmp_path / "best.pt")["step"] == 2
     assert not list(tmp_path.rglob(".tmp-*"))
+    assert writer.figures().keys() == {"save_s", "save_wait_s"} and not writer.figures()
 
 
-def test_a_failed_write_is_said_and_leaves_the_older_ones(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    write(folder, 1)
-    (folder / ".tmp-step-0000002.pt").mkdir()  # where the temporary file would go
-    writer = CheckpointWriter(folder, keep=1, best=tmp_path / "best.pt")
+def test_without_hard_links_the_best_is_written_twice(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    shelf.put(payload(1), is_best=True)
+    assert (tmp_path / "best.pt").samefile(tmp_path / "checkpoints" / checkpoint_name(1))
+    monkeypatch.setattr(os, "link", refuse)
+    shelf.put(payload(2), is_best=True)
+    assert read_checkpoint(tmp_path / "best.pt")["step"] == 2 and steps(tmp_path) == [2, 1]
+
+
+def block(tmp_path: Path, step: int) -> Path:
+    """Something in the place of the temporary file, so that the checkpoint cannot be written."""
+    path = tmp_path / "checkpoints" / f".tmp-{checkpoint_name(step)}"
+    path.mkdir()
+    return path
+
+
+def test_saves_may_fail_a_few_times(shelf: Shelf, tmp_path: Path) -> None:
+    """Older files stay, the next save is the retry, and one failure too many is raised."""
+    warnings: list[str] = []
+    writer = CheckpointWriter(shelf, retries=1, warn=warnings.append)
+    writer.write(payload(1), is_best=True)
+    for step in (2, 4, 5):
+        block(tmp_path, step)
     writer.write(payload(2), is_best=False)
-    with pytest.raises(InputError, match=r"cannot write the checkpoint .*step-0000002"):
+    writer.write(payload(3), is_best=False)  # and here the failure of 2 shows
+    writer.write(payload(4), is_best=False)
+    assert steps(tmp_path) == [3, 1] and len(warnings) == 1
+    writer.write(payload(5), is_best=False)
+    with pytest.raises(InputError, match=r"cannot write the checkpoint .*step-0000005.*older ones are whole"):
+        writer.write(payload(6), is_best=False)
+    assert len(warnings) == 2 and "0 more in a row may fail" in warnings[1]
+    assert steps(tmp_path) == [3, 1] and read_checkpoint(tmp_path / "best.pt")["step"] == 1
+
+
+def test_a_best_one_that_failed_is_not_lost(shelf: Shelf, tmp_path: Path) -> None:
+    warnings: list[str] = []
+    blocked = tmp_path / ".tmp-best.pt"
+    blocked.mkdir()
+
+    def warn(text: str) -> None:
+        warnings.append(text)
+        blocked.rmdir()
+
+    writer = CheckpointWriter(shelf, retries=1, warn=warn)
+    writer.write(payload(1), is_best=True)
+    writer.write(payload(2), is_best=False)
+    writer.close()
+    assert read_checkpoint(tmp_path / "best.pt")["step"] == 1 and steps(tmp_path) == [2] and len(warnings) == 1
+
+
+def test_the_last_save_is_tried_again(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No later one would replace it."""
+    blocked, warnings = block(tmp_path, 1), []
+    monkeypatch.setattr("train.saving.time.sleep", lambda _: blocked.rmdir())
+    writer = CheckpointWriter(shelf, retries=2, warn=warnings.append)
+    writer.write(payload(1), is_best=False)
+    writer.close()
+    assert steps(tmp_path) == [1] and len(warnings) == 1 and "trying again" in warnings[0]
+
+
+def test_a_lost_lease_ends_it_and_writes_nothing(shelf: Shelf, tmp_path: Path) -> None:
+    def check() -> None:
+        raise LeaseLost("another run's")
+
+    writer = CheckpointWriter(shelf, retries=9, warn=pytest.fail, check=check)
+    writer.write(payload(1), is_best=True)
+    with pytest.raises(LeaseLost):
         writer.close()
-    assert [step for step, _ in list_checkpoints(folder)] == [1]
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_what_reads_back_wrong_gets_no_name(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that takes the bytes and keeps others."""
+    sync = os.fsync
+
+    def spoil(handle: int) -> None:
+        os.pwrite(handle, b"x", 200)
+        sync(handle)
+
+    shelf.put(payload(1), is_best=False)
+    monkeypatch.setattr(os, "fsync", spoil)
+    writer = CheckpointWriter(shelf, retries=0, warn=pytest.fail)
+    writer.write(payload(2), is_best=False)
+    with pytest.raises(InputError, match="read back, it was not what had been written"):
+        writer.close()
+    assert steps(tmp_path) == [1] and not list(tmp_path.rglob(".tmp-*"))

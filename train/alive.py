@@ -8,7 +8,6 @@ they may take as long as they like; a loader that waits for ever has limits of i
 """
 
 import contextlib
-import datetime
 import faulthandler
 import os
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
 
-from train.ranks import Ranks
+from train.ranks import Ranks, connect, first_to_tell
 
 BEATS = 10
 """Beats within the timeout."""
@@ -40,17 +39,6 @@ def watching(ranks: Ranks, timeout_s: float) -> Iterator[None]:
         yield
     finally:
         watch.stop()
-
-
-def connect(timeout_s: float) -> dist.Store:
-    """A connection of our own to the store by which torchrun's processes find each other."""
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=datetime.timedelta(seconds=timeout_s),
-    )
-    return dist.PrefixStore(f"shardclip/alive/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 class Watch:
@@ -106,7 +94,7 @@ class Watch:
 
     def _end(self, silent: Sequence[int]) -> None:
         """Say why, once in the whole job, and leave at once: the main thread may be waiting for ever."""
-        if self._first_to_tell():
+        if first_to_tell(self._store):
             names = ", ".join(map(str, silent))
             sys.stderr.write(
                 f"train.main: no sign of life from rank {names} for {self._timeout_s:.0f} s: stopped, or its machine "
@@ -114,9 +102,3 @@ class Watch:
             )
             sys.stderr.flush()
         os._exit(1)
-
-    def _first_to_tell(self) -> bool:
-        try:
-            return self._store.add("told", 1) == 1
-        except RuntimeError:
-            return True

@@ -11,7 +11,7 @@ from shards.errors import InputError
 from shards.lock import Lease
 from shards.manifest import read_manifest
 from shards.schema import Manifest
-from train.accumulate import micro_batch
+from train.accumulate import check_parts
 from train.config import TrainConfig, loader_config
 from train.device import Precision, choose_device, choose_precision, pin_threads
 from train.ema import build_average
@@ -74,7 +74,7 @@ def build_setting(config: TrainConfig, ranks: Ranks) -> Setting:
     check_installed(config.watch)
     precision = choose_precision(config.precision, choose_device(config.device, ranks))
     pin_threads(config.threads, ranks)
-    micro_batch(config.batch_size, ranks.size, config.accumulate)
+    check_parts(config.batch_size, ranks.size, config.accumulate)
     manifest = read_manifest(config.shards)
     if config.validate_every and not manifest.rows("val"):
         raise InputError(

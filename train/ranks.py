@@ -104,9 +104,25 @@ def joined() -> Iterator[Ranks]:
         # The other rank's own message says why it went; a traceback of ours would bury it.
         if "gloo" not in str(error) or "peer" not in str(error):
             raise
-        sys.stderr.write(f"rank {ranks.rank}: another rank ended, so this one stops; its message says why\n")
+        if first_to_tell():
+            sys.stderr.write(f"rank {ranks.rank}: another rank ended, so this one stops; its message says why\n")
         raise SystemExit(1) from None
     dist.destroy_process_group()
+
+
+def connect(timeout_s: float) -> dist.Store:
+    """A connection of its own to the store by which torchrun's processes find each other."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=timeout_s))
+    return dist.PrefixStore(f"shardclip/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def first_to_tell(store: dist.Store | None = None) -> bool:
+    """Whether no other rank has said yet why the run ends: it is said once."""
+    try:
+        return (store or connect(timeout_s=2)).add("told", 1) == 1
+    except RuntimeError:
+        return True  # the store has gone; twice is better than never
 
 
 def end_with_parent() -> None:
