@@ -18,6 +18,7 @@ from train.ema import build_average
 from train.lease import check_lease
 from train.model import build_model
 from train.optim import build_optimizer
+from train.pretrained import load_pretrained
 from train.ranks import Ranks, tell
 from train.resume import check_model
 from train.rundir import RunFolder
@@ -95,7 +96,7 @@ def build_setting(config: TrainConfig, ranks: Ranks) -> Setting:
 def build_job(setting: Setting, checkpoint: dict[str, Any] | None, lease: Lease | None) -> Job:
     """Build what a run needs, to begin or to go on from a checkpoint's payload. InputError where they do not fit."""
     config, ranks, precision = setting.config, setting.ranks, setting.precision
-    learner = _build_learner(config, setting.manifest, precision, ranks)
+    learner = _build_learner(config, setting.manifest, precision, ranks, fresh=checkpoint is None)
     if checkpoint is not None:
         check_model(checkpoint, learner.model)
     loader = build_loader(
@@ -114,9 +115,17 @@ def prepare_folder(job: Job) -> None:
         job.folder.prepare(job.config)
 
 
-def _build_learner(config: TrainConfig, manifest: Manifest, precision: Precision, ranks: Ranks) -> Learner:
+def _build_learner(
+    config: TrainConfig, manifest: Manifest, precision: Precision, ranks: Ranks, *, fresh: bool
+) -> Learner:
+    """`fresh`: the run begins, so that weights come from where the config says; a checkpoint brings its own."""
     torch.manual_seed(config.seed)  # the same weights on every rank
-    model = build_model(config.model, vocab_size=manifest.tokenizer.vocab_size, context=manifest.tokenizer.context)
+    tokens = manifest.tokenizer
+    model = build_model(
+        config.model, vocab_size=tokens.vocab_size, context=tokens.context, image_size=config.data.image_size
+    )
+    for line in load_pretrained(model, config) if fresh else ():
+        tell(ranks, line)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # and chance of its own while training
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(device=precision.device, memory_format=layout)  # type: ignore[call-overload]
