@@ -23,8 +23,6 @@ from pipeline.visits import Loaded, VisitLoader
 from shards.errors import InputError
 from shards.schema import Manifest, ShardInfo
 
-READ_THREADS = 4
-"""Enough to keep several requests on the way to a parallel file system; they cost next to no CPU."""
 CLOSE_WAIT_S = 10.0
 """Seconds that closing waits for reads under way; those that take longer are left behind, to close the files."""
 
@@ -50,6 +48,7 @@ class BlockReader:
         visits: Iterator[Visit],
         memory: int,
         *,
+        threads: int = 4,
         stall_abort_s: float = 0,
     ) -> None:
         """`memory`: bytes of encoded blocks; `stall_abort_s`: longest wait for one visit, 0: no limit."""
@@ -59,11 +58,11 @@ class BlockReader:
         self._buffers = Buffers(memory)
         self._pending = 0
         self._waiting = self._ended = self._closed = self._failed = self._abandoned = False
-        self._running = READ_THREADS
+        self._running = threads
         self._changed = threading.Condition()
         self._threads = [
             threading.Thread(target=self._work, name=f"shardclip-read-{number}", daemon=True)
-            for number in range(READ_THREADS)
+            for number in range(threads)
         ]
         for thread in self._threads:
             thread.start()

@@ -15,7 +15,7 @@ BACKENDS = ("auto", "cpu", "dali", "hdf5", "hdf5-tuned")
 MODES = ("train", "eval")
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULT_STREAMS = 48
-MAX_IMAGE_SIZE = 8192
+MAX_IMAGE_SIZE, MAX_READ_THREADS = 8192, 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +50,8 @@ class LoaderConfig:
     """Threads (hdf5: worker processes) that decode; None: the CPUs this process may use, shared by the ranks here."""
     memory_mb: int = 256
     """MiB of encoded blocks held at once, read-ahead included."""
+    read_threads: int = 4
+    """Threads that read blocks ahead: requests on the way to the file system at once. They cost next to no CPU."""
     ahead: int = 2
     """Batches prepared while the trainer works."""
     max_bad: int = 0
@@ -91,12 +93,14 @@ class LoaderConfig:
         _one_of("backend", self.backend, BACKENDS)
         _one_of("mode", self.mode, MODES)
         _one_of("dtype", self.dtype, DTYPES)
-        for name in ("batch_size", "streams", "threads", "memory_mb", "ahead", "image_size", "views"):
+        for name in ("batch_size", "streams", "threads", "memory_mb", "read_threads", "ahead", "image_size", "views"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; it has to be at least 1")
         if self.image_size > MAX_IMAGE_SIZE:
             raise InputError(f"image_size is {self.image_size}; {MAX_IMAGE_SIZE} is the most")
+        if self.read_threads > MAX_READ_THREADS:
+            raise InputError(f"read_threads is {self.read_threads}; {MAX_READ_THREADS} is the most")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise InputError(f"crop scale {self.scale} is not a range within (0, 1]")
         if not 0 <= self.flip <= 1 or not all(0 < value < math.inf for value in self.std):

@@ -205,7 +205,8 @@ def _make_reader(
     check_memory(manifest, shards, memory, live)
     opened = OpenShards(Path(config.shards), manifest, shards, _stage(config, manifest))
     loader = VisitLoader(opened, manifest, quarantine, layout.chosen_of)
-    return BlockReader(loader, manifest, shards, visits, memory, stall_abort_s=config.stall_abort_s)
+    threads, patience = config.read_threads, config.stall_abort_s
+    return BlockReader(loader, manifest, shards, visits, memory, threads=threads, stall_abort_s=patience)
 
 
 def make_mixed_order(config: LoaderConfig, manifests: Sequence[Manifest], streams: int) -> MixedOrder:

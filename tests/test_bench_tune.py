@@ -1,10 +1,15 @@
 """The loader's tuner, and `--loader-config`, which takes what it writes."""
 
+import dataclasses
+import threading
 from pathlib import Path
 
 import pytest
-from conftest import assert_refused, run_module
+import torch
 
+from pipeline.batch import World
+from pipeline.config import LoaderConfig
+from pipeline.loader import build_loader
 from shards.errors import InputError
 from train.commandline import parse_config
 from train.config import DataConfig, loader_config
@@ -58,3 +63,16 @@ def test_what_does_not_belong_is_refused_by_name(content: str, words: str, tmp_p
 def test_a_loader_config_that_is_not_there() -> None:
     with pytest.raises(InputError, match="no file"):
         parse_config("x", [*PATHS, "--loader-config", "/nosuch.toml"])
+
+
+def test_settings_that_are_tuned_change_no_pixel(shards_dir: Path) -> None:
+    """And the number of reading threads is what was asked for."""
+    plain = LoaderConfig(shards=shards_dir, batch_size=8, backend="cpu")
+    other = {"threads": 3, "memory_mb": 64, "read_threads": 7, "ahead": 4, "own_jpeg": False}
+    assert set(other) == set(SETTINGS) - {"streams"}
+    with build_loader(plain, World()) as one, build_loader(dataclasses.replace(plain, **other), World()) as two:
+        names = [thread.name for thread in threading.enumerate() if thread.name.startswith("shardclip-read")]
+        assert len(names) == plain.read_threads + 7
+        for _ in range(12):
+            first, second = next(one), next(two)
+            assert torch.equal(first.samples, second.samples) and torch.equal(first.images, second.images)

@@ -33,6 +33,8 @@ class DataConfig:
     """Threads that decode on each rank; none: the CPUs this process may use, shared by the ranks on this machine."""
     memory_mb: int = 256
     """MiB of encoded blocks each rank holds at once."""
+    read_threads: int = 4
+    """Threads that read blocks ahead on each rank: requests on the way to the file system at once."""
     ahead: int = 2
     """Batches prepared while the trainer works."""
     own_jpeg: bool = True

@@ -31,7 +31,8 @@ DALI_PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 are this program's own, and libjpeg-turbo's pixels are fixed."""
 
 
-READING = ("threads", "memory_mb", "ahead", "own_jpeg", "max_bad", "stage_dir", "stage_gb", "stall_abort_s")
+READING = ("threads", "memory_mb", "read_threads", "ahead", "own_jpeg")
+READING += ("max_bad", "stage_dir", "stage_gb", "stall_abort_s")
 """Settings of `data` that a run may change on its way: they change no sample."""
 
 

@@ -18,7 +18,14 @@ from shards.errors import InputError
 from train.config import TrainConfig
 
 BACKENDS = ("auto", "cpu", "dali")
-SETTINGS: dict[str, type] = {"threads": int, "memory_mb": int, "ahead": int, "own_jpeg": bool, "streams": int}
+SETTINGS: dict[str, type] = {
+    "threads": int,
+    "memory_mb": int,
+    "read_threads": int,
+    "ahead": int,
+    "own_jpeg": bool,
+    "streams": int,
+}
 """Of `train.config.DataConfig`: name -> type. A whole number is at least 1."""
 MAX_BYTES = 1 << 16
 
