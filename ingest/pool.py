@@ -75,7 +75,8 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._executor.shutdown(wait=kind is None, cancel_futures=True)
-        if kind is not None:
-            for process in list((self._executor._processes or {}).values()):
+        if kind is not None:  # what they still do is not wanted any more
+            for process in list(self._executor._processes.values()):
                 process.kill()
+        # Waited for even so: left to itself, the pool's own thread races with the end of the interpreter.
+        self._executor.shutdown(cancel_futures=True)
