@@ -7,6 +7,7 @@ of choices, never a path, a query or a text, and nothing of the machine: a run m
 import importlib.util
 import math
 import sys
+import threading
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -57,6 +58,7 @@ class Board:
         """`done`: steps of an earlier start; what it said of later ones is purged."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
+        _quiet_board_threads()
         self._writer = SummaryWriter(str(folder), purge_step=done + 1)
 
     def write(self, row: Row) -> None:
@@ -148,6 +150,17 @@ class _Forgiving:
             return False
         self._sink.give_up(error)
         return True
+
+
+def _quiet_board_threads() -> None:
+    """No traceback from TensorBoard's thread on a full disk: the next call to the writer raises the same error here."""
+    before = threading.excepthook
+
+    def hook(told: threading.ExceptHookArgs) -> None:
+        if type(told.thread).__name__ != "_AsyncWriterThread":
+            before(told)
+
+    threading.excepthook = hook
 
 
 def check_installed(watch: WatchConfig) -> None:
