@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from pipeline.batch import Batch
 from train.model import ModelConfig, build_model
-from train.objective import Contrastive, cut_tokens, shuffle_reports
+from train.objective import Contrastive, shuffle_reports
 from train.ranks import Ranks
+from train.validate import cut_tokens
 
 START, END, CONTEXT = 49406, 49407, 77
 
@@ -62,13 +63,31 @@ def test_the_cut_is_exact(model: torch.nn.Module, longest: int) -> None:
 
 
 def test_the_loss_is_symmetric_infonce(model: torch.nn.Module) -> None:
-    batch = batch_of(reports([5, 9, 20, 33]))
-    output = Contrastive(Ranks())(model, batch)
+    batch, objective = batch_of(reports([5, 9, 20, 33])), Contrastive(Ranks())
+    output = objective.loss(model(*objective.inputs(batch)), batch)
     image, text, scale = model(batch.images, batch.tokens)
     logits, right = scale * image @ text.T, torch.arange(4)
     expected = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
     torch.testing.assert_close(output.loss, expected)
     torch.testing.assert_close(output.metrics["logit_scale"], torch.tensor(1 / 0.07))
+
+
+def test_smoothing_spreads_the_target_over_all_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, text = (F.normalize(torch.randn(5, 8, generator=generator), dim=-1) for _ in range(2))
+    batch = batch_of(reports([5] * 5))
+    output = Contrastive(Ranks(), label_smoothing=0.2).loss((image, text, torch.tensor(10.0)), batch)
+    target = 0.8 * torch.eye(5) + 0.2 / 5
+    logits = 10.0 * image @ text.T
+    expected = -sum((target * each.log_softmax(1)).sum(1).mean() for each in (logits, logits.T)) / 2
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_rows_point_at_samples_without_a_number() -> None:
+    image, text = torch.ones(5, 8), torch.ones(5, 8)
+    image[1, 3], text[4, 0] = float("nan"), float("inf")
+    output = Contrastive(Ranks()).loss((image, text, torch.tensor(10.0)), batch_of(reports([5] * 5)))
+    assert output.rows.isfinite().tolist() == [True, False, True, True, False]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 A step is launched without waiting for the device; what the steps said is read on log steps and before a save only.
 """
 
+import contextlib
 import math
 import time
 from typing import NoReturn
@@ -74,10 +75,11 @@ class Loop:
 
     def close(self) -> None:
         """Wait for the last checkpoint and close the files."""
-        if self._log is not None:
-            self._log.close()
-        if self._writer is not None:
-            self._writer.close()
+        with contextlib.ExitStack() as both:
+            if self._writer is not None:
+                both.callback(self._writer.close)
+            if self._log is not None:
+                both.callback(self._log.close)
 
     def _begin(self) -> Progress:
         """Weights and progress to start with; those of a fresh model survive the warm-up."""
