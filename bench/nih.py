@@ -22,14 +22,14 @@ from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
 from shards.schema import Manifest
+from train.intervals import ROUNDS, auroc_intervals
 from train.prompts import NORMAL
+from train.scores import auroc
 
 TEMPLATE = "{Finding Labels}. {View Position} view."
 FORMS = ("{}. PA view.", "{}. AP view.")
 """Both views in every prompt, so that the view itself is on neither side."""
 UNTRAINED_SEEDS = (0, 1, 2)
-ROUNDS = 1000
-"""Bootstrap samples of patients."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,21 +98,23 @@ def _split_size(manifest: Manifest, split: str) -> dict[str, int]:
 def _scores(config: NihConfig, manifest: Manifest) -> dict[str, dict[str, Any]]:
     """Label, or `mean` -> AUROC on the test split of the model, with its interval, and of what it has to beat."""
     from train.controls import thumbnails, with_mean
-    from train.evaluate import find_payload, trained_config
+    from train.ensemble import find_checkpoints, read_member
 
-    _, payload = find_payload(config.out / "run")
-    settings = replace(trained_config(config.out / "run", payload), shards=config.out / "shards")
+    (best,) = find_checkpoints([config.out / "run"])
+    member = read_member(best)
+    settings = replace(member.settings, shards=config.out / "shards")
     groups, ap_views = read_test_rows(config.out / "shards", manifest)
-    found, labels = {}, np.empty(0, np.float32)
-    for name, scores, truth in _predictions(settings, payload, manifest):
+    found: dict[str, NDArray[np.floating]] = {}
+    labels = np.empty(0, np.float32)
+    for name, scores, truth in _predictions(settings, member, manifest):
         found[name], labels = scores, truth
     found["view_ap"] = np.repeat(ap_views[:, None], len(manifest.labels), axis=1)
     aurocs = {name: with_mean(_aurocs(scores, labels, manifest.labels)) for name, scores in found.items()}
     aurocs["thumbnails"] = thumbnails(settings, manifest, "test")
-    intervals = clustered_intervals(found["model"], labels, groups, seed=config.seed)
+    intervals = auroc_intervals(found["model"], labels, groups, seed=config.seed)
     sick = labels[:, manifest.labels.index(NORMAL)] == 0
     aurocs["model_among_abnormal"] = with_mean(_aurocs(found["model"][sick], labels[sick], manifest.labels))
-    among = clustered_intervals(found["model"][sick], labels[sick], groups[sick], seed=config.seed)
+    among = auroc_intervals(found["model"][sick], labels[sick], groups[sick], seed=config.seed)
     record: dict[str, dict[str, Any]] = {}
     for number, label in enumerate((*manifest.labels, "mean")):
         record[label] = {name: scores[label] for name, scores in aurocs.items()}
@@ -135,63 +137,38 @@ def read_test_rows(root: Path, manifest: Manifest) -> tuple[NDArray[np.int64], N
 
 
 def _predictions(
-    settings: Any, payload: dict[str, Any], manifest: Manifest
-) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.float32]]]:
+    settings: Any, member: Any, manifest: Manifest
+) -> Iterator[tuple[str, NDArray[np.float64], NDArray[np.float32]]]:
     """Name, scores (N, K), labels (N, K): the model, then with prompts unlike its texts, then untrained ones."""
     import torch
 
     from train.config import loader_config
-    from train.evaluate import predict, trained_model
+    from train.ensemble import model_of
     from train.model import build_model
     from train.prompts import Wording
+    from train.zeroshot import predict
+
+    def told(model: Any, wording: Wording) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        found = predict(model, loader, manifest=manifest, wording=wording)
+        return found.probabilities, found.labels
 
     loader = loader_config(settings, split="test", mode="eval")
     listed = Wording(style="listed", forms=FORMS)
-    model = trained_model(settings, payload, manifest)
-    yield "model", *predict(model, loader, manifest=manifest, wording=listed)
+    model = model_of(member, manifest)
+    yield "model", *told(model, listed)
     for name, wording in (("bare", Wording(style="listed")), ("chexzero", Wording(style="chexzero"))):
-        yield f"model_{name}_prompts", *predict(model, loader, manifest=manifest, wording=wording)
+        yield f"model_{name}_prompts", *told(model, wording)
     spec = manifest.tokenizer
     for seed in UNTRAINED_SEEDS:
         torch.manual_seed(seed)
         model = build_model(settings.model, vocab_size=spec.vocab_size, context=spec.context)
-        yield f"untrained_{seed}", *predict(model, loader, manifest=manifest, wording=listed)
+        yield f"untrained_{seed}", *told(model, listed)
 
 
 def _aurocs(
-    scores: NDArray[np.float32], labels: NDArray[np.float32], names: tuple[str, ...]
+    scores: NDArray[np.floating], labels: NDArray[np.float32], names: tuple[str, ...]
 ) -> dict[str, float | None]:
-    from train.evaluate import score_label
-
-    return {name: score_label(scores[:, n], labels[:, n]).auroc for n, name in enumerate(names)}
-
-
-def clustered_intervals(
-    scores: NDArray[np.float32], labels: NDArray[np.float32], groups: NDArray[np.int64], *, seed: int
-) -> list[list[float] | None]:
-    """95 % intervals of the AUROC of each of K labels and, last, of their mean, over patients drawn with replacement.
-
-    scores, labels (N, K), labels 0 or 1; groups (N,). A draw without a positive leaves the label out of its mean.
-    """
-    rng = np.random.default_rng(seed)
-    patients, member = np.unique(groups, return_inverse=True)
-    drawn = np.full((ROUNDS, scores.shape[1] + 1), np.nan)
-    for row in drawn:
-        weight = np.bincount(rng.integers(len(patients), size=len(patients)), minlength=len(patients))[member]
-        row[:-1] = [_weighted_auroc(scores[:, k], labels[:, k], weight) for k in range(scores.shape[1])]
-        row[-1] = np.nanmean(row[:-1]) if not np.isnan(row[:-1]).all() else np.nan
-    known = [column[~np.isnan(column)] for column in drawn.T]
-    return [np.percentile(values, (2.5, 97.5)).round(4).tolist() if len(values) else None for values in known]
-
-
-def _weighted_auroc(score: NDArray[np.float32], label: NDArray[np.float32], weight: NDArray[np.int64]) -> float:
-    """NaN where a side has no weight."""
-    from sklearn.metrics import roc_auc_score
-
-    taken = weight > 0
-    if len(np.unique(label[taken])) < 2:
-        return float("nan")
-    return float(roc_auc_score(label[taken], score[taken], sample_weight=weight[taken]))
+    return {name: auroc(scores[:, n], labels[:, n]) for n, name in enumerate(names)}
 
 
 def table(record: dict[str, Any]) -> list[str]:

@@ -210,4 +210,4 @@ def test_a_run_on_two_sets_resumes_on_the_same_two_and_is_evaluated(
     assert run("--data.more-shards", str(moved), "--data.mix", "3", "1") == 0
     payload = read_checkpoint(list_checkpoints(out / "checkpoints")[0][1])
     assert payload["step"] == 4 and "more_shards" not in payload["config"]["data"]
-    evaluate(EvaluateConfig(checkpoint=out, shards=shards_dir, device="cpu", where="token_count > 1"))
+    evaluate(EvaluateConfig(checkpoint=(out,), shards=shards_dir, device="cpu", where="token_count > 1"))

@@ -1,53 +1,71 @@
-"""Zero-shot evaluation: CheXzero's softmax, AUROC over the known rows, and the command."""
+"""Zero-shot evaluation: CheXzero's softmax, thresholds from val, checkpoints as one, notes, and the command's files."""
 
+import csv
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import FINDINGS, write_source
+from sklearn.metrics import average_precision_score, f1_score, matthews_corrcoef, roc_auc_score
 
+from pipeline.config import LoaderConfig
 from shards.manifest import read_manifest
+from shards.reader import ShardReader
 from train.checkpoint import encode
 from train.commandline import to_fields
 from train.config import DataConfig, TrainConfig, loader_config
-from train.evaluate import (
-    EvaluateConfig,
-    embed_prompts,
-    evaluate,
-    main,
-    probabilities,
-    score_label,
-    tokenize,
-    zero_shot,
-)
+from train.ensemble import average, find_checkpoints, model_of, read_member
+from train.evaluate import EvaluateConfig, evaluate, main
+from train.identity import read_identity
 from train.model import ModelConfig, build_model
-from train.prompts import PROMPTS, prompt_for
+from train.scorecard import table
+from train.scores import choose_threshold
+from train.zeroshot import embed_prompts, predict, probabilities, tokenize, zero_shot
+
+WIDTHS = (16, 16, 16, 16)
+
+
+def small(shards: Path, out: Path) -> TrainConfig:
+    """A model and images that take no time."""
+    return TrainConfig(shards=shards, out=out, model=ModelConfig(widths=WIDTHS), data=DataConfig(image_size=32))
+
+
+def write_checkpoint(path: Path, shards: Path, seed: int, **more: object) -> Path:
+    """A checkpoint of an untrained model; returns its path."""
+    config = small(shards, path.parent)
+    settings = {name: value for name, value in to_fields(config).items() if name not in ("shards", "out", "h5")}
+    prints = {"tokenizer": read_manifest(shards).tokenizer.digest}
+    payload = {"step": seed, "config": settings, "fingerprint": prints, "model": weights(seed), **more}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode(payload))
+    return path
+
+
+def weights(seed: int) -> dict[str, torch.Tensor]:
+    """Of an untrained model."""
+    torch.manual_seed(seed)
+    return build_model(ModelConfig(widths=WIDTHS), vocab_size=49408, context=77).state_dict()
 
 
 @pytest.fixture(scope="module")
 def run(shards_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run with the checkpoint of an untrained model."""
+    """A run's folder: its best checkpoint, of step 0, is one of its newest three too."""
     folder = tmp_path_factory.mktemp("run")
-    config = TrainConfig(shards=shards_dir, out=folder, model=ModelConfig(widths=(16, 16, 16, 16)))
-    torch.manual_seed(0)
-    model = build_model(config.model, vocab_size=49408, context=77)
-    settings = {name: value for name, value in to_fields(config).items() if name not in ("shards", "out", "h5")}
-    prints = {"tokenizer": read_manifest(shards_dir).tokenizer.digest}
-    payload = {"step": 0, "config": settings, "fingerprint": prints, "model": model.state_dict()}
-    (folder / "best.pt").write_bytes(encode(payload))
+    for seed in range(3):
+        write_checkpoint(folder / "checkpoints" / f"step-{seed:07d}.pt", shards_dir, seed)
+    write_checkpoint(folder / "best.pt", shards_dir, 0)
     return folder
 
 
-def test_known_rows_alone_count() -> None:
-    label = np.array([1, 0, -1, np.nan, 1, 0], dtype=np.float32)
-    score = score_label(np.array([0.9, 0.1, 0.0, 1.0, 0.3, 0.4], dtype=np.float32), label)
-    assert (score.auroc, score.positives, score.negatives) == (0.75, 2, 2)
+def asked(run: Path, shards: Path, **more: object) -> EvaluateConfig:
+    """A quick evaluation."""
+    return EvaluateConfig(**{"checkpoint": (run,), "shards": shards, "device": "cpu", "resamples": 20, **more})
 
 
-def test_one_sided_labels_have_no_auroc() -> None:
-    score = score_label(np.array([0.9, 0.1], dtype=np.float32), np.array([1, np.nan], dtype=np.float32))
-    assert (score.auroc, score.positives, score.negatives) == (None, 1, 0)
+def rows(config: TrainConfig, split: str = "test") -> LoaderConfig:
+    return loader_config(config, split=split, mode="eval")
 
 
 def test_the_softmax_of_two_prompts() -> None:
@@ -55,12 +73,6 @@ def test_the_softmax_of_two_prompts() -> None:
     found = probabilities(images, torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0]))
     e = np.e
     assert found.tolist() == pytest.approx([e / (e + 1), 1 / (e + 1)])
-
-
-def test_prompts_default_to_chexzeros_pair() -> None:
-    assert prompt_for("Enlarged Hilum").positive == ("enlarged hilum",)
-    assert prompt_for("Enlarged Hilum").negative == ("no enlarged hilum",)
-    assert all(prompt.positive and prompt.negative for prompt in PROMPTS.values())
 
 
 def test_prompts_are_tokenised_as_reports_are(shards_dir: Path) -> None:
@@ -74,9 +86,9 @@ def test_prompts_are_tokenised_as_reports_are(shards_dir: Path) -> None:
 class _Oracle(torch.nn.Module):
     """Knows the answer: images carry nothing, so it hands out label vectors in row order."""
 
-    def __init__(self, answers: torch.Tensor, prompts: list[str]) -> None:
+    def __init__(self, answers: torch.Tensor) -> None:
         super().__init__()
-        self.answers, self.prompts, self.at = answers, prompts, 0
+        self.answers, self.at, self.logit_scale = answers, 0, torch.nn.Parameter(torch.zeros(()))
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         rows = self.answers[self.at : self.at + len(images)]
@@ -96,46 +108,208 @@ class _Oracle(torch.nn.Module):
 
 def test_a_model_that_knows_scores_one_and_its_opposite_zero(shards_dir: Path) -> None:
     manifest = read_manifest(shards_dir)
-    config = TrainConfig(shards=shards_dir, out=Path("."), backend="cpu", data=DataConfig(image_size=32))
-    labels = embed_labels(config)
+    config = small(shards_dir, Path("."))
+    labels = torch.from_numpy(parquet(shards_dir, "test")[2])
     number = manifest.labels.index("Cardiomegaly")
     answers = torch.stack([labels[:, number], 1 - labels[:, number]], dim=1) + 0.01
     for sign, expected in ((1, 1.0), (-1, 0.0)):
-        oracle = _Oracle(answers if sign == 1 else answers.flip(1), [])
-        result = zero_shot(oracle, loader_config(config, split="test", mode="eval"), manifest=manifest)
-        assert result.labels["Cardiomegaly"].auroc == expected
-        assert result.samples == manifest.rows("test")
+        oracle = _Oracle(answers if sign == 1 else answers.flip(1))
+        assert zero_shot(oracle, rows(config), manifest=manifest)["Cardiomegaly"] == expected
 
 
-def embed_labels(config: TrainConfig) -> torch.Tensor:
-    """Labels (N, labels) of the test split."""
-    from pipeline.batch import World
-    from pipeline.loader import build_loader
+def parquet(shards: Path, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Groups (N,), texts (N,) and labels (N, K) of a split, as the tables have them."""
+    manifest, groups, texts, labels = read_manifest(shards), [], [], []
+    for info in manifest.splits[split]:
+        with ShardReader(shards, manifest, info) as reader:
+            for block in range(reader.blocks):
+                texts += reader.read_text(block)
+                groups.append(reader.read_rows(block).group)
+                labels.append(reader.read_rows(block).labels)
+    return np.concatenate(groups), np.array(texts), np.concatenate(labels)
 
-    with build_loader(loader_config(config, split="test", mode="eval"), World()) as batches:
-        return torch.cat([batch.labels.clone() for batch in batches])
+
+def test_rows_are_known_by_patient_and_report(shards_dir: Path) -> None:
+    manifest = read_manifest(shards_dir)
+    loader = LoaderConfig(shards=shards_dir, split="train", mode="eval")
+    groups, texts, labels = parquet(shards_dir, "train")
+    found = read_identity(loader, manifest)
+    np.testing.assert_array_equal(found[0], groups)
+    assert len(np.unique(found[1])) == len(np.unique(texts))
+    some = LoaderConfig(shards=shards_dir, split="train", mode="eval", where="Cardiomegaly == 1")
+    np.testing.assert_array_equal(read_identity(some, manifest)[0], groups[labels[:, 0] == 1])
 
 
-def test_the_command_writes_json_and_a_table(run: Path, shards_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--checkpoint", str(run), "--shards", str(shards_dir), "--split", "test", "--device", "cpu"])
+def test_figures_are_scikit_learns_and_thresholds_are_vals(run: Path, shards_dir: Path) -> None:
+    manifest, member = read_manifest(shards_dir), read_member(run / "best.pt")
+    config = small(shards_dir, run)
+    val, test = (
+        predict(model_of(member, manifest), rows(config, split), manifest=manifest) for split in ("val", "test")
+    )
+    for by in ("mcc", "f1"):
+        result = evaluate(asked(run, shards_dir, threshold_by=by))
+        assert result.split == "test" and result.notes == []
+        for number, name in enumerate(manifest.labels):
+            known = [np.isin(part.labels[:, number], (0, 1)) for part in (val, test)]
+            (chosen, truth), (scores, told) = (
+                [getattr(part, field)[rows, number] for part, rows in zip((val, test), known, strict=True)]
+                for field in ("labels", "probabilities")
+            )
+            threshold = choose_threshold(scores, chosen, by)
+            found = result.labels[name]
+            assert found.threshold == threshold
+            assert found.auroc == pytest.approx(roc_auc_score(truth, told), abs=1e-12)
+            assert found.average_precision == pytest.approx(average_precision_score(truth, told), abs=1e-12)
+            assert found.f1 == pytest.approx(f1_score(truth, told >= threshold))
+            assert found.mcc == pytest.approx(matthews_corrcoef(truth, told >= threshold))
+            assert found.positives == truth.sum() and found.intervals["auroc"][0] <= found.auroc
+        assert result.mean.auroc == pytest.approx(np.mean(list(result.auroc.values())))
+        assert result.mean.labels["auroc"] == len(FINDINGS) and result.unit == "patient"
+
+
+def test_uncertain_films_count_as_they_are_told_to(run: Path, shards_dir: Path) -> None:
+    labels = parquet(shards_dir, "test")[2][:, 1]
+    counts = {}
+    for policy in ("ignore", "positive", "negative"):
+        found = evaluate(asked(run, shards_dir, uncertain=policy, retrieval=False)).labels["Pleural Effusion"]
+        counts[policy] = found.positives, found.negatives
+    ones, zeros, unsure = ((labels == value).sum() for value in (1, 0, -1))
+    assert unsure > 0
+    assert counts == {"ignore": (ones, zeros), "positive": (ones + unsure, zeros), "negative": (ones, zeros + unsure)}
+
+
+def test_several_checkpoints_are_one_model(run: Path, shards_dir: Path) -> None:
+    """Probabilities are averaged, and similarities: products of the vectors side by side."""
+    manifest = read_manifest(shards_dir)
+    config = small(shards_dir, run)
+    files = [run / "checkpoints" / f"step-{seed:07d}.pt" for seed in range(3)]
+    parts = [predict(model_of(read_member(file), manifest), rows(config), manifest=manifest) for file in files]
+    one = average(parts)
+    np.testing.assert_allclose(one.probabilities, sum(part.probabilities for part in parts) / 3, atol=1e-12)
+    torch.testing.assert_close(one.images @ one.texts.T, sum(part.images @ part.texts.T for part in parts) / 3)
+    result = evaluate(asked(run, shards_dir, checkpoint=tuple(files)))
+    truth = parquet(shards_dir, "test")[2][:, 0]
+    assert result.auroc["Cardiomegaly"] == pytest.approx(roc_auc_score(truth, one.probabilities[:, 0]))
+    assert [each["step"] for each in result.checkpoints] == [0, 1, 2]
+    assert (run / "evaluation-test-of-3.json").exists()
+    # The top k of a run are those with the lowest loss on val; best.pt, which is step 0 again, counts once.
+    losses = {
+        file: predict(model_of(read_member(file), manifest), rows(config, "val"), manifest=manifest).loss
+        for file in files
+    }
+    top = evaluate(asked(run, shards_dir, top=2, json=run / "top.json"))
+    assert [each["step"] for each in top.checkpoints] == [
+        read_member(f).step for f in sorted(files, key=losses.get)[:2]
+    ]
+
+
+def test_averaged_weights_are_taken_where_there_are_any(run: Path, shards_dir: Path, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "a.pt", shards_dir, 1, ema=weights(0))
+    found = {name: evaluate(asked(path, shards_dir, weights=name)) for name in ("auto", "ema", "model")}
+    assert [found[name].checkpoints[0]["weights"] for name in found] == ["ema", "ema", "model"]
+    assert found["auto"].auroc == evaluate(asked(run, shards_dir)).auroc != found["model"].auroc
+    assert find_checkpoints([tmp_path / "a.pt"]) == [path]
+
+
+def test_the_command_writes_json_csv_plots_and_a_table(
+    run: Path, shards_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "result.json"
+    main(["--checkpoint", str(run), "--shards", str(shards_dir), "--json", str(path), "--resamples", "20"])
     printed = capsys.readouterr().out
-    record = json.loads((run / "evaluation-test.json").read_text())
-    assert record["samples"] == read_manifest(shards_dir).rows("test") and record["split"] == "test"
-    assert set(record["labels"]) == set(read_manifest(shards_dir).labels)
-    assert "mean" in printed and "Cardiomegaly" in printed
-    one_file = EvaluateConfig(checkpoint=run / "best.pt", shards=shards_dir, device="cpu")
-    assert evaluate(one_file).mean_auroc == record["mean_auroc"]
+    record = json.loads(path.read_text())
+    manifest = read_manifest(shards_dir)
+    assert record["samples"] == manifest.rows("test") and record["split"] == "test" and record["unit"] == "patient"
+    assert record["patients"] == manifest.groups["test"][1] - manifest.groups["test"][0]
+    assert set(record["labels"]) == set(manifest.labels) and record["mean_auroc"] == record["mean"]["auroc"]
+    lines = list(csv.DictReader(path.with_suffix(".csv").open()))
+    assert [line["label"] for line in lines] == [*manifest.labels, "mean"]
+    assert float(lines[0]["auroc_low"]) == record["labels"][lines[0]["label"]]["intervals"]["auroc"][0]
+    for name in ("roc", "pr"):
+        assert (tmp_path / f"result-{name}.png").read_bytes().startswith(b"\x89PNG")
+    body = printed.splitlines()[1:]
+    assert "Cardiomegaly" in printed and "film to report" in printed and max(map(len, body)) <= 100
+    secrets = ("MRN", "Film ", str(shards_dir), str(run))
+    files = [file.read_text() for file in (path, path.with_suffix(".csv"))]
+    assert not [secret for secret in secrets for text in (*files, *body) if secret in text]
 
 
 def test_prompts_are_chosen_and_recorded(run: Path, shards_dir: Path, tmp_path: Path) -> None:
-    records = []
-    for number, flags in enumerate(((), ("--prompts", "listed", "--prompt-forms", "{}. PA view.", "{}. AP view."))):
-        path = tmp_path / f"{number}.json"
-        main(["--checkpoint", str(run), "--shards", str(shards_dir), "--json", str(path), *flags])
-        records.append(json.loads(path.read_text()))
-    assert records[0]["prompts"] == {"style": "reports", "forms": ["{}"]}
-    assert records[1]["prompts"] == {"style": "listed", "forms": ["{}. PA view.", "{}. AP view."]}
-    assert records[0]["labels"] != records[1]["labels"]
+    mine = tmp_path / "mine.toml"
+    mine.write_text(
+        '[Cardiomegaly]\npositive = ["big heart"]\nnegative = ["small heart"]\n'
+        '[Hernia]\npositive = ["a"]\nnegative = ["b"]\n'
+    )
+    flags = {
+        "plain": (),
+        "listed": ("--prompts", "listed", "--prompt-forms", "{}. PA view.", "{}. AP view."),
+        "own": ("--prompts-file", str(mine)),
+    }
+    records = {}
+    for name, more in flags.items():
+        path = tmp_path / f"{name}.json"
+        main(["--checkpoint", str(run), "--shards", str(shards_dir), "--json", str(path), "--resamples", "0", *more])
+        records[name] = json.loads(path.read_text())
+    assert records["listed"]["prompts"]["style"] == "listed"
+    assert records["listed"]["prompts"]["labels"]["Cardiomegaly"]["positive"] == [
+        "Cardiomegaly. PA view.",
+        "Cardiomegaly. AP view.",
+    ]
+    assert records["own"]["prompts"]["labels"]["Cardiomegaly"] == {
+        "positive": ["big heart"],
+        "negative": ["small heart"],
+    }
+    assert records["own"]["labels"]["Cardiomegaly"] != records["plain"]["labels"]["Cardiomegaly"]
+    assert records["own"]["labels"]["Pleural Effusion"] == records["plain"]["labels"]["Pleural Effusion"]
+    assert any("Hernia" in note for note in records["own"]["notes"]) and not records["plain"]["notes"]
+    assert records["plain"]["labels"]["Cardiomegaly"]["intervals"]["auroc"] is None
+
+
+@pytest.fixture(scope="module")
+def plain_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards with a val split and no test split, no patients, and a label that nobody has."""
+    from ingest.config import IngestConfig
+    from ingest.run import ingest
+
+    folder = tmp_path_factory.mktemp("plain")
+    h5, table_file = write_source(folder, 24)
+    lines = table_file.read_text().splitlines()
+    table_file.write_text("\n".join([lines[0] + ",Hernia", *(line + ",0" for line in lines[1:])]))
+    ingest(
+        IngestConfig(
+            to_shards=folder / "set", h5=(h5,), csv=(table_file,), label_columns=(*FINDINGS, "Hernia"), val_fraction=0.5
+        )
+    )
+    return folder / "set"
+
+
+def test_what_is_missing_is_said_and_left_out(run: Path, plain_shards: Path) -> None:
+    result = evaluate(asked(run, plain_shards, json=run / "plain.json"))
+    assert (result.split, result.unit) == ("val", "film")
+    nothing = result.labels["Hernia"]
+    assert (nothing.auroc, nothing.threshold, nothing.f1, nothing.positives) == (None, None, None, 0)
+    assert set(nothing.intervals.values()) == {None}
+    assert set(result.mean.labels.values()) == {2}
+    told = " ".join(result.notes)
+    for words in ("no test split", "draws of a film", "1 of 3 labels", "Hernia"):
+        assert words in told, told
+    assert any(line.split() == ["Hernia", *"----", "0", "12"] for line in table(result, 20).splitlines())
+    csv_line = (run / "plain.csv").read_text().splitlines()[3]
+    assert csv_line.startswith("Hernia,,,") and csv_line.endswith(",0,12,0")
+    none = evaluate(asked(run, plain_shards, split="train", where="split == 'train'", json=run / "plain.json"))
+    assert none.labels["Cardiomegaly"].f1 is None and none.labels["Cardiomegaly"].auroc is not None
+    assert any("no film of val" in note for note in none.notes)
+
+
+def test_without_labels_there_is_retrieval(run: Path, source: tuple[Path, Path], tmp_path: Path) -> None:
+    from ingest.config import IngestConfig
+    from ingest.run import ingest
+
+    h5, table_file = source
+    ingest(IngestConfig(to_shards=tmp_path / "set", h5=(h5,), csv=(table_file,), val_fraction=0.1, workers=1))
+    result = evaluate(asked(run, tmp_path / "set", json=tmp_path / "r.json"))
+    assert result.labels == {} and result.mean.auroc is None and result.retrieval is not None
+    assert "film to report" in table(result, 20) and "AUROC" not in table(result, 20)
 
 
 def test_mistakes_are_one_line(run: Path, shards_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,15 +322,22 @@ def test_mistakes_are_one_line(run: Path, shards_dir: Path, tmp_path: Path, caps
         return lines[0]
 
     shards = ("--shards", str(shards_dir))
+    good = ("--checkpoint", str(run), *shards)
     assert "holds no checkpoint" in refused("--checkpoint", str(tmp_path), *shards)
     (tmp_path / "x.pt").write_bytes(b"shardclip-checkpoint?")
     assert "not a checkpoint" in refused("--checkpoint", str(tmp_path / "x.pt"), *shards)
     assert "no shards here" in refused("--checkpoint", str(run), "--shards", str(tmp_path))
-    assert "'dev'" in refused("--checkpoint", str(run), *shards, "--split", "dev")
-    assert "--prompt-forms 'PA'" in refused("--checkpoint", str(run), *shards, "--prompt-forms", "PA")
+    assert "'dev'" in refused(*good, "--split", "dev")
+    assert "--prompt-forms 'PA'" in refused(*good, "--prompt-forms", "PA")
+    assert "4 checkpoints" not in refused(*good, "--top", "5") and "--top 0" in refused(*good, "--top", "0")
+    assert "here are 3 checkpoints" in refused(*good, "--top", "5")
+    assert "twice" in refused("--checkpoint", str(run), str(run / "best.pt"), *shards)
+    assert "no averaged weights" in refused(*good, "--weights", "ema")
+    assert "cannot read the prompts" in refused(*good, "--prompts-file", str(tmp_path / "none.toml"))
+    assert "loss on val" in refused(*good, "--top", "1", "--where", "split == 'test'")
 
 
 def test_prompt_vectors_have_unit_length(shards_dir: Path) -> None:
-    model = build_model(ModelConfig(widths=(16, 16, 16, 16)), vocab_size=49408, context=77)
+    model = build_model(ModelConfig(widths=WIDTHS), vocab_size=49408, context=77)
     for vector in embed_prompts(model, "Support Devices", read_manifest(shards_dir), torch.device("cpu")):
         assert vector.norm().item() == pytest.approx(1.0)

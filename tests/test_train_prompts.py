@@ -1,9 +1,11 @@
-"""What findings are called: reports' words, CheXzero's pair, texts made of label lists; each in sentences."""
+"""What findings are called: reports' words, CheXzero's pair, texts made of label lists; each in sentences; files."""
+
+from pathlib import Path
 
 import pytest
 
 from shards.errors import InputError
-from train.prompts import ALIASES, NORMAL, PROMPTS, Prompt, Wording, prompt_for
+from train.prompts import ALIASES, NORMAL, PROMPTS, SHIPPED, Prompt, Wording, prompt_for, read_prompts
 
 CHEXPERT = (
     *("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema"),
@@ -57,3 +59,44 @@ def test_sentences_multiply() -> None:
     for forms in ((), ("PA view.",)):
         with pytest.raises(InputError, match="--prompt-forms"):
             Wording(forms=forms)
+
+
+def test_the_shipped_file_is_chexperts_labels_and_can_be_given_back() -> None:
+    assert sorted(PROMPTS) == sorted(CHEXPERT)
+    assert read_prompts(SHIPPED) == PROMPTS
+    assert Wording(own=PROMPTS).prompt("Effusion", NIH) == PROMPTS["Pleural Effusion"]
+
+
+def test_a_file_of_ones_own_goes_first(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('["Pleural Effusion"]\npositive = ["fluid", "wet"]\nnegative = ["dry"]\n')
+    wording = Wording(style="chexzero", forms=("{}.", "Now {}."), own=read_prompts(path))
+    assert wording.prompt("Effusion", NIH) == Prompt(
+        positive=("fluid.", "Now fluid.", "wet.", "Now wet."), negative=("dry.", "Now dry.")
+    )
+    assert wording.prompt("Edema", NIH).negative == ("no edema.", "Now no edema.")
+    assert wording.unused(NIH) == [] and wording.unused(("Edema",)) == ["Pleural Effusion"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[Edema", "not TOML"),
+        ("", "holds no prompts"),
+        ("Edema = 1", "two lists"),
+        ('[Edema]\npositive = ["a"]', "two lists"),
+        ('[Edema]\npositive = ["a"]\nnegative = ["b"]\nneutral = []', "two lists"),
+        ('[Edema]\npositive = "a"\nnegative = ["b"]', "`positive`"),
+        ('[Edema]\npositive = ["a"]\nnegative = []', "`negative`"),
+        ('[Edema]\npositive = ["a", " "]\nnegative = ["b"]', "`positive`"),
+        ('[Edema]\npositive = [1]\nnegative = ["b"]', "`positive`"),
+    ],
+)
+def test_a_bad_file_says_where(content: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(content)
+    with pytest.raises(InputError, match=words):
+        read_prompts(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not TOML"):
+        read_prompts(path)

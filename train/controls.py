@@ -30,9 +30,11 @@ from shards.schema import Manifest
 from train.checkpoint import newest_good
 from train.commandline import preset
 from train.config import TrainConfig, loader_config
-from train.evaluate import EvaluateConfig, evaluate, score_label, zero_shot
+from train.evaluate import EvaluateConfig, evaluate
 from train.model import build_model
 from train.rundir import RunFolder
+from train.scores import auroc, truth_of
+from train.zeroshot import zero_shot
 
 PROG = "python -m train.controls"
 CHANCE = 0.07
@@ -114,7 +116,7 @@ def untrained(settings: TrainConfig, manifest: Manifest, split: str) -> Scores:
         torch.manual_seed(seed)
         spec = manifest.tokenizer
         model = build_model(settings.model, vocab_size=spec.vocab_size, context=spec.context)
-        results.append(with_mean(zero_shot(model, loader, manifest=manifest).auroc))
+        results.append(with_mean(zero_shot(model, loader, manifest=manifest)))
     return {name: float(np.mean([_number(result[name]) for result in results])) for name in results[0]}
 
 
@@ -146,7 +148,10 @@ def _last(folder: Path) -> Path:
 
 
 def _evaluated(config: ControlsConfig, checkpoint: Path) -> Scores:
-    return with_mean(evaluate(EvaluateConfig(checkpoint=checkpoint, shards=config.shards, split=config.split)).auroc)
+    asked = EvaluateConfig(
+        checkpoint=(checkpoint,), shards=config.shards, split=config.split, resamples=0, retrieval=False
+    )
+    return with_mean(evaluate(asked).auroc)
 
 
 def thumbnails(settings: TrainConfig, manifest: Manifest, split: str) -> Scores:
@@ -187,7 +192,7 @@ def _fit(pixels: NDArray[np.float32], label: NDArray[np.float32], penalty: float
 
 
 def _score(fit: Fit, pixels: NDArray[np.float32], label: NDArray[np.float32]) -> float | None:
-    return score_label(fit(pixels), label).auroc
+    return auroc(fit(pixels), truth_of(label))
 
 
 def _number_or_zero(value: float | None) -> float:

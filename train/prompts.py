@@ -1,21 +1,27 @@
 """What a finding is called in words: a positive and a negative prompt, compared by CheXzero's softmax.
 
-reports    PROMPTS, for labels that reports deny in words of their own: "the costophrenic angles are sharp" rather
+reports    PROMPTS, the 14 CheXpert labels as reports say and deny them: "the costophrenic angles are sharp" rather
            than "no pleural effusion", whose words the positive side has too; the pair for all others. Several
            phrasings of one side are averaged, with a finding's side balanced among them
 chexzero   CheXzero's pair for every label (Tiu et al., 2022): `{label}` against `no {label}`
 listed     for texts made of labels by ingest's --text-template ("Effusion|Mass. PA view."): they never say
            "no mass"; a film without a mass is most often called "No Finding"
+
+A file of one's own, in the form of chexpert.toml beside this one, goes before any of them.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 from shards.errors import InputError
 
 Style = Literal["reports", "chexzero", "listed"]
 NORMAL = "No Finding"
 """What CheXpert and NIH call the absence of all other findings."""
+SHIPPED = Path(__file__).with_name("chexpert.toml")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,55 +39,35 @@ class Prompt:
         return self.positive, self.negative
 
 
-PROMPTS: dict[str, Prompt] = {
-    "No Finding": Prompt(
-        positive=("no acute cardiopulmonary abnormality", "normal chest radiograph"),
-        negative=("abnormal chest radiograph", "acute cardiopulmonary abnormality"),
-    ),
-    "Cardiomegaly": Prompt(
-        positive=("Cardiomegaly is present.", "Enlarged cardiac silhouette.", "The heart is moderately enlarged."),
-        negative=("Heart size is normal.", "The heart is normal in size."),
-    ),
-    "Edema": Prompt(
-        positive=("Pulmonary edema is present.", "Findings consistent with moderate pulmonary edema."),
-        negative=("The pulmonary vasculature is normal.", "Normal pulmonary vascularity."),
-    ),
-    "Lung Opacity": Prompt(
-        positive=(
-            "Lung opacity in the right mid lung.",
-            "Lung opacity in the left mid lung.",
-            "Patchy opacity is seen in the right lower lung.",
-            "Airspace opacity in the left upper lung.",
-        ),
-        negative=("The airspaces are clear.", "No infiltrate."),
-    ),
-    "Pleural Effusion": Prompt(
-        positive=("Right pleural effusion.", "Left pleural effusion.", "Pleural effusion is present on both sides."),
-        negative=("The costophrenic angles are sharp.", "Sharp costophrenic angles."),
-    ),
-    "Pneumothorax": Prompt(
-        positive=("Right pneumothorax.", "Left pneumothorax is present.", "There is a moderate right pneumothorax."),
-        negative=("The lungs are fully expanded.", "Both lungs are fully expanded."),
-    ),
-    "Support Devices": Prompt(
-        positive=(
-            "Support devices are present.",
-            "Support devices in place.",
-            "Endotracheal tube tip above the carina.",
-        ),
-        negative=("No lines or tubes.", "Free of lines and tubes."),
-    ),
-}
+ALIASES = {"Effusion": "Pleural Effusion", "Infiltration": "Infiltrate", "Hernia": "Hiatal Hernia"}
+"""A label of NIH's 14 that reports call otherwise -> what they call it."""
+
+
+def read_prompts(path: Path) -> dict[str, Prompt]:
+    """Label -> prompts from a TOML file, a table a label with lists `positive` and `negative`. InputError says what is
+    wrong with it."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the prompts {path} ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not TOML ({error})") from None
+    if not tables:
+        raise InputError(f"{path} holds no prompts; it takes a table a label, as {SHIPPED} has them")
+    return {label: _prompt(path, label, table) for label, table in tables.items()}
+
+
+def _prompt(path: Path, label: str, table: Any) -> Prompt:
+    if not isinstance(table, dict) or set(table) != {"positive", "negative"}:
+        raise InputError(f'{path}: ["{label}"] has to hold two lists, `positive` and `negative`, and nothing else')
+    for side, texts in table.items():
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+            raise InputError(f'{path}: `{side}` of ["{label}"] has to be a list of one or more texts')
+    return Prompt(positive=tuple(table["positive"]), negative=tuple(table["negative"]))
+
+
+PROMPTS = read_prompts(SHIPPED)
 """Label column -> prompts, where the default pair would not say it."""
-
-
-ALIASES = {
-    "Effusion": "Pleural Effusion",
-    "Infiltration": "Infiltrate",
-    "Hernia": "Hiatal Hernia",
-    "Pleural Other": "Pleural Thickening",
-}
-"""A label of NIH's 14 or CheXpert's 14 that reports call otherwise -> what they call it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +77,8 @@ class Wording:
     style: Style = "reports"
     forms: tuple[str, ...] = ("{}",)
     """Sentences that every phrasing stands in, `{}` in its place: `{}. PA view.`; averaged."""
+    own: Mapping[str, Prompt] = field(default_factory=dict)
+    """Label -> prompts that go before the style's."""
 
     def __post_init__(self) -> None:
         for form in self.forms or ("",):
@@ -99,10 +87,15 @@ class Wording:
 
     def prompt(self, label: str, labels: tuple[str, ...]) -> Prompt:
         """The prompts of one of the data set's labels."""
-        bare = prompt_for(label, self.style, labels=labels)
+        own = self.own.get(label) or self.own.get(ALIASES.get(label, label))
+        bare = own or prompt_for(label, self.style, labels=labels)
         sides = ([form.replace("{}", text) for text in side for form in self.forms] for side in bare.sides)
         positive, negative = map(tuple, sides)
         return Prompt(positive=positive, negative=negative)
+
+    def unused(self, labels: tuple[str, ...]) -> list[str]:
+        """Labels of `own` that the data set does not have: a name that is spelt otherwise there, perhaps."""
+        return sorted(set(self.own) - {*labels, *(ALIASES.get(label, label) for label in labels)})
 
 
 def prompt_for(label: str, style: Style = "reports", *, labels: tuple[str, ...] = ()) -> Prompt:

@@ -1,0 +1,197 @@
+"""Which checkpoints are evaluated, and several as one: the mean of their probabilities, as CheXzero does it.
+
+A run keeps its newest checkpoints and its best one (`--keep`), and no others. The top k of them are those with the
+lowest validation loss, worked out anew on the films that are evaluated: a choice that uses no label.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.config import LoaderConfig
+from shards.cli import say
+from shards.errors import InputError
+from shards.schema import Manifest
+from train.checkpoint import DamagedCheckpoint, list_checkpoints, newest_good, read_checkpoint
+from train.commandline import from_fields
+from train.config import TrainConfig, loader_config
+from train.model import build_model
+from train.prompts import Wording
+from train.rundir import RunFolder
+from train.state import placeholder_config
+from train.zeroshot import Predicted, predict
+
+Weights = Literal["auto", "ema", "model"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """A checkpoint, read."""
+
+    path: Path
+    step: int
+    weights: str
+    """Whose these are: `model`, or `ema`, its average over the steps."""
+    settings: TrainConfig
+    """What it was trained with; its paths are placeholders."""
+    state: dict[str, torch.Tensor]
+    """Parameters and buffers, on the CPU."""
+    tokenizer: str
+    """Digest of the tokenizer it was trained with."""
+
+
+def find_checkpoints(paths: Sequence[Path], *, every: bool = False) -> list[Path]:
+    """The files that --checkpoint means. Of a run's folder the best, or the newest where none was validated; or every.
+
+    InputError where one holds none, or is named twice.
+    """
+    files = [file for path in paths for file in ([path] if path.is_file() else _of_run(path, every))]
+    known: set[Path] = set()
+    for file in files:
+        if file.resolve() in known:
+            raise InputError(f"--checkpoint names {file} twice")
+        known.add(file.resolve())
+    return files
+
+
+def _of_run(root: Path, every: bool) -> list[Path]:
+    folder = RunFolder(root=root)
+    best = [folder.best] if folder.best.exists() else []
+    if every:
+        found = [*best, *(path for _, path in list_checkpoints(folder.checkpoints))]
+    else:
+        newest = None if best else newest_good(folder.checkpoints, warn=say)
+        found = best or ([newest[0]] if newest else [])
+    if not found:
+        raise InputError(f"{root} holds no checkpoint; give a run's folder or a file of its checkpoints")
+    return found
+
+
+def run_folder(path: Path) -> Path:
+    """The folder of the run that a --checkpoint belongs to."""
+    if path.is_dir():
+        return path
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
+
+
+def read_member(path: Path, weights: Weights = "auto") -> Member:
+    """A checkpoint's weights and settings; auto: the averaged weights where it has any. InputError for others."""
+    payload = read_checkpoint(path)
+    name = ("ema" if "ema" in payload else "model") if weights == "auto" else weights
+    if name not in payload:
+        raise InputError(f"{path} holds no averaged weights; leave --weights {weights} out, or train with EMA")
+    return Member(
+        path=path,
+        step=payload["step"],
+        weights=name,
+        settings=_settings(path, payload),
+        state=payload[name],
+        tokenizer=payload["fingerprint"]["tokenizer"],
+    )
+
+
+def _settings(path: Path, payload: dict[str, Any]) -> TrainConfig:
+    try:
+        return from_fields(TrainConfig, placeholder_config(payload["config"]))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} has settings that this version does not know ({error})") from None
+
+
+def read_members(paths: Sequence[Path], weights: Weights) -> Iterator[Member]:
+    """One after another, each step of a run once: its best checkpoint is often one of its newest, too.
+
+    A damaged file is left out with a warning.
+    """
+    known: set[tuple[Path, int]] = set()
+    for path in paths:
+        try:
+            member = read_member(path, weights)
+        except DamagedCheckpoint as error:
+            say(f"warning: {error}; left out")
+            continue
+        place = (run_folder(path).resolve(), member.step)
+        if place not in known:
+            known.add(place)
+            yield member
+
+
+def lowest(loss: Mapping[Path, float], top: int) -> list[Path]:
+    """The `top` files with the lowest loss, best first. InputError where there are fewer."""
+    if len(loss) < top:
+        raise InputError(f"--top {top}: here are {len(loss)} checkpoints; a run keeps its best and its newest --keep")
+    return sorted(loss, key=loss.__getitem__)[:top]
+
+
+def model_of(member: Member, manifest: Manifest) -> nn.Module:
+    """The model, on the CPU. InputError where it was trained on other tokens than the shards have."""
+    spec = manifest.tokenizer
+    if member.tokenizer != spec.digest:
+        raise InputError(f"{member.path} was trained on tokens of another tokenizer than these shards have")
+    trained, size = member.settings, member.settings.data.image_size
+    model = build_model(trained.model, vocab_size=spec.vocab_size, context=spec.context, image_size=size)
+    model.load_state_dict(member.state)
+    return model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predictor:
+    """Makes predictions of checkpoints on one data set."""
+
+    manifest: Manifest
+    rows: LoaderConfig
+    """Which films, and how they are read; the split is another with each call."""
+    device: torch.device
+    precision: str
+    wording: Wording
+    weights: Weights
+
+    def predict(
+        self, files: Sequence[Path], *, top: int | None, splits: Sequence[str]
+    ) -> tuple[list[dict[str, Any]], dict[str, Predicted]]:
+        """Step and weights of each checkpoint, and what all of them, or the `top` of them, make of each split."""
+        if top is not None:
+            files = lowest({m.path: self._one(m, "val").loss for m in read_members(files, self.weights)}, top)
+        told, parts = [], []
+        for file in files:
+            member = read_member(file, self.weights)
+            told.append({"step": member.step, "weights": member.weights})
+            parts.append({split: self._one(member, split) for split in dict.fromkeys(splits)})
+        return told, {split: average([part[split] for part in parts]) for split in parts[0]}
+
+    def _one(self, member: Member, split: str) -> Predicted:
+        model = model_of(member, self.manifest)
+        return predict(
+            model.to(device=self.device, memory_format=torch.channels_last),  # type: ignore[call-overload]
+            eval_loader(member.settings, self.rows, split),
+            manifest=self.manifest,
+            device=self.device,
+            precision=self.precision,
+            wording=self.wording,
+        )
+
+
+def eval_loader(trained: TrainConfig, rows: LoaderConfig, split: str) -> LoaderConfig:
+    """Images as a checkpoint was trained on them; of the data set, and the films of it, that `rows` names."""
+    data = replace(trained.data, where=rows.where, exclude=rows.exclude, mix=())  # nor the training's further sets
+    loader = loader_config(replace(trained, data=data), split=split, mode="eval")
+    return replace(loader, shards=rows.shards, backend=rows.backend, batch_size=rows.batch_size, h5=rows.h5)
+
+
+def average(parts: Sequence[Predicted]) -> Predicted:
+    """Several models' predictions as one: mean probabilities, mean similarities, mean loss.
+
+    Unit vectors of M models side by side, divided by sqrt(M), are unit vectors whose products are the mean of theirs.
+    """
+    scale = len(parts) ** -0.5
+    return Predicted(
+        probabilities=np.mean([part.probabilities for part in parts], axis=0),
+        labels=parts[0].labels,
+        images=torch.cat([part.images for part in parts], dim=1) * scale,
+        texts=torch.cat([part.texts for part in parts], dim=1) * scale,
+        loss=float(np.mean([part.loss for part in parts])),
+    )

@@ -1,0 +1,115 @@
+"""Retrieval both ways: which report belongs to a film, which film to a report; equal reports are one report.
+
+"No acute disease." may be the report of a thousand films. Any of them is right for any of those films, so a report is
+known by its digest, and the rank of the best right one counts: 1 + the number of wrong ones that are at least as
+similar. A wrong one that ties counts as ahead, so that a model which has collapsed to a point ranks last, not first.
+
+Similarities are made in chunks of films against the distinct reports, and seen once: memory is bounded whatever N.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from train.intervals import Patients, draws, interval
+from train.scores import Ints, sum_by
+
+TOP = (1, 5, 10)
+_ELEMENTS = 1 << 24
+"""Most similarities held at once, 64 MiB of float32."""
+_TIE = 1e-6
+"""Similarities of unit vectors that are closer are ties: the last bits depend on the shape of a product."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recall:
+    """How often a right one is among the first k."""
+
+    recall: float
+    interval: list[float] | None
+    """95 % over patients; the gallery stays as it is. None where nothing was drawn."""
+    chance: float
+    """What ranking at random would give."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Direction:
+    """Retrieval one way."""
+
+    recall: dict[str, Recall]
+    """k -> recall at k."""
+    median_rank: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retrieval:
+    """Retrieval of N films and their N reports."""
+
+    gallery: int
+    """Films, and reports."""
+    distinct_reports: int
+    image_to_text: Direction
+    text_to_image: Direction
+
+
+def retrieve(
+    images: torch.Tensor, texts: torch.Tensor, report: NDArray[np.uint64], patients: Patients, *, rounds: int, seed: int
+) -> Retrieval:
+    """Score unit vectors (N, D) of films and reports, whose texts are equal where `report` (N,) is."""
+    _, first, of_row, copies = np.unique(report, return_index=True, return_inverse=True, return_counts=True)
+    distinct = texts[torch.from_numpy(first).to(texts.device)]
+    ranks = rank_right_ones(images, distinct, torch.from_numpy(of_row).to(images.device))
+    found = [_direction(each, copies[of_row], patients, rounds, seed) for each in ranks]
+    return Retrieval(gallery=len(images), distinct_reports=len(first), image_to_text=found[0], text_to_image=found[1])
+
+
+def rank_right_ones(
+    images: torch.Tensor, distinct: torch.Tensor, report: torch.Tensor, *, elements: int = _ELEMENTS
+) -> tuple[Ints, Ints]:
+    """Rank (N,) of the best right report of each film, and of the best right film of each film's report, from 1.
+
+    images (N, D), distinct reports (U, D), report (N,) int64 in [0, U). `elements`: most similarities at once.
+    """
+    copies = torch.bincount(report, minlength=len(distinct)).float()
+    of_image, of_text = torch.empty(len(images)), torch.zeros(len(distinct), device=images.device)
+    own = torch.cat([(part * distinct[to]).sum(1) for part, to in _parts(images, report, elements // images.shape[1])])
+    best = torch.full_like(of_text, -torch.inf).scatter_reduce_(0, report, own, "amax")
+    done = 0
+    for part, to in _parts(images, report, elements // len(distinct)):
+        similarity = part @ distinct.T  # (n, U)
+        similarity[torch.arange(len(part), device=to.device), to] = -torch.inf
+        span = slice(done, done := done + len(part))
+        # Counts of copies are exact in float32 up to 16 million reports.
+        of_image[span] = ((similarity >= own[span, None] - _TIE).float() @ copies).cpu()
+        of_text += (similarity >= best - _TIE).sum(0)
+    return 1 + of_image.long().numpy(), 1 + of_text.long()[report].cpu().numpy()
+
+
+def chance(right: Ints, gallery: int, k: int) -> NDArray[np.float64]:
+    """Probability (N,) that k of `gallery` items, drawn at random, hold one of the `right` (N,) right ones."""
+    drawn = np.arange(min(k, gallery))
+    missed = np.clip(gallery - right[:, None] - drawn, 0, None) / (gallery - drawn)
+    return 1 - missed.prod(axis=1)
+
+
+def _parts(images: torch.Tensor, report: torch.Tensor, rows: int) -> Any:
+    return zip(images.split(max(1, rows)), report.split(max(1, rows)), strict=True)
+
+
+def _direction(ranks: Ints, right: Ints, patients: Patients, rounds: int, seed: int) -> Direction:
+    hits = np.stack([ranks <= k for k in TOP] + [np.ones(len(ranks), bool)], axis=1)
+    sums = sum_by(patients.of_row, hits, patients.count)  # (patients, 4)
+    parts = [drawn.T @ sums for drawn in draws(patients.count, rounds=rounds, seed=seed)]
+    totals = np.concatenate([np.empty((0, sums.shape[1])), *parts])
+    recalls = {
+        str(k): Recall(
+            recall=float(hits[:, n].mean()),
+            interval=interval(totals[:, n] / totals[:, -1]),
+            chance=float(chance(right, len(ranks), k).mean()),
+        )
+        for n, k in enumerate(TOP)
+    }
+    return Direction(recall=recalls, median_rank=float(np.median(ranks)))
