@@ -98,17 +98,19 @@ def fetch(file: HubFile) -> Path:
     """Download a file into the cache, once. InputError, in one line, where the hub does not give it."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars, logging
 
     disable_progress_bars()
+    logging.set_verbosity_error()  # its retries, five lines of them
     try:
         return Path(hf_hub_download(file.repository, file.name))
     except GatedRepoError:
         raise InputError(
             f"{file.repository} is given only to those who accepted its licence: do so on its page, then set HF_TOKEN"
         ) from None
-    except LocalEntryNotFoundError:
-        raise InputError(f"the hub cannot be reached for {file}; run this where there is network") from None
+    except LocalEntryNotFoundError as error:
+        reason = type(error.__cause__ or error).__name__
+        raise InputError(f"the hub cannot be reached for {file} ({reason}); run this where there is network") from None
     except Exception as error:  # the client and what carries it raise errors of many kinds
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{file} could not be fetched ({type(error).__name__}: {reason})") from None
