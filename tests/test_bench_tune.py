@@ -1,14 +1,22 @@
 """The loader's tuner, and `--loader-config`, which takes what it writes."""
 
 import dataclasses
+import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import assert_refused, run_module
 
+from bench import tune
+from bench.files import read_results
+from bench.search import Choice, make_space
+from bench.tune import TuneConfig, run_tune, toml_of
 from pipeline.batch import World
-from pipeline.config import LoaderConfig
+from pipeline.config import LoaderConfig, available_cpus
 from pipeline.loader import build_loader
 from shards.errors import InputError
 from train.commandline import parse_config
@@ -76,3 +84,84 @@ def test_settings_that_are_tuned_change_no_pixel(shards_dir: Path) -> None:
         for _ in range(12):
             first, second = next(one), next(two)
             assert torch.equal(first.samples, second.samples) and torch.equal(first.images, second.images)
+
+
+def machine(gains: dict[str, dict], noise: float) -> Callable[..., Callable[[Choice], float]]:
+    """A stand-in for measuring: each choice is worth a factor, and every measurement is off by chance."""
+    rng = np.random.default_rng(0)
+
+    def rate(choice: Choice) -> float:
+        worth = 1000.0
+        for name, factors in gains.items():
+            worth *= factors.get(choice[name], 1.0)
+        return worth * float(rng.lognormal(0, noise))
+
+    return lambda *_: rate
+
+
+def tuned(monkeypatch: pytest.MonkeyPatch, shards: Path, gains: dict[str, dict], trials: int = 120) -> dict:
+    monkeypatch.setattr(tune, "_rater", machine(gains, noise=0.02))
+    monkeypatch.setattr(tune, "_enough", lambda *_: lambda done: done >= trials)
+    return run_tune(TuneConfig(shards=(shards,), minutes=1e-6, batch_size=8))
+
+
+def test_what_buys_something_is_kept_and_said(
+    shards_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Reading threads matter here, own_jpeg off costs, the rest does nothing and stays as it is."""
+    gains = {"read_threads": {1: 0.3, 2: 0.6, 8: 1.3, 16: 1.6, 32: 1.6, 64: 1.6}, "own_jpeg": {False: 0.7}}
+    result = tuned(monkeypatch, shards_dir, gains)
+    assert set(result["chosen"]) == {"read_threads"} and result["chosen"]["read_threads"] >= 16
+    (row,) = [row for row in result["choices"] if row["setting"] == "read_threads"]
+    assert row["kept"] and row["lowest"] <= row["ratio"] <= row["highest"] and 1.5 < row["ratio"] < 1.7
+    assert "read_threads" in result["verdict"] and "1.6" in result["verdict"]
+    first = result["trials"][0]
+    assert (first["read_threads"], first["memory_mb"], first["ahead"], first["own_jpeg"]) == (4, 256, 2, True)
+    path = write(tmp_path / "loader.toml", toml_of(result))
+    config = parse_config("x", [*PATHS, "--loader-config", str(path)])
+    assert config.data.read_threads == result["chosen"]["read_threads"]
+    assert dataclasses.replace(config.data, read_threads=4) == parse_config("x", PATHS).data
+
+
+def test_what_buys_nothing_leaves_the_defaults(shards_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best of 120 noisy trials is always faster than the default's one trial; that is no gain."""
+    result = tuned(monkeypatch, shards_dir, {})
+    assert max(trial["films_per_s"] for trial in result["trials"]) > 1030
+    assert result["chosen"] == {} and "no more than the noise" in result["verdict"]
+    assert "[data]" in toml_of(result) and "=" not in toml_of(result).split("[data]")[1]
+
+
+def test_what_may_be_chosen(shards_dir: Path) -> None:
+    """Streams only if asked for; no memory that the streams' blocks do not fit; a decoder only where there are JPEGs."""
+    base = LoaderConfig(shards=shards_dir, backend="cpu")
+    space = make_space(base, [shards_dir], cuda=False, streams=())
+    assert "streams" not in space.values and space.values["backend"] == ("cpu",)
+    assert space.default == {"backend": "cpu", "threads": available_cpus()} | {
+        name: getattr(base, name) for name in ("memory_mb", "read_threads", "ahead", "own_jpeg")
+    }
+    asked = make_space(base, [shards_dir, shards_dir], cuda=True, streams=(24,))
+    assert asked.values["streams"] == (None, 24) and asked.values["backend"] == ("dali", "cpu")
+    assert asked.changed(asked.default | {"own_jpeg": False}) == []  # dali does not heed it
+
+
+def test_the_command(shards_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Real measurements, as few as it makes; what it writes is read by training and by the report."""
+    out, table = tmp_path / "loader.toml", tmp_path / "tune.json"
+    flags = ["--minutes", "0.001", "--seconds", "0.02", "--batch-size", "8", "--json", str(table), "--out", str(out)]
+    tune.main(["--shards", str(shards_dir), *flags])
+    result = json.loads(table.read_bytes())
+    assert result["verdict"] in capsys.readouterr().out and len(result["trials"]) >= 10
+    assert [len(case["rounds"]) for case in result["cases"]] == [5, 5]
+    config = parse_config("x", [*PATHS, "--loader-config", str(out)])
+    chosen = {name: value for name, value in result["chosen"].items() if name != "backend"}
+    assert {name: getattr(config.data, name) for name in chosen} == chosen
+    (found,) = read_results(table)
+    assert found.kind == "tune" and found.said == (result["verdict"],)
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--minutes 0"):
+        TuneConfig(shards=(tmp_path,), minutes=0)
+    with pytest.raises(InputError, match="--streams 0"):
+        TuneConfig(shards=(tmp_path,), streams=(0,))
+    assert_refused(run_module("bench.tune", "--shards", tmp_path / "nosuch", timeout=300), "no shards here", "nosuch")

@@ -1,0 +1,129 @@
+"""The settings that the tuner may choose among, and the search: Optuna's TPE over films/s, within a time."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.blocks import check_memory
+from pipeline.config import LoaderConfig, available_cpus
+from shards.errors import InputError
+from shards.manifest import read_manifest
+
+MEMORY_MB = (128, 256, 512, 1024, 2048, 4096)
+READ_THREADS = (1, 2, 4, 8, 16, 32, 64)
+AHEAD = (1, 2, 4, 8)
+MEMORY_SHARE = 4
+"""Read-ahead takes at most one part in so many of the machine's memory: ranks and the model need the rest."""
+
+Choice = dict[str, Any]
+"""Setting -> value; settings are fields of LoaderConfig."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Space:
+    """What may be chosen. The first value of each setting is the default."""
+
+    values: dict[str, tuple[Any, ...]]
+
+    @property
+    def default(self) -> Choice:
+        """What a run has without a loader.toml."""
+        return {name: values[0] for name, values in self.values.items()}
+
+    def changed(self, choice: Choice) -> list[str]:
+        """The settings in which a choice differs from the default, and that its backend heeds."""
+        return [name for name, value in self.heeded(choice).items() if value != self.values[name][0]]
+
+    def heeded(self, choice: Choice) -> Choice:
+        """Without what does nothing: `own_jpeg` is the `cpu` backend's."""
+        return {name: value for name, value in choice.items() if name != "own_jpeg" or choice["backend"] == "cpu"}
+
+
+def make_space(base: LoaderConfig, sets: Sequence[Path], *, cuda: bool, streams: tuple[int, ...]) -> Space:
+    """All that this machine and these sets leave open. `streams` are tried as well: they change the order."""
+    backends = ("dali", "cpu") if cuda else ("cpu",)
+    manifest = read_manifest(sets[0])
+    values: dict[str, tuple[Any, ...]] = {
+        "backend": backends,
+        "threads": _first(base.threads or available_cpus(), _thread_counts(available_cpus())),
+        "memory_mb": _first(base.memory_mb, tuple(size for size in MEMORY_MB if _fits(base, sets, size, streams))),
+        "read_threads": _first(base.read_threads, READ_THREADS),
+        "ahead": _first(base.ahead, AHEAD),
+    }
+    if manifest.image.codec == "jpeg":
+        values["own_jpeg"] = (True, False)
+    if streams:
+        values["streams"] = (None, *streams)
+    if len(sets) > 1:
+        values["shards"] = tuple(sets)
+    return Space(values=values)
+
+
+def _first(value: Any, others: Sequence[Any]) -> tuple[Any, ...]:
+    return (value, *(other for other in others if other != value))
+
+
+def _thread_counts(cpus: int) -> list[int]:
+    """Powers of two up to twice the CPUs, and their number itself: waiting for reads costs none."""
+    powers = [2**power for power in range(cpus.bit_length() + 1)]
+    return sorted({cpus, *(count for count in powers if count <= 2 * cpus)})
+
+
+def _fits(base: LoaderConfig, sets: Sequence[Path], memory_mb: int, streams: tuple[int, ...]) -> bool:
+    """Whether a memory holds the live blocks of all sets, and is not too much for the machine."""
+    import os
+
+    from pipeline.batch import World
+    from pipeline.config import stream_count
+
+    if (
+        memory_mb > base.memory_mb
+        and memory_mb << 20 > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MEMORY_SHARE
+    ):
+        return False
+    try:
+        for root in sets:
+            manifest = read_manifest(root)
+            check_memory(
+                manifest, manifest.splits[base.split], memory_mb << 20, max(stream_count(base, World()), *streams, 1)
+            )
+    except InputError:
+        return False
+    return True
+
+
+def apply_choice(base: LoaderConfig, choice: Choice) -> LoaderConfig:
+    """The loader's settings with a choice."""
+    return replace(base, **choice)
+
+
+def search(
+    space: Space, rate: Callable[[Choice], float], enough: Callable[[int], bool], *, seed: int
+) -> list[tuple[Choice, float]]:
+    """What was tried, in order, the default first, until so many trials are `enough`.
+
+    TPE (Bergstra et al. 2011) models which values the better trials share; with noise as large as that of a loader it
+    gives a candidate, not a result: the caller measures that in turn with the default.
+    """
+    optuna = _optuna()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+    study.enqueue_trial(dict.fromkeys(space.values, 0))
+    tried: list[tuple[Choice, float]] = []
+    while not enough(len(tried)):
+        trial = study.ask()
+        numbers = {name: trial.suggest_categorical(name, list(range(len(each)))) for name, each in space.values.items()}
+        choice = {name: space.values[name][number] for name, number in numbers.items()}
+        found = rate(choice)
+        study.tell(trial, found)
+        tried.append((choice, found))
+    return tried
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise InputError("tuning needs Optuna: pip install 'shardclip[tune]'") from None
+    return optuna

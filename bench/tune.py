@@ -1,0 +1,288 @@
+"""`python -m bench.loader --tune --shards DIR --out loader.toml`: which settings suit this machine and file system.
+
+    search (Optuna) -> the best beside the default, and beside itself without each of its choices, in turn
+        -> the choices that bought something -> they alone beside the default, in turn -> loader.toml
+
+A choice is kept where the rounds with it are faster than those without by the rule of `bench.compare`, and by 1 % or
+more: a search among noisy figures always finds a winner. What buys nothing stays at its default. Only settings that
+change no sample are tried; --streams, and several --shards, are tried if they are given.
+
+It measures a loader alone. Run it with the CPUs that one rank of the job will have (`srun -c 8`, `taskset`); on a GPU
+node decoding on the GPU wins here by what it takes from the training step, which `bench.together` shows.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.compare import BETTER, judge
+from bench.kinds import METRICS
+from bench.search import Choice, Space, apply_choice, make_space, search
+from bench.slow import SlowFileSystem, SlowSettings, counts_here
+from pipeline.config import LoaderConfig
+from shards.cli import main_guard, parse, say
+from shards.errors import InputError
+
+PROG = "python -m bench.loader --tune"
+LEAST_GAIN = 0.01
+LEAST_ROUNDS = 5
+"""Fewer cannot pass the test."""
+LEAST_TRIALS = 10
+"""Of the search, the default among them."""
+WARMUP_BATCHES = 4
+DEFAULT, TUNED = "default", "tuned"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneConfig:
+    """Search for the loader's settings on this file system, and write them for `train.main --loader-config`."""
+
+    shards: tuple[Path, ...]
+    """Folder of shards. Several, of the same films in other blocks or encodings: which is read fastest is said."""
+    out: Path = Path("loader.toml")
+    """Where the settings go."""
+    json: Path | None = None
+    """Where all that was measured goes, as JSON."""
+    minutes: float = 5.0
+    """Time to spend. Ten trials and five rounds of what they found are made even where that takes longer."""
+    batch_size: int = 64
+    """Films in a batch."""
+    seconds: float = 2.0
+    """Measured stretch of each trial."""
+    streams: tuple[int, ...] = ()
+    """Numbers of streams to try besides the default; they change the order of the samples."""
+    cold: bool = False
+    """Put the shards out of the page cache before each trial; see bench/cold.py."""
+    seed: int = 0
+    """Seed of the search; the trials read the set in other orders each."""
+    slow: SlowSettings = field(default_factory=SlowSettings)
+    """A slow file system under it, to see what would be chosen there."""
+
+    def __post_init__(self) -> None:
+        for name in ("minutes", "seconds", "batch_size"):
+            if not 0 < getattr(self, name) < 1e9:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is not a positive number")
+        if any(streams < 1 for streams in self.streams):
+            raise InputError(f"--streams {' '.join(map(str, self.streams))} has to be of numbers above 0")
+
+
+Rates = dict[str, list[float]]
+"""Variant -> films/s, a value a round."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bought:
+    """What one choice bought, beside the best without it."""
+
+    setting: str
+    default: Any
+    chosen: Any
+    ratio: float
+    """Films/s with it to those without: median over rounds."""
+    lowest: float
+    highest: float
+    kept: bool
+
+
+def run_tune(config: TuneConfig) -> dict[str, Any]:
+    """Search, compare, decide; the result is what `--json` writes."""
+    from bench.environment import environment
+
+    base = LoaderConfig(shards=config.shards[0], batch_size=config.batch_size, backend=_backend())
+    space = make_space(base, config.shards, cuda=_cuda(), streams=config.streams)
+    rate = _rater(config, base)
+    begin = time.monotonic()
+    tried = search(space, rate, _enough(space, begin, config.minutes * 60), seed=config.seed)
+    best = max(tried, key=lambda trial: trial[1])[0]
+    left = max(0.0, config.minutes * 60 - (time.monotonic() - begin))
+    bought = _ablate(space, best, rate, left / 2)
+    chosen = space.default | {each.setting: each.chosen for each in bought if each.kept}
+    final = _in_turn({DEFAULT: space.default, TUNED: chosen}, rate, left / 2)
+    cases = [_case(DEFAULT, space.default, final[DEFAULT]), _case(TUNED, chosen, final[TUNED])]
+    if not _is_faster(final[TUNED], final[DEFAULT]):
+        chosen = space.default
+    return {
+        "bench": "tune",
+        "environment": environment(),
+        "settings": _settings(config),
+        "cases": cases,
+        "choices": [_plain(asdict(each)) for each in bought],
+        "chosen": _plain({name: chosen[name] for name in space.changed(chosen)}),
+        "trials": [{"films_per_s": found, **_plain(choice)} for choice, found in tried],
+        "verdict": _verdict(space, chosen, final),
+    }
+
+
+def _enough(space: Space, begin: float, seconds: float) -> Callable[[int], bool]:
+    """Whether after so many trials it is time to measure in turn, which takes as long a trial as the search did."""
+
+    def enough(trials: int) -> bool:
+        passed = time.monotonic() - begin
+        in_turn = LEAST_ROUNDS * (len(space.values) + 3) * passed / max(trials, 1)
+        return trials >= LEAST_TRIALS and passed + in_turn > seconds
+
+    return enough
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _backend() -> str:
+    return "dali" if _cuda() else "cpu"
+
+
+def _rater(config: TuneConfig, base: LoaderConfig) -> Callable[[Choice], float]:
+    """Measures a choice: films/s. Each time in another order: blocks in a cache are not those that come first."""
+    import torch
+
+    from bench.cold import evict
+    from bench.measure import measure
+    from pipeline.batch import World
+    from pipeline.loader import build_loader
+
+    device = "cuda" if _cuda() else "cpu"
+    orders = iter(range(1, 1 << 31))
+
+    def rate(choice: Choice) -> float:
+        settings = apply_choice(base, {**choice, "seed": next(orders)})
+        if config.cold:
+            evict([settings.shards])
+        found = measure(
+            lambda: build_loader(settings, World(device=device)),
+            warmup_batches=WARMUP_BATCHES,
+            seconds=config.seconds,
+            device=torch.device(device),
+        )
+        return found.images_per_s
+
+    return rate
+
+
+def _ablate(space: Space, best: Choice, rate: Callable[[Choice], float], seconds: float) -> list[Bought]:
+    """The best, and the best without each of its choices, in turn."""
+    changed = space.changed(best)
+    if not changed:
+        return []
+    variants = {"": best} | {name: best | {name: space.default[name]} for name in changed}
+    rates = _in_turn(variants, rate, seconds)
+    return [_bought(space, best, name, rates[""], rates[name]) for name in changed]
+
+
+def _bought(space: Space, best: Choice, name: str, with_it: list[float], without: list[float]) -> Bought:
+    ratios = [one / other for one, other in zip(with_it, without, strict=True)]
+    return Bought(
+        setting=name,
+        default=space.default[name],
+        chosen=best[name],
+        ratio=statistics.median(ratios),
+        lowest=min(ratios),
+        highest=max(ratios),
+        kept=_is_faster(with_it, without),
+    )
+
+
+def _is_faster(one: list[float], other: list[float]) -> bool:
+    return judge(other, one, METRICS["images_per_s"], LEAST_GAIN)[0] == BETTER
+
+
+def _in_turn(variants: dict[str, Choice], rate: Callable[[Choice], float], seconds: float) -> Rates:
+    """Each variant once a round, so that what else the machine does falls on all alike; LEAST_ROUNDS or more."""
+    found: Rates = {name: [] for name in variants}
+    end, rounds = time.monotonic() + seconds, 0
+    while rounds < LEAST_ROUNDS or time.monotonic() < end:
+        for name, choice in variants.items():
+            found[name].append(rate(choice))
+        rounds += 1
+    return found
+
+
+def _settings(config: TuneConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = {"batch_size": config.batch_size, "seconds": config.seconds, "minutes": config.minutes}
+    settings |= {"cold": config.cold, "sets": len(config.shards), "streams": list(config.streams)}
+    return settings | (asdict(config.slow) if counts_here() else {})
+
+
+def _case(name: str, choice: Choice, rates: list[float]) -> dict[str, Any]:
+    rounds = [{"images_per_s": rate} for rate in rates]
+    return {"name": name, "images_per_s": statistics.median(rates), "choice": _plain(choice), "rounds": rounds}
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """For JSON: a set is named by its folder."""
+    return {name: value.name if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def _verdict(space: Space, chosen: Choice, rates: Rates) -> str:
+    ratio = statistics.median(one / other for one, other in zip(rates[TUNED], rates[DEFAULT], strict=True))
+    names = space.changed(chosen)
+    if not names:
+        return "Tuning bought no more than the noise: the defaults suit this machine and file system."
+    said = ", ".join(f"{name} {_plain(chosen)[name]}" for name in names)
+    return f"Tuned, the loader is {ratio:.2f}x as fast as with the defaults: {said}."
+
+
+def toml_of(result: dict[str, Any]) -> str:
+    """What `train.main --loader-config` takes."""
+    from bench.environment import one_line
+    from train.tuned import to_toml
+
+    chosen = dict(result["chosen"])
+    shards = chosen.pop("shards", None)
+    environment = result["environment"]
+    comments = [f"by {PROG}, {environment['time']}", f"on {one_line(environment)}", result["verdict"]]
+    comments += [line for line in table(result) if line]
+    if shards is not None:
+        comments.append(f"the fastest set was {shards}: give it as --shards")
+    return to_toml(chosen.pop("backend", "auto"), chosen, comments)
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """What each choice bought, as lines of text."""
+    lines = [f"{'setting':<14} {'default':>10} {'tried':>10} {'x as fast':>9} {'range':>13}"]
+    for row in result["choices"]:
+        kept = "kept" if row["kept"] and row["setting"] in result["chosen"] else "not kept: no more than the noise"
+        spread = f"{row['lowest']:.2f} - {row['highest']:.2f}"
+        values = f"{row['default']!s:>10} {row['chosen']!s:>10}"
+        lines.append(f"{row['setting']:<14} {values} {row['ratio']:9.2f} {spread:>13}  {kept}")
+    return lines if result["choices"] else []
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Tune, say what each choice bought, write the settings."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with main_guard(PROG):
+        config = parse(TuneConfig, arguments, prog=PROG)
+        from shards.atomic import check_writable, write_atomic
+
+        for path in filter(None, (config.out, config.json)):
+            check_writable(path)
+        if config.slow != SlowSettings() and counts_here() is None:
+            raise SystemExit(_run_slow(config, arguments))
+        result = run_tune(config)
+        say("\n".join([*table(result), result["verdict"]]))
+        write_atomic(config.out, toml_of(result).encode())
+        say(f"{len(result['trials'])} trials; settings for train.main --loader-config written to {config.out}")
+        if config.json:
+            write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def _run_slow(config: TuneConfig, arguments: list[str]) -> int:
+    """The same in a process with the slow file system under it."""
+    import os
+
+    with SlowFileSystem(config.slow, config.shards) as slow:
+        command = [sys.executable, "-m", "bench.tune", *arguments]
+        return subprocess.run(command, env=os.environ | slow.environment()).returncode
+
+
+if __name__ == "__main__":
+    main()
