@@ -21,7 +21,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+
+from train.checkpoint import read_checkpoint  # noqa: E402  (it is run as a script)
+
 SERVER = Path(__file__).parent / "injected" / "train_server.py"
 COLUMNS = ("loss", "val_loss", "order_digest", "logit_scale", "grad_norm", "lr", "bad_samples", "skipped_steps")
 """Everything in a row that is no time and no size."""
@@ -75,12 +81,22 @@ def arguments(shards: Path, out: Path, *more: str) -> list[str]:
 
 
 def outcome(out: Path) -> dict[str, object]:
-    """All of a run that has to be the same however often it was interrupted: rows, and bytes of the checkpoints."""
+    """All of a run that has to be the same however often it was interrupted: rows, and what the checkpoints hold."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    files = {
-        path.name: path.read_bytes() for path in [out / "best.pt", *(out / "checkpoints").iterdir()] if path.exists()
+    files = [path for path in (out / "best.pt", *(out / "checkpoints").iterdir()) if path.exists()]
+    return {
+        "rows": [{name: row.get(name) for name in ("step", *COLUMNS)} for row in rows],
+        **{part: value for path in files for part, value in flat(path.name, read_checkpoint(path))},
     }
-    return {"rows": [{name: row.get(name) for name in ("step", *COLUMNS)} for row in rows], **files}
+
+
+def flat(name: str, tree: object) -> Iterator[tuple[str, object]]:
+    """Names and values of nested dicts and lists; of tensors type, shape and bytes."""
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from flat(f"{name}/{key}", value)
+    else:
+        yield name, (tree.dtype, tree.shape, tree.numpy().tobytes()) if isinstance(tree, Tensor) else tree
 
 
 def differing(run: dict[str, object], whole: dict[str, object]) -> list[str]:
@@ -91,7 +107,8 @@ def differing(run: dict[str, object], whole: dict[str, object]) -> list[str]:
 class Life:
     """A run's processes from a start to their end, by whatever means."""
 
-    def __init__(self, server: Server, command: list[str], ranks: int, *, real: bool) -> None:
+    def __init__(self, server: Server, command: list[str], ranks: int, *, real: bool, **more: object) -> None:
+        """`real`: under torchrun; else `more` may break it, see train_server.py."""
         self._server, self.real, self.agent = server, real, None
         if real:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -100,7 +117,7 @@ class Life:
                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
             )  # fmt: skip
         else:
-            self._pids = server.start(command, ranks=ranks)
+            self._pids = server.start(command, ranks=ranks, **more)
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks; of a real start there may be none yet."""
@@ -148,6 +165,8 @@ def state(pid: int) -> str:
 
 def end(life: Life, kind: str, out: Path, after_s: float, luck: random.Random) -> None:
     """Wait so long, or for a checkpoint that is being written, then end a life."""
+    while life.running() and not life.ranks():
+        time.sleep(0.002)
     deadline = time.monotonic() + after_s
     while life.running() and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -170,11 +189,11 @@ def soak_once(
         kind = luck.choice(KINDS)
         if time.monotonic() < until:
             end(life, kind, out, luck.uniform(0.0, 12.0 if life.real else 3.0), luck)
-        alive = life.running()
         codes, errors = life.join()
-        counts[f"{'torchrun' if life.real else 'forked'} {kind if any(codes) or alive else 'finished'}"] += 1
+        done = not any(codes) and not (out / "requeue").exists()
+        counts[f"{'torchrun' if life.real else 'forked'} {'finished' if done else kind}"] += 1
         assert "Traceback" not in errors or "torch/distributed" in errors, errors
-        if not any(codes) and not (out / "requeue").exists():
+        if done:
             break
     differ = differing(outcome(out), whole)
     counts["runs compared"] += 1
@@ -221,7 +240,6 @@ def kills(counts: Counter) -> int:
 
 def main() -> None:
     """Soak on made-up films, and say what came of it."""
-    sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
     from conftest import write_source
 
     from ingest.config import IngestConfig

@@ -2,11 +2,12 @@
 
 One JSON object a line in, one out.
 
-    {"start": ["--shards", ...], "ranks": 2, "fault": "kill:7", "count": PATH, "clock": true}  ->  {"pids": [12, 13]}
-    {"wait": [12, 13]}                                                      ->  {"codes": [-9, 1], "stderr": ["", ""]}
+    {"start": ["--shards", ...], "ranks": 2, "fault": "kill:7", "count": PATH}  ->  {"pids": [12, 13]}
+    {"wait": [12, 13]}                                       ->  {"codes": [-9, 1], "stderr": ["", ""]}
 
-`fault` counts the durable steps of the first rank: pieces of a checkpoint, fsync, rename, link, unlink. `clock` has the
-clock jump by a day with every look at it.
+`fault` counts what rank 0 does to its files (pieces of a checkpoint, fsync, rename, link, unlink) and its validation
+batches. `clock: true` has the clock jump by a day with every look at it. `raise: [1, 5]` raises on rank 1 in step 5,
+`sleep: [1, 5, 2.5]` sleeps there (rank -1: on all; step -1: in every step).
 """
 
 import gc
@@ -26,6 +27,7 @@ import torch.utils.tensorboard  # noqa: F401
 
 import train.checkpoint
 import train.loop
+import train.validate
 from pipeline.kernels import compiled_functions
 from train.main import main
 
@@ -43,10 +45,29 @@ def fault(command: dict) -> None:
         counted = runpy.run_path(str(Path(__file__).with_name("sitecustomize.py")))["_counted"]
         os.link, os.unlink = counted(os.link), counted(os.unlink)
         train.checkpoint._Hashing.write = counted(train.checkpoint._Hashing.write)
+        train.validate._embed_batch = counted(train.validate._embed_batch)
     if command.get("clock"):
         now, jumps = time.time, itertools.cycle((0, 86400, -86400))
         time.time = lambda: now() + next(jumps)
         time.time_ns = lambda: int(time.time() * 1e9)
+
+
+def trouble(command: dict, rank: int) -> None:
+    """In the fork: break a step."""
+    kind = "raise" if "raise" in command else "sleep"
+    which, when, *seconds = command.get(kind, (None, None))
+    if which not in (rank, -1):
+        return
+    digest, steps = train.loop.digest_batch, itertools.count(1)
+
+    def broken(*arguments):
+        if next(steps) == when or when == -1:
+            if kind == "raise":
+                raise RuntimeError("made to fail")
+            time.sleep(seconds[0])
+        return digest(*arguments)
+
+    train.loop.digest_batch = broken
 
 
 def run(command: dict, rank: int, port: int, stderr: int) -> int:
@@ -60,6 +81,7 @@ def run(command: dict, rank: int, port: int, stderr: int) -> int:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if rank == 0:
         fault(command)
+    trouble(command, rank)
     try:
         main(command["start"])
     except SystemExit as stop:
