@@ -1,5 +1,6 @@
 # make demo   set up, then the whole path on a made-up data set: films, shards, training, evaluation, bench
 # make test   set up, then linter, type check and every test that needs no GPU
+# make soak   kill and resume training for MINUTES=10, and compare with a run that was never interrupted, bit by bit
 # make gpu    on a machine with CUDA and DALI: GPU tests and bench, JSON into bench/results (or $OUT)
 # make clean  undo all of it
 
@@ -8,10 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 NEED_GB := 9
+MINUTES ?= 10
 # Much of a test's time goes into waiting for processes to start: two at a time take little over half the time of one.
 TEST_WORKERS ?= 2
 
-.PHONY: demo test gpu clean
+.PHONY: demo test soak gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m bench.demo --out $(DEMO)
@@ -21,6 +23,9 @@ test: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile
+
+soak: $(VENV)/installed
+	$(BIN)/python tests/soak_train.py --minutes $(MINUTES)
 
 # Uses the Python that has torch and DALI there: such a machine is often offline and brings its own.
 gpu:

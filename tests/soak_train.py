@@ -42,12 +42,18 @@ KINDS = ("one", "all", "all-term", "one-term", "in-save", "in-save", "agent")
 class Server:
     """Starts runs in forks; see train_server.py."""
 
-    def __init__(self) -> None:
+    def __init__(self, *prefix: str) -> None:
+        """`prefix`: a command that runs the server, in a mount namespace say."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         self._process = subprocess.Popen(
-            [sys.executable, SERVER], cwd=REPOSITORY, env=environment,
+            [*prefix, sys.executable, str(SERVER)], cwd=REPOSITORY, env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
 
     def start(self, arguments: Sequence[str], *, ranks: int = 1, **more: object) -> list[int]:
         """The process ids of a run's ranks."""
@@ -202,9 +208,9 @@ def soak_once(
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Server]:
+def serving(*prefix: str) -> Iterator[Server]:
     """A server inside the block."""
-    server = Server()
+    server = Server(*prefix)
     try:
         yield server
     finally:

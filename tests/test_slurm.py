@@ -1,30 +1,42 @@
 """The sbatch scripts: clean shell, and a job with `srun` played by a few lines of shell."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import REPOSITORY, made_up_images, write_csv, write_h5
+from soak_train import SMALL
 
 from shards.verify import verify
+from train.lead_time import UNKNOWN_S, lead_time
 
 SCRIPTS = sorted(REPOSITORY.glob("*/slurm/*.sbatch"))
 SRUN = """#!/usr/bin/env bash
 # As far as our scripts need it: the command --ntasks times, each with a log of its own, ended with it.
 set -eu
 trap 'kill $(jobs -p) 2>/dev/null; wait; exit 143' TERM
+trap 'kill -USR2 $(jobs -p) 2>/dev/null' USR2
 while [[ $1 == --* ]]; do
     case $1 in --ntasks=*) ntasks=${1#*=} ;; --output=*) output=${1#*=} ;; esac
     shift
 done
 for ((task = 0; task < ntasks; task++)); do "$@" >>"${output/\\%t/$task}" 2>&1 & done
-wait
+status=0
+for job in $(jobs -p); do
+    while kill -0 "$job" 2>/dev/null; do wait "$job" && status=0 || status=$?; done
+done
+exit "$status"
+"""
+SCONTROL = """#!/usr/bin/env bash
+case "$1 $2" in "show hostnames") echo localhost ;; *) echo "$@" >>"$(dirname "$0")/../scontrol.log" ;; esac
 """
 
 
@@ -54,11 +66,13 @@ def job(tmp_path: Path) -> dict[str, str]:
     """Environment of a job on two nodes of one CPU each."""
     srun = tmp_path / "bin" / "srun"
     srun.parent.mkdir()
-    srun.write_text(SRUN)
-    srun.chmod(0o755)
+    for path, text in ((srun, SRUN), (srun.with_name("scontrol"), SCONTROL)):
+        path.write_text(text)
+        path.chmod(0o755)
     slurm = {"SUBMIT_DIR": str(tmp_path), "JOB_ID": "7", "JOB_NUM_NODES": "2", "CPUS_PER_TASK": "1"}
-    path = f"{srun.parent}:{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "PYTHON": sys.executable, **{f"SLURM_{name}": slurm[name] for name in slurm}}
+    slurm |= {"JOB_NODELIST": "localhost"}
+    search = f"{srun.parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": search, "PYTHON": sys.executable, **{f"SLURM_{name}": slurm[name] for name in slurm}}
 
 
 @pytest.mark.slow
@@ -105,3 +119,88 @@ def test_ingest_says_what_it_lacks(job: dict[str, str], tmp_path: Path) -> None:
     done = subprocess.run(["bash", str(script)], cwd=tmp_path, env=job, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "scheduler did not start" in done.stderr
+
+
+def training(job: dict[str, str], tmp_path: Path, shards: Path, *more: str) -> subprocess.Popen:
+    """The training job, as its nodes run it."""
+    script = REPOSITORY / "train" / "slurm" / "train.sbatch"
+    command = ["bash", str(script), "--shards", str(shards), "--out", str(tmp_path / "run"), *SMALL, *more]
+    with open(tmp_path / "job.log", "ab") as log:
+        return subprocess.Popen(command, cwd=REPOSITORY, env=job, stdout=log, stderr=log)
+
+
+def wait_for(job: subprocess.Popen, tmp_path: Path, done: Callable[[], bool]) -> None:
+    """Return when something is the case, while the job runs."""
+    logs = tmp_path / "shardclip-train-7"
+    while not done():
+        assert job.poll() is None, "".join(path.read_text() for path in [tmp_path / "job.log", *logs.iterdir()])
+        time.sleep(0.02)
+
+
+def ranks_of(run: Path) -> list[int]:
+    """Process ids of a run's ranks."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if words[1:3] == [b"-m", b"train.main"] and str(run).encode() in words:
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.slow
+def test_training_queues_itself_again(job: dict[str, str], tmp_path: Path, shards_dir: Path) -> None:
+    """A rank is killed after a save: queued again. Then USR2, as before the time is up: saved, queued again."""
+    run, calls = tmp_path / "run", tmp_path / "scontrol.log"
+    job |= {"LEAD_SENT": "1", "RANKS_PER_NODE": "1", "STAGE_DIR": str(tmp_path / "stage")}
+    long = ("--steps", "100000", "--save-every", "2", "--validate-every", "0")
+    first = training(job, tmp_path, shards_dir, *long)
+    wait_for(first, tmp_path, lambda: (run / "checkpoints" / "step-0000004.pt").exists())
+    ranks = ranks_of(run)
+    assert len(ranks) == 2
+    os.kill(ranks[0], signal.SIGKILL)
+    assert first.wait(120) == 0
+    assert calls.read_text() == "requeue 7\n" and not (run / "requeue").exists()
+    assert "after it had saved" in (tmp_path / "job.log").read_text()
+
+    newest = max(path.name for path in (run / "checkpoints").iterdir())
+    second = training({**job, "SLURM_RESTART_COUNT": "1"}, tmp_path, shards_dir, *long)
+    wait_for(second, tmp_path, lambda: max(path.name for path in (run / "checkpoints").glob("step*")) > newest)
+    second.send_signal(signal.SIGUSR2)
+    assert second.wait(120) == 0
+    assert calls.read_text() == "requeue 7\n" * 2
+    done = int((run / "requeue").read_text())
+    assert (run / "checkpoints" / f"step-{done:07d}.pt").exists()
+    assert f"stopped after step {done}; queued again" in (tmp_path / "job.log").read_text()
+    logs = tmp_path / "shardclip-train-7"
+    assert sorted(path.name for path in logs.iterdir()) == [
+        *("rank-0.log", "rank-1.log", "torchrun-0.log", "torchrun-1.log")
+    ]
+    assert "going on after step" in (logs / "rank-0.log").read_text()
+    assert list((tmp_path / "stage").glob("shardclip-*/*.tar")), "nothing was copied to the node"
+    assert ranks_of(run) == []
+
+
+@pytest.mark.slow
+def test_a_mistake_is_not_queued_again(job: dict[str, str], tmp_path: Path) -> None:
+    """Not even where an earlier start had left its wish to go on."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "requeue").write_text("7\n")
+    job |= {"SLURM_JOB_NUM_NODES": "1", "RANKS_PER_NODE": "1"}
+    failed = training(job, tmp_path, tmp_path / "no-shards")
+    assert failed.wait(120) != 0
+    assert not (tmp_path / "scontrol.log").exists()
+    assert "no shards here" in (tmp_path / "shardclip-train-7" / "rank-0.log").read_text()
+
+
+def test_training_says_what_it_lacks(job: dict[str, str], tmp_path: Path) -> None:
+    script = REPOSITORY / "train" / "slurm" / "train.sbatch"
+    done = subprocess.run(["bash", str(script)], cwd=tmp_path, env=job, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "--out RUN" in done.stderr
+
+
+def test_the_lead_time_follows_what_was_measured() -> None:
+    rows = [{"step": step, "step_ms": 50} for step in range(10)]
+    assert lead_time([]) == lead_time(rows) == UNKNOWN_S
+    rows += [{"step": 10, "step_ms": 50, "save_s": 4.0}, {"step": 11, "save_s": 6.0, "validate_s": 20.0}]
+    assert lead_time(rows) == pytest.approx(2 * (2 * 6 + 20 + 0.05) + 20)
