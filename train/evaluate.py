@@ -228,7 +228,8 @@ def _write(path: Path, record: dict[str, Any], result: Evaluation, probabilities
     if not result.labels:
         return
     write_atomic(path.with_suffix(".csv"), to_csv(result.labels, result.mean).encode())
-    title = f"zero-shot on {result.split}, {result.samples} films; dots: thresholds chosen on val"
+    dots = "; dots: at the threshold chosen on val" if any(found.threshold for found in result.labels.values()) else ""
+    title = f"zero-shot on {result.split}, {result.samples:,} films{dots}"
     for name, draw in (("roc", draw_roc), ("pr", draw_precision_recall)):
         write_atomic(path.with_name(f"{path.stem}-{name}.png"), draw(result.labels, probabilities, truth, title))
 

@@ -37,7 +37,7 @@ def draw_precision_recall(labels: dict[str, LabelScores], probabilities: Floats,
     def panel(axes: Any, positive: Floats, score: Floats, found: LabelScores) -> None:
         precision, recall, _ = precision_recall_curve(positive, score)
         axes.axhline(positive.mean(), color="0.75", linewidth=0.8)
-        axes.step(recall, precision, where="pre")
+        axes.step(recall, precision, where="post")  # recall falls along the arrays: the steps of average precision
         if found.sensitivity is not None and found.threshold is not None:
             called = score >= found.threshold
             if called.any():
