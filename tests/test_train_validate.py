@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pipeline.config import LoaderConfig
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
+from train import validate
 from train.device import Precision
 from train.model import ModelConfig, build_model
 from train.ranks import Ranks
@@ -61,3 +62,18 @@ def test_the_loss_does_not_depend_on_the_batch(model: torch.nn.Module, shards_di
     loss = validation_loss(model, loader(shards_dir, batch_size), CPU, Ranks())
     assert loss == pytest.approx(validation_loss(model, loader(shards_dir, 16), CPU, Ranks()), rel=1e-5)
     assert model.training
+
+
+def test_the_loss_does_not_depend_on_the_cut_of_texts(
+    model: torch.nn.Module, shards_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = validation_loss(model, loader(shards_dir, 16), CPU, Ranks())
+    widths = []
+
+    def whole(tokens: torch.Tensor, length: int) -> torch.Tensor:
+        widths.append((tokens.shape[1], length))
+        return tokens
+
+    monkeypatch.setattr(validate, "cut_tokens", whole)
+    assert validation_loss(model, loader(shards_dir, 16), CPU, Ranks()) == pytest.approx(cut, rel=1e-5)
+    assert widths and all(width == 77 and 2 < length < 60 for width, length in widths)
