@@ -143,3 +143,17 @@ def test_a_step_does_not_wait_for_the_device(shards_dir: Path) -> None:
             step(batch, 1e-3)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_checkpoint_s_copy_is_its_own(tmp_path: Path) -> None:
+    """Weights that go on changing on the GPU leave the copy alone; it is pinned, and written as any other."""
+    from train.checkpoint import read_checkpoint, write_checkpoint
+    from train.state import to_host
+
+    weights = torch.randn(3, 8, 4, 4, device="cuda").contiguous(memory_format=torch.channels_last)
+    expected = weights.cpu().clone()
+    copied = to_host({"model": {"w": weights}, "rest": [1, None, "x"]})
+    weights.zero_()
+    assert copied["model"]["w"].is_pinned() and copied["model"]["w"].equal(expected)
+    write_checkpoint(tmp_path / "step-0000001.pt", copied)
+    assert read_checkpoint(tmp_path / "step-0000001.pt")["model"]["w"].equal(expected)
