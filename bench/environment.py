@@ -3,7 +3,9 @@
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ PACKAGES = (
     "torchvision",
     "nvidia-dali-cuda120",
     "nvidia-dali-cuda130",
+    "webdataset",
     "simplejpeg",
     "pillow",
     "h5py",
@@ -21,8 +24,15 @@ PACKAGES = (
 )
 
 
-def environment() -> dict[str, Any]:
-    """Machine, versions, state of the repository. No host name, no user."""
+_TELLING = re.compile(
+    r"[a-z_]+|(vers|proto|sec|data|errors|lookupcache|local_lock)=[\w.-]+|(?!\w*[ug]id)[a-z_]+=\d+[kKmMgG]?"
+)
+"""Mount options that say how a file system behaves; others may hold paths, hosts or names."""
+
+
+def environment(places: Mapping[str, Path] | None = None) -> dict[str, Any]:
+    """Machine, versions, state of the repository, the file systems of `places`. No host name, no user, no path."""
+    found = {name: file_system(path) for name, path in (places or {}).items()}
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
@@ -34,7 +44,23 @@ def environment() -> dict[str, Any]:
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
+        **({"file_system": found} if found else {}),
     }
+
+
+def file_system(path: Path) -> dict[str, str]:
+    """Type and mount options of the file system that a path lies on."""
+    wanted = os.stat(path).st_dev
+    number = f"{os.major(wanted)}:{os.minor(wanted)}"
+    best = ("", "unknown", "")
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        own, _, rest = line.partition(" - ")
+        fields, kind = own.split(), rest.split()
+        inside = Path(path).resolve().is_relative_to(fields[4])
+        if inside and len(fields[4]) >= len(best[0]) and (fields[2] == number or best[1] == "unknown"):
+            best = fields[4], kind[0], f"{fields[5]},{kind[2]}"
+    options = dict.fromkeys(option for option in best[2].split(",") if _TELLING.fullmatch(option))
+    return {"type": best[1], "options": ",".join(options)}
 
 
 def one_line(found: dict[str, Any]) -> str:

@@ -1,0 +1,224 @@
+"""Peers, each over the same films in the format that it wants: SPDL, MosaicML Streaming, LitData, FFCV (extra `peers`).
+
+Each is set up as its own documentation has it for speed, and given what is in its favour: JPEG decoding by
+libjpeg-turbo and one channel until the last step where films go through a function of ours (`FilmTransform`), orders
+and crops drawn as it likes, no digests, reports left aside. What it cannot do is said in `cases.NOTES`.
+"""
+
+import importlib.util
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.others import ASPECT, FilmTransform, Job, shard_paths
+from shards.manifest import read_manifest
+from shards.reader import ShardReader
+
+EPOCH = 10_000
+"""Films an epoch has at least, by repeating them: at the end of an epoch some peers stop their workers' work."""
+
+MODULES = {"spdl": "spdl.io", "streaming": "streaming", "litdata": "litdata", "ffcv": "ffcv"}
+"""Case -> what has to be importable."""
+PACKAGES = {"spdl": "spdl-core spdl-io", "streaming": "mosaicml-streaming", "litdata": "litdata", "ffcv": "ffcv"}
+"""Case -> what to install."""
+
+
+def missing(name: str) -> str | None:
+    """Why a peer cannot run here; None where it is installed. Whether importing it works, measuring it will show."""
+    try:
+        found = importlib.util.find_spec(MODULES[name]) is not None
+    except ImportError:
+        found = False
+    return None if found else f"not installed (pip install {PACKAGES[name]})"
+
+
+def films(job: Job) -> Iterator[tuple[bytes, str]]:
+    """JPEG and report of every film of the split."""
+    manifest = read_manifest(job.settings.shards)
+    for info in manifest.splits[job.settings.split]:
+        with ShardReader(Path(job.settings.shards), manifest, info) as reader:
+            for block in range(reader.blocks):
+                rows, texts = reader.read_rows(block), reader.read_text(block)
+                for offset, size, text in zip(rows.offset.tolist(), rows.size.tolist(), texts, strict=True):
+                    yield os.pread(reader.fd, size, offset), text
+
+
+def repeated(job: Job) -> int:
+    """How often each film stands in a converted set."""
+    manifest = read_manifest(job.settings.shards)
+    return max(1, -(-EPOCH // manifest.rows(job.settings.split)))
+
+
+@contextmanager
+def spdl(job: Job) -> Iterator[Iterator[torch.Tensor]]:
+    """Shards read whole and parsed by its tar reader, films through a function in a pipeline's threads."""
+    import spdl.io
+    from spdl.pipeline import PipelineBuilder
+
+    tars, transform = shard_paths(job.settings, ".tar"), FilmTransform(job.settings)
+
+    def jpegs() -> Iterator[bytes]:
+        while True:
+            for tar in random.sample(tars, len(tars)):
+                for name, content in spdl.io.iter_tarfile(tar.read_bytes()):
+                    if name.endswith(".jpg"):
+                        yield bytes(content)
+
+    torch.set_num_threads(1)
+    pipeline = (
+        PipelineBuilder()
+        .add_source(jpegs())
+        .pipe(transform, concurrency=job.workers)
+        .aggregate(job.settings.batch_size, drop_last=True)
+        .pipe(torch.stack)
+        .add_sink(3)
+        .build(num_threads=job.workers + 1)
+    )
+    with pipeline.auto_stop():
+        yield (images.permute(0, 3, 1, 2).to(job.device) for images in pipeline)
+
+
+def write_streaming(job: Job) -> None:
+    """Films as MDS shards."""
+    from streaming import MDSWriter
+
+    with MDSWriter(out=str(job.data), columns={"jpg": "bytes", "txt": "str"}) as out:
+        for jpg, text in films(job):
+            out.write({"jpg": jpg, "txt": text})
+
+
+@contextmanager
+def streaming(job: Job) -> Iterator[Iterator[torch.Tensor]]:
+    """StreamingDataset in the workers of a DataLoader, which persist."""
+    from streaming import StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+
+    clean_stale_shared_memory()
+    transform = FilmTransform(job.settings)
+
+    class Films(StreamingDataset):
+        def __getitem__(self, at: Any) -> torch.Tensor:
+            return transform(super().__getitem__(at)["jpg"])
+
+    size = job.settings.batch_size
+    dataset = Films(local=str(job.data), shuffle=True, batch_size=size, epoch_size=EPOCH if repeated(job) > 1 else None)
+    loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
+        dataset, batch_size=size, num_workers=job.workers, persistent_workers=True, drop_last=True
+    )
+    yield _endless(job, loader)
+
+
+def write_litdata(job: Job) -> None:
+    """Films as LitData chunks."""
+    from litdata.streaming.writer import BinaryWriter
+
+    writer = BinaryWriter(str(job.data), chunk_bytes=64 << 20)
+    at = 0
+    for _ in range(repeated(job)):
+        for jpg, _text in films(job):
+            writer.add_item(at, jpg)
+            at += 1
+    writer.done()
+    writer.merge()
+
+
+@contextmanager
+def litdata(job: Job) -> Iterator[Iterator[torch.Tensor]]:
+    """Its StreamingDataset and StreamingDataLoader, which persist; chunks are mapped where that is allowed."""
+    if not job.mapped:
+        os.environ["LITDATA_POSIX_FAST"] = "0"
+    from litdata import StreamingDataLoader, StreamingDataset
+
+    transform = FilmTransform(job.settings)
+
+    class Films(StreamingDataset):
+        def __getitem__(self, index: Any) -> torch.Tensor:
+            return transform(super().__getitem__(index))
+
+    dataset = Films(str(job.data), shuffle=True, drop_last=True)
+    loader = StreamingDataLoader(
+        dataset, batch_size=job.settings.batch_size, num_workers=job.workers, persistent_workers=True
+    )
+    yield _endless(job, loader)
+
+
+def write_ffcv(job: Job) -> None:
+    """Films as raw RGB: it has no grey images, and its raw ones are faster than its JPEGs."""
+    import simplejpeg
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    class Films:
+        def __init__(self) -> None:
+            self.jpegs = [jpg for jpg, _ in films(job)]
+
+        def __len__(self) -> int:
+            return len(self.jpegs)
+
+        def __getitem__(self, at: int) -> tuple[np.ndarray, int]:
+            return simplejpeg.decode_jpeg(self.jpegs[at], "RGB"), at
+
+    writer = DatasetWriter(
+        str(job.data / "films.beton"), {"image": RGBImageField(write_mode="raw"), "label": IntField()}, num_workers=2
+    )
+    writer.from_indexed_dataset(Films())
+
+
+@contextmanager
+def ffcv(job: Job) -> Iterator[Iterator[torch.Tensor]]:
+    """Its compiled pipeline, over the mapped file where that is allowed, else with its own cache of pages."""
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToTensor, ToTorchImage
+
+    settings = job.settings
+    mean, std = (255 * np.array(each) for each in (settings.mean, settings.std))
+    size = (settings.image_size, settings.image_size)
+    steps = [
+        RandomResizedCropRGBImageDecoder(size, scale=settings.scale, ratio=ASPECT),
+        RandomHorizontalFlip(settings.flip),
+        NormalizeImage(mean, std, np.float32),
+        ToTensor(),
+        ToTorchImage(),
+    ]
+    count = read_manifest(settings.shards).rows(settings.split)
+    loader = Loader(
+        str(job.data / "films.beton"),
+        batch_size=settings.batch_size,
+        num_workers=job.workers,
+        os_cache=job.mapped,
+        order=OrderOption.RANDOM if job.mapped else OrderOption.QUASI_RANDOM,
+        indices=np.tile(np.arange(count), repeated(job)) if job.mapped else None,
+        drop_last=True,
+        pipelines={"image": steps, "label": None},
+    )
+    yield _endless(job, loader)
+
+
+def _endless(job: Job, loader: Any) -> Iterator[torch.Tensor]:
+    """(B, 3, S, S) epoch after epoch."""
+    while True:
+        for batch in loader:
+            images = batch[0] if isinstance(batch, tuple | list) else batch
+            if images.shape[1] != 3:
+                images = images.permute(0, 3, 1, 2)
+            yield images.to(job.device, non_blocking=True)
+
+
+LOADERS: dict[str, Callable[[Job], Any]] = {"spdl": spdl, "streaming": streaming, "litdata": litdata, "ffcv": ffcv}
+"""By the name of their case."""
+WRITERS: dict[str, Callable[[Job], None]] = {"streaming": write_streaming, "litdata": write_litdata, "ffcv": write_ffcv}
+"""What makes their data; a peer without one reads the shards."""
+
+
+def add_path(folder: Path | None) -> None:
+    """Look for peers in a folder too, after everything that is installed here."""
+    if folder is not None:
+        sys.path.append(str(folder))

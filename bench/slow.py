@@ -1,0 +1,119 @@
+"""A slow file system under any process: `slow.c`, compiled on the spot and preloaded.
+
+    with SlowFileSystem(settings, paths) as slow:
+        subprocess.run(command, env=os.environ | slow.environment())
+        slow.counts()
+
+Below Python and below every library, so that it holds for all cases alike: whoever reads one of the paths waits the
+same time for the same request. What it does not model: prefetching that goes on while nobody asks (a real client's
+helps whoever reads in order), caches that others filled, and what opening a file costs. A mapped file cannot be
+delayed; mapping one is refused, and counted.
+"""
+
+import math
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from shards.errors import InputError
+
+_SOURCE = Path(__file__).with_name("slow.c")
+_STATE = struct.Struct("=4Q")
+_STATE_VARIABLE = "SHARDCLIP_SLOW_STATE"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlowSettings:
+    """How slow."""
+
+    latency_ms: float = 0.0
+    """Wait for each request."""
+    bandwidth_mb: float | None = None
+    """10^6 bytes a second, shared by all processes of a case; None: no limit."""
+    jitter: float = 0.0
+    """Share of the latency by which it varies, evenly, to both sides."""
+    readahead_kb: int = 1024
+    """KiB fetched at once for a file that is read in order."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.latency_ms < math.inf:
+            raise InputError(f"--latency-ms {self.latency_ms} has to be at least 0")
+        if self.bandwidth_mb is not None and not 0 < self.bandwidth_mb < math.inf:
+            raise InputError(f"--bandwidth-mb {self.bandwidth_mb} has to be above 0")
+        if not 0 <= self.jitter <= 1 or self.readahead_kb < 0:
+            raise InputError(f"--jitter {self.jitter} has to lie in [0, 1], --readahead-kb {self.readahead_kb} above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """Since the file system was made."""
+
+    requests: int
+    bytes: int
+    refused_maps: int
+
+
+class SlowFileSystem:
+    """The library and the counts, in a folder of their own until the end of the context."""
+
+    def __init__(self, settings: SlowSettings, paths: Sequence[Path]) -> None:
+        """`paths`: files, or folders with all in them, that become slow. InputError where nothing can be compiled."""
+        self._settings, self._paths = settings, [str(path.resolve()) for path in paths]
+        self._folder = tempfile.TemporaryDirectory(prefix="shardclip-slow-")
+        self._library, self._state = Path(self._folder.name, "slow.so"), Path(self._folder.name, "counts")
+        self._state.write_bytes(bytes(_STATE.size))
+        _compile(self._library)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._folder.cleanup()
+
+    def environment(self) -> dict[str, str]:
+        """Variables that put it under a process and its children."""
+        settings = self._settings
+        earlier = [os.environ["LD_PRELOAD"]] if os.environ.get("LD_PRELOAD") else []
+        return {
+            "LD_PRELOAD": ":".join([str(self._library), *earlier]),
+            _STATE_VARIABLE: str(self._state),
+            "SHARDCLIP_SLOW_PATHS": "\n".join(self._paths),
+            "SHARDCLIP_SLOW_LATENCY_NS": str(round(settings.latency_ms * 1e6)),
+            "SHARDCLIP_SLOW_BYTES_PER_S": str(round((settings.bandwidth_mb or 0) * 1e6)),
+            "SHARDCLIP_SLOW_JITTER_PERMILLE": str(round(settings.jitter * 1000)),
+            "SHARDCLIP_SLOW_READAHEAD": str(settings.readahead_kb << 10),
+        }
+
+    def counts(self) -> Counts:
+        """What has been asked for so far."""
+        return _read_counts(self._state)
+
+
+def counts_here() -> Counts | None:
+    """Those of the slow file system under this process, if there is one."""
+    state = os.environ.get(_STATE_VARIABLE)
+    return _read_counts(Path(state)) if state else None
+
+
+def _read_counts(state: Path) -> Counts:
+    _, requests, size, refused = _STATE.unpack(state.read_bytes())
+    return Counts(requests=requests, bytes=size, refused_maps=refused)
+
+
+def _compile(library: Path) -> None:
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+    if compiler is None:
+        raise InputError("a slow file system needs a C compiler and there is none here; install gcc, or set CC")
+    command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(library), str(_SOURCE), "-ldl", "-lpthread"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{_SOURCE.name} did not compile: {(done.stderr.strip().splitlines() or ['silent'])[0]}")

@@ -1,0 +1,118 @@
+"""Where the `cpu` backend's time goes: what each stage takes of a core for a film, and what the loader's threads take.
+
+    alone, one after the other, on one core: fetch (preadv, page cache) -> verify (xxh3) -> rows (Parquet) ->
+        plan (order, crops, flips) -> decode -> resize and normalise (one pass)
+    in the loader: CPU time of its threads by kind, and of all together
+
+The rest is what all together take beyond the stages: handing over, queues, waiting for the interpreter's lock, and what
+two cores that share caches and memory lose to each other.
+"""
+
+import itertools
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
+
+from bench.kernels import FILMS, parts, read_films, thread_times
+from pipeline.batch import World
+from pipeline.config import LoaderConfig, stream_count
+from pipeline.encoded import decide
+from pipeline.loader import make_order
+from shards.manifest import read_manifest
+from shards.reader import ShardReader
+from shards.schema import Manifest
+
+_STRETCH = 16
+"""Calls timed together."""
+
+
+def stages(config: LoaderConfig, seconds: float) -> dict[str, float]:
+    """CPU microseconds a film. `seconds` is how long each stage is measured, at most; the threads three times that."""
+    manifest = read_manifest(config.shards)
+    alone = {
+        "fetch_us": _fetch(config, manifest, seconds),
+        "verify_us": _verify(config, manifest, seconds),
+        "rows_us": _rows(config, manifest, seconds),
+        "plan_us": _plan(config, manifest, seconds),
+        **parts(config, seconds),
+    }
+    threads = thread_times(config, 3 * seconds)
+    threads = {{"decode_us": "decoders_us"}.get(name, name): spent for name, spent in threads.items()}
+    total = sum(threads.values())
+    return alone | threads | {"all_threads_us": total, "rest_us": total - sum(alone.values())}
+
+
+def _fetch(config: LoaderConfig, manifest: Manifest, seconds: float) -> float:
+    """Blocks of the first shard, in turn, into one buffer, as `pipeline.visits` does it."""
+    info = manifest.splits[config.split][0]
+    with ShardReader(Path(config.shards), manifest, info) as reader:
+        spans = [_span(reader, block) for block in range(reader.blocks)]
+        buffer = np.empty(max(size for _, size, _ in spans), dtype=np.uint8)
+        turn = itertools.cycle(spans)
+
+        def fetch() -> int:
+            offset, size, films = next(turn)
+            os.preadv(reader.fd, [buffer.data[:size]], offset)
+            return films
+
+        return _least(fetch, seconds)
+
+
+def _span(reader: ShardReader, block: int) -> tuple[int, int, int]:
+    """Offset, bytes and films of a block."""
+    rows = reader.read_rows(block)
+    begin = int(rows.offset[0])
+    return begin, int(rows.offset[-1] + rows.size[-1]) - begin, len(rows)
+
+
+def _verify(config: LoaderConfig, manifest: Manifest, seconds: float) -> float:
+    films: list[NDArray[np.uint8]] = read_films(Path(config.shards), manifest, config.split)
+    turn = itertools.cycle(films)
+
+    def verify() -> int:
+        xxh3_64_intdigest(next(turn).data)
+        return 1
+
+    return _least(verify, seconds)
+
+
+def _rows(config: LoaderConfig, manifest: Manifest, seconds: float) -> float:
+    """Each time from the file; a set of up to `handles.ROWS_KEPT` rows pays it in the first epoch only."""
+    info = manifest.splits[config.split][0]
+    with ShardReader(Path(config.shards), manifest, info) as reader:
+        turn = itertools.cycle(range(reader.blocks))
+        return _least(lambda: len(reader.read_rows(next(turn))), seconds)
+
+
+def _plan(config: LoaderConfig, manifest: Manifest, seconds: float) -> float:
+    """Places of a batch's positions and what becomes of its films."""
+    order = make_order(config, manifest, stream_count(config, World()))
+    side, turn = np.zeros(config.batch_size, dtype=bool), itertools.count()
+
+    def plan() -> int:
+        first = next(turn) * config.batch_size % FILMS
+        positions = np.arange(first, first + config.batch_size)
+        order.locate(positions)
+        decide(config, manifest, positions, side)
+        return config.batch_size
+
+    return _least(plan, seconds)
+
+
+def _least(work: Callable[[], int], seconds: float) -> float:
+    """CPU microseconds a film, the least of several stretches: what else the machine does only adds to it.
+
+    `work` says how many films it did.
+    """
+    least, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < seconds or least == float("inf"):
+        begin, films = time.thread_time(), 0
+        for _ in range(_STRETCH):
+            films += work()
+        least = min(least, (time.thread_time() - begin) / films * 1e6)
+    return least

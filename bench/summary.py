@@ -1,0 +1,119 @@
+"""From the rounds of all cases to medians, spread and ratios, each ratio taken within a round; and to a table."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from bench.cases import BASELINE, FLOORS, NOTES, TUNED, Case
+
+Rounds = list[dict[str, Any]]
+"""What `measure.Round` holds, a round each."""
+Key = tuple[str, float | None]
+"""Name of a case, latency of the file system under it in milliseconds (None: as it is)."""
+
+
+def summarise(cases: Sequence[Case], rounds: dict[Key, Rounds], notes: dict[Key, str]) -> list[dict[str, Any]]:
+    """A dict a case and latency; one that failed or is absent has a note and no figures."""
+    peers = {case.name for case in cases if case.peer}
+    listed = []
+    for (name, latency), taken in rounds.items():
+        row: dict[str, Any] = {"name": name} | ({"latency_ms": latency} if latency is not None else {})
+        row |= {"peer": True} if name in peers else {}
+        note = notes.get((name, latency), NOTES.get(name))
+        row |= {"note": note} if note else {}
+        if (name, latency) not in notes:
+            row |= _figures(name, taken, {key[0]: each for key, each in rounds.items() if key[1] == latency}, peers)
+        listed.append(row)
+    return listed
+
+
+def _figures(name: str, taken: Rounds, beside: dict[str, Rounds], peers: set[str]) -> dict[str, Any]:
+    """`beside`: the rounds of all cases at this latency."""
+    rates = _values(taken, "images_per_s")
+    result: dict[str, Any] = {"images_per_s": statistics.median(rates), "lowest": min(rates), "highest": max(rates)}
+    for field in ("first_batch_s", "cpu_s_per_1000"):
+        result[field] = statistics.median(_values(taken, field))
+    if sizes := _values(taken, "pss_bytes"):
+        result["pss_bytes"] = max(sizes)
+    for field in ("read_bytes", "rchar", "requests", "request_bytes"):
+        if field in taken[0]:
+            result[f"{field}_per_1000"] = statistics.median(1000 * each[field] / each["images"] for each in taken)
+    result |= _ratios(name, taken, beside, peers)
+    return result | {"rounds": taken}
+
+
+def _ratios(name: str, taken: Rounds, beside: dict[str, Rounds], peers: set[str]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    if beside.get(BASELINE):
+        ratios = _within(taken, beside[BASELINE])
+        result["ratio_to_hdf5"] = statistics.median(ratios)
+        result |= {"ratio_lowest": min(ratios), "ratio_highest": max(ratios)}
+    if beside.get(TUNED):
+        result["ratio_to_hdf5_tuned"] = statistics.median(_within(taken, beside[TUNED]))
+    if best := best_peer(beside, peers):
+        result["ratio_to_best_peer"] = statistics.median(_within(taken, beside[best]))
+    if beside.get(FLOORS.get(name, "")):
+        result["share_of_floor"] = statistics.median(_within(taken, beside[FLOORS[name]]))
+    return result
+
+
+def best_peer(beside: dict[str, Rounds], peers: set[str]) -> str | None:
+    """The fastest of the loaders of others, by its median."""
+    measured = {name: statistics.median(_values(beside[name], "images_per_s")) for name in peers if beside.get(name)}
+    return max(measured, key=lambda name: measured[name]) if measured else None
+
+
+def _within(taken: Rounds, base: Rounds) -> list[float]:
+    """Ratios of films/s within each round, so that what else the machine does falls on both."""
+    return [one["images_per_s"] / other["images_per_s"] for one, other in zip(taken, base, strict=True)]
+
+
+def _values(taken: Rounds, field: str) -> list[float]:
+    return [each[field] for each in taken if field in each]
+
+
+COLUMNS = {
+    "films/s": ("images_per_s", "{:,.0f}"),
+    "lowest": ("lowest", "{:,.0f}"),
+    "highest": ("highest", "{:,.0f}"),
+    "to hdf5": ("ratio_to_hdf5", "{:.2f}x"),
+    "to tuned": ("ratio_to_hdf5_tuned", "{:.2f}x"),
+    "to peer": ("ratio_to_best_peer", "{:.2f}x"),
+    "of floor": ("share_of_floor", "{:.2f}"),
+    "CPU s/1000": ("cpu_s_per_1000", "{:.2f}"),
+    "PSS MiB": ("pss_bytes", "{:,.0f}"),
+    "disk MB/1000": ("read_bytes_per_1000", "{:,.1f}"),
+    "reads/1000": ("requests_per_1000", "{:,.1f}"),
+    "first batch": ("first_batch_s", "{:.2f} s"),
+}
+"""Heading -> field and format; columns that no case has are left out."""
+_UNITS = {"pss_bytes": 2**20, "read_bytes_per_1000": 1e6}
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The results as lines of text."""
+    rows = list(result["cases"])
+    shown = {head: each for head, each in COLUMNS.items() if any(each[0] in row for row in rows)}
+    lines, latency = [_line("loader", list(shown))], None
+    for row in rows:
+        if row.get("latency_ms") != latency:
+            latency = row["latency_ms"]
+            lines.append(f"-- {latency:g} ms a request")
+        lines.append(_line(row["name"], [_cell(row, *each) for each in shown.values()], row))
+    return [*lines, *_profile_lines(result.get("profile", {}))]
+
+
+def _cell(row: dict[str, Any], field: str, form: str) -> str:
+    return form.format(row[field] / _UNITS.get(field, 1)) if field in row else ""
+
+
+def _line(name: str, cells: list[str], row: dict[str, Any] | None = None) -> str:
+    if row is not None and "rounds" not in row:
+        return f"{name:<18} {row.get('note', 'not measured')}"
+    return f"{name:<18} " + " ".join(f"{cell:>12}" for cell in cells)
+
+
+def _profile_lines(profile: dict[str, dict[str, float]]) -> Iterator[str]:
+    for name, spent in profile.items():
+        times = ", ".join(f"{part.removesuffix('_us').replace('_', ' + ')} {us:.0f}" for part, us in spent.items())
+        yield f"{name}: CPU microseconds a film: {times}"
