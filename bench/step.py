@@ -1,0 +1,165 @@
+"""`python -m bench.step`: how long a training step takes, what of the machine it uses, and against open_clip's trainer.
+
+The cases of a batch size are measured in turn, round by round, on equal towers and the same batch, which is resident:
+no loader plays a part (that is bench.together's business). `bench.trainers` says what each trainer is given.
+"""
+
+import json
+import math
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from bench.step_cases import Pace, measure_size
+from bench.step_report import loop_overhead, table, verdict
+from shards.cli import main_guard, parse, say
+from shards.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepBenchConfig:
+    """Measure the training step, eager and compiled, at batch 64 and at the best one, next to open_clip's trainer."""
+
+    shards: Path | None = None
+    """Folder of shards that the batch is read from; none: a phantom of 256 films, drawn for the purpose."""
+    preset: str | None = None
+    """What to train; none: cxr-dinov3-clip on a GPU, tiny on a CPU. Weights are drawn by chance, no file is read."""
+    json: Path | None = None
+    """Where the results go, as JSON."""
+    batch_size: int = 64
+    """Films in a batch."""
+    largest_batch: int = 4096
+    """Where the search for the best batch ends at the latest; 0: no search."""
+    rounds: int = 5
+    """Rounds; medians are taken over them."""
+    seconds: float = 2.0
+    """About how long each case takes in each round."""
+    compiled: bool = True
+    """Measure compiled steps as well."""
+    backend: Literal["auto", "cpu", "dali"] = "auto"
+    """Loader that reads the batch."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
+    threads: int | None = None
+    """Threads that decode; none: one a CPU of the affinity mask."""
+
+    @property
+    def compile(self) -> bool:
+        """For `bench.together.train_config`: the loop's overhead is measured on the eager step."""
+        return False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "rounds"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is not a positive number")
+        if not 0 < self.seconds < math.inf:
+            raise InputError(f"--seconds {self.seconds} is not a positive number")
+
+
+def run_step(config: StepBenchConfig) -> dict[str, Any]:
+    """Measure everything; the result is what `--json` writes."""
+    from bench.environment import environment
+    from bench.together import train_config
+    from bench.turns import BARE, RESIDENT, take_turns
+
+    with tempfile.TemporaryDirectory() as scratch:
+        config = replace(config, shards=config.shards or phantom(Path(scratch)))
+        settings = train_config(config, Path(scratch) / "run")
+        setup, batch = prepare(settings)
+        from bench.flops import peak
+
+        top = peak(setup.precision.device, setup.precision.name)
+        tried = _search(config, setup, batch) if config.largest_batch else []
+        sizes = dict.fromkeys([config.batch_size, *_best(tried)])
+        pace = Pace(rounds=config.rounds, seconds=config.seconds, compiled=config.compiled)
+        cases = [found for size in sizes for found in measure_size(setup, batch, size, top, pace)]
+        say("the loop around the step:")
+        taken = take_turns(settings, (BARE, RESIDENT), rounds=2 * config.rounds, seconds=config.seconds)
+    said = {
+        "preset": settings.preset,
+        "batch_size": config.batch_size,
+        "best_batch": _best(tried)[0] if tried else None,
+        "seconds": config.seconds,
+        "device": setup.precision.device.type,
+        "precision": setup.precision.name,
+        "text_length": batch.text_length,
+        "context": batch.tokens.shape[1],
+        "log_every": settings.log_every,
+    }
+    result: dict[str, Any] = {"bench": "step", "environment": environment(), "settings": said, "peak": top}
+    result |= {"cases": cases, "search": tried, "loop": loop_overhead(taken.rounds, setup.precision.device.type)}
+    return {**result, "verdict": verdict(result)}
+
+
+def prepare(settings: Any) -> tuple[Any, Any]:
+    """The towers as they begin, and a batch that was read through the loader."""
+    from bench.trainers import Setup
+    from bench.turns import keep
+    from train.job import build_job, build_setting
+    from train.ranks import Ranks
+
+    job = build_job(build_setting(replace(settings, validate_every=0), Ranks()), None, None)
+    with job.loader:
+        batch = keep(next(job.loader))
+    return Setup(config=settings, model=job.learner.model, precision=job.precision), batch
+
+
+def _search(config: StepBenchConfig, setup: Any, batch: Any) -> list[dict[str, Any]]:
+    """Films/s of the eager step by batch size: compiling anew for each would take longer than the search."""
+    from bench.batches import search_batch, sized
+    from bench.trainers import Ours
+
+    return search_batch(
+        lambda size: Ours(setup, sized(batch, size), compiled=False),
+        setup.precision.device,
+        first=config.batch_size,
+        largest=config.largest_batch,
+        seconds=config.seconds,
+    )
+
+
+def _best(tried: list[dict[str, Any]]) -> list[int]:
+    from bench.batches import best_batch
+
+    return [best_batch(tried)] if tried else []
+
+
+def phantom(folder: Path) -> Path:
+    """A small set to read a batch from."""
+    import subprocess
+    import sys
+
+    films, shards = folder / "films", folder / "shards"
+    for command in (
+        ["ingest.phantom", "--out", films, "--samples", "256"],
+        ["ingest", "--to-shards", shards, "--h5", films / "cxr.h5", "--csv", films / "reports.csv", "--workers", "1"],
+    ):
+        done = subprocess.run([sys.executable, "-m", *map(str, command)], capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip().splitlines()
+            raise InputError(f"could not make the phantom: {said[-1] if said else command[0]}")
+    return shards
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print a table, write JSON."""
+    with main_guard("bench.step"):
+        config = parse(StepBenchConfig, argv, prog="python -m bench.step")
+        from bench.environment import one_line
+        from shards.atomic import check_writable, write_atomic
+
+        if config.json:
+            check_writable(config.json)
+        result = run_step(config)
+        say("\n".join(table(result)))
+        say(f"median of {config.rounds} rounds on {one_line(result['environment'])}")
+        if config.json:
+            write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
+            say(f"written to {config.json}")
+
+
+if __name__ == "__main__":
+    main()

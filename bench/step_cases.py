@@ -1,0 +1,173 @@
+"""The cases of a step bench: each trainer on one batch, eager and compiled, measured in turn."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from shards.cli import say
+
+OURS, WHOLE, RIVAL = "step", "step, whole text", "open_clip"
+COMPILED = " compiled"
+NOTES = {
+    OURS: "train.main's step: channels_last, text cut to the longest report, fused optimizer",
+    WHOLE: "the same with the whole context of tokens, as open_clip's trainer has it",
+    RIVAL: "open_clip_train's train_one_epoch, unchanged; whole context, contiguous images, its own optimizer's groups",
+}
+_WARM = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """How long to measure."""
+
+    rounds: int
+    seconds: float
+    """About how long each case takes in each round."""
+    compiled: bool
+    """Compiled steps as well."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One trainer on one batch, ready to run."""
+
+    name: str
+    trainer: Any
+    batch_size: int
+    tokens: int
+    """Tokens of each report that it computes with."""
+    memory_bytes: int | None
+    """Most that it took at once, weights and all; None on a CPU, where cases cannot be told apart."""
+    first_s: float
+    """Seconds of its first steps, compiling among them."""
+
+
+def measure_size(setup: Any, batch: Any, size: int, top: dict[str, Any], pace: Pace) -> list[dict[str, Any]]:
+    """All cases at one batch size, in turn; a list of what each came to."""
+    from bench.batches import sized
+
+    batch = sized(batch, size)
+    cases, missing = build_cases(setup, batch, compiled=pace.compiled)
+    steps = {case.name: _steps(case, setup.precision.device, pace.seconds) for case in cases}
+    taken: dict[str, list[dict[str, float]]] = {case.name: [] for case in cases}
+    for number in range(pace.rounds):
+        for case in cases:
+            step_s = timed(case.trainer.run, setup.precision.device, steps[case.name])
+            taken[case.name].append({"step_s": step_s, "images_per_s": size / step_s})
+        told = "  ".join(f"{name} {rows[-1]['step_s'] * 1e3:,.1f} ms" for name, rows in taken.items())
+        say(f"batch {size}, round {number + 1}/{pace.rounds}  {told}")
+    done = [summary(case, taken, setup, batch, top) for case in cases]
+    return done + [{"name": name, "batch_size": size, "note": why} for name, why in missing.items()]
+
+
+def build_cases(setup: Any, batch: Any, *, compiled: bool) -> tuple[list[Case], dict[str, str]]:
+    """The cases that run here, and by name why others do not."""
+    from bench.trainers import OpenClip, Ours
+
+    whole = replace(batch, text_length=batch.tokens.shape[1])
+    makers: dict[str, tuple[Callable[..., Any], Any]] = {
+        OURS: (Ours, batch),
+        WHOLE: (Ours, whole),
+        RIVAL: (OpenClip, batch),
+    }
+    cases, missing = [], {}
+    for suffix in ("", COMPILED) if compiled else ("",):
+        for name, (maker, given) in makers.items():
+            try:
+                cases.append(build_case(f"{name}{suffix}", maker, setup, given, compiled=bool(suffix)))
+            except ImportError as error:
+                missing[f"{name}{suffix}"] = f"not measured: {error}"
+            except RuntimeError as error:  # no compiler, or no memory: the other cases are worth having
+                missing[f"{name}{suffix}"] = f"not measured: {type(error).__name__}"
+    return cases, missing
+
+
+def build_case(name: str, maker: Callable[..., Any], setup: Any, batch: Any, *, compiled: bool) -> Case:
+    """Build a trainer and run its first steps."""
+    import torch
+
+    from bench.turns import finish
+    from train.objective import cut_tokens
+
+    device, began = setup.precision.device, time.perf_counter()
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    trainer = maker(setup, batch, compiled=compiled)
+    trainer.run(_WARM)
+    finish(device)
+    cut = batch.tokens.shape[1] if name.startswith(RIVAL) else cut_tokens(batch.tokens, batch.text_length).shape[1]
+    return Case(
+        name=name,
+        trainer=trainer,
+        batch_size=len(batch),
+        tokens=cut,
+        memory_bytes=torch.cuda.max_memory_allocated(device) - before if cuda else None,
+        first_s=time.perf_counter() - began,
+    )
+
+
+def timed(run: Callable[[int], None], device: Any, steps: int) -> float:
+    """Seconds a step, over so many of them, from an idle device to an idle device."""
+    from bench.turns import finish
+
+    finish(device)
+    begin = time.perf_counter()
+    run(steps)
+    finish(device)
+    return (time.perf_counter() - begin) / steps
+
+
+def summary(
+    case: Case, rounds: dict[str, list[dict[str, float]]], setup: Any, batch: Any, top: dict[str, Any]
+) -> dict[str, Any]:
+    """Medians of a case, ratios within a round, FLOPs and share of the peak, memory, host gaps."""
+    from bench.flops import count_flops
+
+    rows = rounds[case.name]
+    step_s = statistics.median(row["step_s"] for row in rows)
+    rates = [row["images_per_s"] for row in rows]
+    per_sample = count_flops(setup.model, batch.images[:4], batch.tokens[:4, : case.tokens])
+    found: dict[str, Any] = {
+        "name": case.name,
+        "batch_size": case.batch_size,
+        "step_s": step_s,
+        "images_per_s": statistics.median(rates),
+        "lowest": min(rates),
+        "highest": max(rates),
+        "tokens": case.tokens,
+        "flops_per_step": per_sample * case.batch_size,
+        "mfu": per_sample * case.batch_size / step_s / top["flops_per_s"],
+        "memory_bytes": case.memory_bytes,
+        "first_s": case.first_s,
+        "note": NOTES[case.name.removesuffix(COMPILED)],
+        **_host(case, setup.precision.device),
+    }
+    rival = RIVAL + (COMPILED if case.name.endswith(COMPILED) else "")
+    if rival in rounds and case.name != rival:
+        pairs = zip(rates, rounds[rival], strict=True)
+        ratios = [rate / row["images_per_s"] for rate, row in pairs]
+        found |= {
+            "ratio_to_open_clip": statistics.median(ratios),
+            "ratio_lowest": min(ratios),
+            "ratio_highest": max(ratios),
+        }
+    return {**found, "rounds": rows}
+
+
+def _host(case: Case, device: Any) -> dict[str, float | None]:
+    """Launch time a step and the share of it without a kernel; nothing on a CPU, which is its own host."""
+    if device.type != "cuda":
+        return {"host_ms": None, "idle_share": None}
+    from bench.gaps import host_seconds, idle_share
+
+    launch, _ = host_seconds(case.trainer.run, device, _WARM)
+    return {"host_ms": launch * 1e3, "idle_share": idle_share(case.trainer.run, device)}
+
+
+def _steps(case: Case, device: Any, seconds: float) -> int:
+    return max(2, math.ceil(seconds / timed(case.trainer.run, device, 2)))
