@@ -127,7 +127,7 @@ def test_safetensors_holds_every_weight_and_how_to_use_it(tmp_path: Path) -> Non
 
 def test_onnx_gives_the_same_for_any_number_of_rows(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
-    model = run_of(tmp_path / "run", DINO_SMALL)
+    model = run_of(tmp_path / "run", CLIP_SMALL)
     export(ExportConfig(checkpoint=tmp_path / "run", to="onnx", out=tmp_path / "out"))
     images, tokens = inputs()
     for name, values, wanted in (
