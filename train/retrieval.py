@@ -1,8 +1,9 @@
 """Retrieval both ways: which report belongs to a film, which film to a report; equal reports are one report.
 
-"No acute disease." may be the report of a thousand films. Any of them is right for any of those films, so a report is
-known by its digest, and the rank of the best right one counts: 1 + the number of wrong ones that are at least as
-similar. A wrong one that ties counts as ahead, so that a model which has collapsed to a point ranks last, not first.
+"No acute disease." may be the report of a thousand films. It stands in the list of reports once, and is right for each
+of those films; each of those films is right for it. The rank is that of the best right one: 1 + the number of wrong
+ones that are at least as similar. A wrong one that ties counts as ahead, so that a model which has collapsed to a point
+ranks last, not first.
 
 Similarities are made in chunks of films against the distinct reports, and seen once: memory is bounded whatever N.
 """
@@ -46,11 +47,12 @@ class Direction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Retrieval:
-    """Retrieval of N films and their N reports."""
+    """Retrieval of films and their reports, over all films both ways."""
 
     gallery: int
-    """Films, and reports."""
+    """Films to choose from."""
     distinct_reports: int
+    """Reports to choose from."""
     image_to_text: Direction
     text_to_image: Direction
 
@@ -62,30 +64,34 @@ def retrieve(
     _, first, of_row, copies = np.unique(report, return_index=True, return_inverse=True, return_counts=True)
     distinct = texts[torch.from_numpy(first).to(texts.device)]
     ranks = rank_right_ones(images, distinct, torch.from_numpy(of_row).to(images.device))
-    found = [_direction(each, copies[of_row], patients, rounds, seed) for each in ranks]
+    luck = [
+        {k: min(k / len(first), 1.0) for k in TOP},
+        {k: float(chance(copies[of_row], len(images), k).mean()) for k in TOP},
+    ]
+    found = [_direction(*each, patients, rounds, seed) for each in zip(ranks, luck, strict=True)]
     return Retrieval(gallery=len(images), distinct_reports=len(first), image_to_text=found[0], text_to_image=found[1])
 
 
 def rank_right_ones(
     images: torch.Tensor, distinct: torch.Tensor, report: torch.Tensor, *, elements: int = _ELEMENTS
 ) -> tuple[Ints, Ints]:
-    """Rank (N,) of the best right report of each film, and of the best right film of each film's report, from 1.
+    """Rank (N,) of each film's report among the distinct ones, and of the best right film of it among films, from 1.
 
     images (N, D), distinct reports (U, D), report (N,) int64 in [0, U). `elements`: most similarities at once.
     """
-    copies = torch.bincount(report, minlength=len(distinct)).float()
-    of_image, of_text = torch.empty(len(images)), torch.zeros(len(distinct), device=images.device)
+    of_image = torch.empty(len(images), dtype=torch.int64, device=images.device)
+    of_text = torch.zeros(len(distinct), dtype=torch.int64, device=images.device)
     own = torch.cat([(part * distinct[to]).sum(1) for part, to in _parts(images, report, elements // images.shape[1])])
-    best = torch.full_like(of_text, -torch.inf).scatter_reduce_(0, report, own, "amax")
+    best = own.new_full((len(distinct),), -torch.inf).scatter_reduce_(0, report, own, "amax")
     done = 0
     for part, to in _parts(images, report, elements // len(distinct)):
         similarity = part @ distinct.T  # (n, U)
         similarity[torch.arange(len(part), device=to.device), to] = -torch.inf
-        span = slice(done, done := done + len(part))
-        # Counts of copies are exact in float32 up to 16 million reports.
-        of_image[span] = ((similarity >= own[span, None] - _TIE).float() @ copies).cpu()
+        end = done + len(part)
+        of_image[done:end] = (similarity >= own[done:end, None] - _TIE).sum(1)
         of_text += (similarity >= best - _TIE).sum(0)
-    return 1 + of_image.long().numpy(), 1 + of_text.long()[report].cpu().numpy()
+        done = end
+    return 1 + of_image.cpu().numpy(), 1 + of_text[report].cpu().numpy()
 
 
 def chance(right: Ints, gallery: int, k: int) -> NDArray[np.float64]:
@@ -99,7 +105,7 @@ def _parts(images: torch.Tensor, report: torch.Tensor, rows: int) -> Any:
     return zip(images.split(max(1, rows)), report.split(max(1, rows)), strict=True)
 
 
-def _direction(ranks: Ints, right: Ints, patients: Patients, rounds: int, seed: int) -> Direction:
+def _direction(ranks: Ints, luck: dict[int, float], patients: Patients, rounds: int, seed: int) -> Direction:
     hits = np.stack([ranks <= k for k in TOP] + [np.ones(len(ranks), bool)], axis=1)
     sums = sum_by(patients.of_row, hits, patients.count)  # (patients, 4)
     parts = [drawn.T @ sums for drawn in draws(patients.count, rounds=rounds, seed=seed)]
@@ -108,7 +114,7 @@ def _direction(ranks: Ints, right: Ints, patients: Patients, rounds: int, seed: 
         str(k): Recall(
             recall=float(hits[:, n].mean()),
             interval=interval(totals[:, n] / totals[:, -1]),
-            chance=float(chance(right, len(ranks), k).mean()),
+            chance=luck[k],
         )
         for n, k in enumerate(TOP)
     }

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from train.intervals import Patients, draws, intervals, mean_known
-from train.retrieval import TOP, Direction, Retrieval
+from train.retrieval import TOP, Retrieval
 from train.scores import METRICS, Floats, score_labels
 
 NAME_WIDTH = 26
@@ -141,7 +141,10 @@ def table(result: Evaluation, resamples: int) -> str:
     if result.labels:
         lines += label_table(result.labels, result.mean)
     if result.retrieval:
-        lines += [f"\nretrieval, {result.retrieval.distinct_reports:,} different reports"]
+        lines += [
+            "",
+            f"retrieval, {result.retrieval.gallery:,} films, {result.retrieval.distinct_reports:,} different reports",
+        ]
         lines += retrieval_table(result.retrieval)
     return "\n".join([*lines, *(line for note in result.notes for line in wrap(f"note: {note}", 100))])
 
@@ -164,15 +167,14 @@ def _row(name: str, scores: Scores) -> str:
 def retrieval_table(found: Retrieval) -> list[str]:
     """Both directions, and what chance would give."""
     head = "  ".join(f"{f'R@{k} (95 %)':<19}" for k in TOP)
-    lines = [f"{'':14} {head}  median rank", _way("film to report", found.image_to_text)]
-    lines.append(_way("report to film", found.text_to_image))
-    chance = "  ".join(f"{found.image_to_text.recall[str(k)].chance:<19.3f}" for k in TOP)
-    return [*lines, f"{'by chance':14} {chance}"]
-
-
-def _way(name: str, way: Direction) -> str:
-    cells = "  ".join(_figure(way.recall[str(k)].recall, way.recall[str(k)].interval) for k in TOP)
-    return f"{name:14} {cells}  {way.median_rank:11,.0f}"
+    lines = [f"{'':14} {head}  median rank"]
+    for name, way in (("film to report", found.image_to_text), ("report to film", found.text_to_image)):
+        cells = "  ".join(_figure(recall.recall, recall.interval) for recall in way.recall.values())
+        lines.append(f"{name:14} {cells}  {way.median_rank:11,.0f}")
+        lines.append(
+            f"{'  by chance':14} {'  '.join(f'{recall.chance:<19.3f}' for recall in way.recall.values())}".rstrip()
+        )
+    return lines
 
 
 def _figure(value: float | None, between: Interval) -> str:
