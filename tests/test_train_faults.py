@@ -275,7 +275,7 @@ def test_a_rank_that_raises_ends_the_others(server: Server, shards_dir: Path, tm
     codes, errors = server.run(arguments(shards_dir, out, *STEPS), ranks=2, **{"raise": [1, 6]})
     assert codes == [1, 1] and errors.count("RuntimeError: made to fail") == 1, errors
     assert errors.count("another rank ended") == 1
-    assert list_checkpoints(out / "checkpoints")[0][0] == 4
+    assert list_checkpoints(out / "checkpoints")[0][0] == 5
 
 
 # T4: two runs, one folder

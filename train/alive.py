@@ -21,6 +21,7 @@ from train.ranks import Ranks, connect, first_to_tell
 
 BEATS = 10
 """Beats within the timeout."""
+_GOODBYE = "goodbye"
 
 
 @contextlib.contextmanager
@@ -47,54 +48,59 @@ class Watch:
     def __init__(self, ranks: Ranks, timeout_s: float, store: dist.Store) -> None:
         self._ranks, self._timeout_s, self._store = ranks, timeout_s, store
         self._others = list(range(1, ranks.size)) if ranks.first else [0]
-        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._counts: dict[int, bytes] = {}
+        self._heard: dict[int, float] = {}
+        self._answered = 0.0
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="signs-of-life", daemon=True)
+        # Two, because a store whose machine has stopped may keep the one that asks waiting.
+        self._threads = [
+            threading.Thread(target=work, name="signs-of-life", daemon=True) for work in (self._exchange, self._judge)
+        ]
         self._beat(0)
 
     def start(self) -> None:
         """Begin to beat and to look."""
-        self._thread.start()
+        self._answered = time.monotonic()
+        self._heard = dict.fromkeys(self._others, self._answered)
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """Say goodbye, so that nobody waits for the next beat."""
         self._done.set()
-        self._thread.join(self._timeout_s)
         faulthandler.cancel_dump_traceback_later()
+        self._threads[0].join(self._timeout_s)
         with contextlib.suppress(RuntimeError):  # rank 0's machine has gone first
-            self._store.set(str(self._ranks.rank), "done")
+            self._store.set(str(self._ranks.rank), _GOODBYE)
 
-    def _run(self) -> None:
-        number = 0
-        try:
+    def _exchange(self) -> None:
+        """Beat, and note whose count has changed."""
+        number, names = 0, [str(rank) for rank in self._others]
+        with contextlib.suppress(RuntimeError):  # the store has gone, with the first node's torchrun
             while not self._done.wait(self._timeout_s / BEATS):
-                # Were this thread itself held up, by a store that does not answer or a lock, the process ends too.
-                faulthandler.dump_traceback_later(2 * self._timeout_s, exit=True)
                 number += 1
                 self._beat(number)
-                silent = self._silent(time.monotonic())
-                if silent and not self._done.is_set():
-                    self._end(silent)
-        except RuntimeError:  # the store has gone, with the first node's torchrun
-            if not self._done.wait(self._timeout_s):
-                self._end([0])
+                counts, self._answered = self._store.multi_get(names), time.monotonic()
+                for rank, count in zip(self._others, counts, strict=True):
+                    if count != self._counts.get(rank) or count == _GOODBYE.encode():
+                        self._counts[rank], self._heard[rank] = count, self._answered
 
     def _beat(self, number: int) -> None:
         self._store.set(str(self._ranks.rank), str(number))
 
-    def _silent(self, now: float) -> list[int]:
-        """The ranks whose count stands still for too long."""
-        counts = self._store.multi_get([str(rank) for rank in self._others])
-        for rank, count in zip(self._others, counts, strict=True):
-            if rank not in self._seen or self._seen[rank][0] != count:
-                self._seen[rank] = (count, now)
-        return [
-            rank for rank, (count, since) in self._seen.items() if count != b"done" and now - since > self._timeout_s
-        ]
+    def _judge(self) -> None:
+        """End the process where somebody has been silent for too long."""
+        while not self._done.wait(self._timeout_s / BEATS):
+            # Were even this thread held up, by a lock that is never given back, the process would end too.
+            faulthandler.dump_traceback_later(2 * self._timeout_s, exit=True)
+            due = time.monotonic() - self._timeout_s
+            silent = [rank for rank, heard in self._heard.items() if heard < due]
+            if silent and not self._done.is_set():
+                self._end(silent, ask=self._answered >= due)
 
-    def _end(self, silent: Sequence[int]) -> None:
+    def _end(self, silent: Sequence[int], *, ask: bool) -> None:
         """Say why, once in the whole job, and leave at once: the main thread may be waiting for ever."""
-        if first_to_tell(self._store):
+        if not ask or first_to_tell(self._store):
             names = ", ".join(map(str, silent))
             sys.stderr.write(
                 f"train.main: no sign of life from rank {names} for {self._timeout_s:.0f} s: stopped, or its machine "
