@@ -1,13 +1,9 @@
-"""`python -m bench.order --json F`: what the order of DESIGN.md costs and how well it shuffles. Reads no shards.
+"""`python -m bench.order --json F`: how well the order of DESIGN.md shuffles. Reads no shards; `bench.scale` has costs.
 
-Time and memory to the first batch of a simulated set of 462,000 and of 100 million samples, all of them and two thirds
-selected; blocks read in an epoch by 1 to 8 ranks; and, for the smaller set, how far one epoch is from random.
+How far one epoch of a simulated set is from random, each figure beside what a perfect shuffle would give.
 """
 
-import itertools
 import json
-import time
-import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,93 +13,47 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.environment import environment
-from pipeline.batch import World
 from pipeline.order import Layout, ShuffledOrder
-from pipeline.selection import RowBits
 from shards.atomic import write_atomic
 from shards.cli import main_guard, parse, say
 from shards.counter import permutation
+from shards.errors import InputError
 
 SHARD_ROWS, BLOCK_ROWS, BATCH = 10_000, 190, 64
 """Of CheXpert-Plus and ReXGradient at JPEG q95: 22 KB a film, blocks of 4 MiB."""
-FAR_EPOCH, FAR_STEP = 3, 12_345
 LAGS = (1, 2, 3, 7, 16, 47, 48)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OrderBenchConfig:
-    """Measure the order of samples: start, memory, block reads, quality of the shuffle."""
+    """Measure how far the order of samples is from random."""
 
     json: Path | None = None
     """Where the results go, as JSON."""
-    samples: tuple[int, ...] = (460_000, 100_000_000)
-    """Sizes of the simulated sets; reads and shuffle are taken from the first."""
+    samples: int = 460_000
+    """Size of the simulated set, a multiple of 10,000."""
     streams: int = 48
     """Streams of the order."""
     seed: int = 0
     """Seed of the order."""
 
+    def __post_init__(self) -> None:
+        if self.samples < SHARD_ROWS or self.samples % SHARD_ROWS or self.streams < 1:
+            wanted = f"a multiple of {SHARD_ROWS:,}, --streams at least 1"
+            raise InputError(f"--samples {self.samples} has to be {wanted}; --streams is {self.streams}")
+
 
 def run_bench(config: OrderBenchConfig) -> dict[str, Any]:
     """Measure everything; the result is what `--json` writes."""
-    starts = [start(samples, selected, config) for samples in config.samples for selected in (False, True)]
-    layout = Layout((SHARD_ROWS,) * (config.samples[0] // SHARD_ROWS), BLOCK_ROWS)
+    layout = Layout((SHARD_ROWS,) * (config.samples // SHARD_ROWS), BLOCK_ROWS)
     order = ShuffledOrder(layout, seed=config.seed, streams=config.streams)
+    settings = {"samples": config.samples, "shard_rows": SHARD_ROWS, "block_rows": BLOCK_ROWS, "batch": BATCH}
     return {
+        "bench": "order",
         "environment": environment(),
-        "settings": {"shard_rows": SHARD_ROWS, "block_rows": BLOCK_ROWS, "batch": BATCH, "streams": config.streams},
-        "start": starts,
-        "reads": [reads(order, ranks) for ranks in (1, 2, 4, 8)],
+        "settings": settings | {"streams": config.streams},
         "shuffle": shuffle(order),
     }
-
-
-def start(samples: int, selected: bool, config: OrderBenchConfig) -> dict[str, Any]:
-    """Seconds and bytes until a batch far into a run is located and its first visit planned."""
-    shards = samples // SHARD_ROWS
-    mask = np.packbits(np.arange(SHARD_ROWS) % 3 > 0)
-    bits = RowBits(mask.copy() for _ in range(shards)) if selected else None
-
-    def first_batch() -> ShuffledOrder:
-        layout = Layout((SHARD_ROWS,) * shards, BLOCK_ROWS, bits)
-        order = ShuffledOrder(layout, seed=config.seed, streams=config.streams)
-        position = FAR_EPOCH * layout.samples + FAR_STEP * BATCH
-        order.locate(np.arange(position, position + BATCH))
-        next(order.visits(position, World(rank=1, size=8)))
-        return order
-
-    begin = time.perf_counter()
-    blocks = first_batch().layout.blocks
-    seconds = time.perf_counter() - begin
-    tracemalloc.start()
-    order = first_batch()
-    kept, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    result = {
-        "samples": shards * SHARD_ROWS,
-        "selected": order.samples,
-        "blocks": blocks,
-        "seconds": round(seconds, 4),
-        "kept_bytes": kept,
-        "peak_bytes": peak,
-        "selection_bytes": bits.nbytes if bits else 0,
-    }
-    say(
-        f"{result['samples']:>11,} samples, {result['selected']:>11,} used: {seconds:6.3f} s, "
-        f"{kept / 1e6:6.2f} MB kept, {peak / 1e6:6.2f} MB at most, {result['selection_bytes'] / 1e6:6.2f} MB of bits"
-    )
-    return result
-
-
-def reads(order: ShuffledOrder, ranks: int) -> dict[str, Any]:
-    """Block reads of an epoch over all ranks, and the bound."""
-    count = 0
-    for rank in range(ranks):
-        visits = order.visits(0, World(rank=rank, size=ranks))
-        count += sum(1 for _ in itertools.takewhile(lambda visit: visit.first < order.samples, visits))
-    blocks, bound = order.layout.blocks, order.layout.blocks + order.streams - 1
-    say(f"{ranks} ranks: {count:,} reads of {blocks:,} blocks, {bound:,} is the bound")
-    return {"ranks": ranks, "reads": count, "blocks": blocks, "bound": bound, "ratio": round(count / blocks, 5)}
 
 
 def shuffle(order: ShuffledOrder) -> dict[str, Any]:

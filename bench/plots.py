@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from bench.kinds import METRICS, Case, Result, items, mapping, number
@@ -18,36 +19,45 @@ _STYLE: Any = {
     "axes.spines.right": False,
 }
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-Draw = Callable[[Any], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Panel:
+    """A picture to be drawn."""
+
+    title: str
+    fill: Callable[[Any], None]
+    """Draws on the axes that it is given."""
+    height: float = 2.4
+    """Inches."""
 
 
 def plots_of(result: Result) -> tuple[Plot, ...]:
     """Whatever a result has to show."""
     found = [_bars(result), _latency(result), _memory(result)]
     if result.kind == "scale":
-        found += scale_plots(result.raw)
-    return tuple(plot for plot in found if plot is not None)
+        found += scale_panels(result.raw)
+    return tuple(Plot(title=panel.title, svg=draw([panel], "svg")) for panel in found if panel is not None)
 
 
-def draw(title: str, height: float, fill: Draw, *, form: str = "svg") -> bytes:
-    """One picture; `fill` draws on its axes. The same input gives the same bytes."""
+def draw(panels: Sequence[Panel], form: str, columns: int = 1) -> bytes:
+    """Panels as one picture, SVG or PNG. The same input gives the same bytes."""
     import matplotlib
     from matplotlib.figure import Figure
 
+    rows = -(-len(panels) // columns)
+    size = WIDTH * columns, rows * max(panel.height for panel in panels)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        axes = figure.subplots()
-        figure.suptitle(title, x=0.02, ha="left", fontsize=10)
-        fill(axes)
+        figure = Figure(figsize=size, layout="constrained")
+        for panel, part in zip(panels, figure.subfigures(rows, columns, squeeze=False).flat, strict=False):
+            part.suptitle(panel.title, x=0.02, ha="left", fontsize=10)
+            panel.fill(part.subplots())
         buffer = io.BytesIO()
-        if form == "svg":
-            figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
-        else:
-            figure.savefig(buffer, format=form, dpi=150)
+        figure.savefig(buffer, format=form, metadata=_NO_METADATA if form == "svg" else None, dpi=150)
     return buffer.getvalue()
 
 
-def _bars(result: Result) -> Plot | None:
+def _bars(result: Result) -> Panel | None:
     """Medians as bars, each round as a dot."""
     for metric in ("images_per_s", "step_ms"):
         cases = [case for case in result.cases if case.rounds.get(metric) and not case.latency_ms][:MOST_BARS]
@@ -56,7 +66,7 @@ def _bars(result: Result) -> Plot | None:
     return None
 
 
-def _bar_plot(cases: Sequence[Case], metric: str) -> Plot:
+def _bar_plot(cases: Sequence[Case], metric: str) -> Panel:
     title = f"{METRICS[metric].title}: median (bar) and rounds (dots)"
 
     def fill(axes: Any) -> None:
@@ -69,10 +79,10 @@ def _bar_plot(cases: Sequence[Case], metric: str) -> Plot:
         axes.invert_yaxis()
         axes.set_xlim(0, None)
 
-    return Plot(title=title, svg=draw(title, 0.8 + 0.26 * len(cases), fill))
+    return Panel(title=title, fill=fill, height=0.8 + 0.26 * len(cases))
 
 
-def _latency(result: Result) -> Plot | None:
+def _latency(result: Result) -> Panel | None:
     """Films/s against the latency of a slow file system."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for case in result.cases:
@@ -87,12 +97,13 @@ def _latency(result: Result) -> Plot | None:
         for name, points in list(lines.items())[:10]:
             axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=_short(name))
         axes.set(xlabel="latency of a read, ms", yscale="log")
+        _plain_ticks(axes, "y")
         axes.legend(fontsize=8)
 
-    return Plot(title=title, svg=draw(title, 3.0, fill))
+    return Panel(title=title, fill=fill, height=3.0)
 
 
-def _memory(result: Result) -> Plot | None:
+def _memory(result: Result) -> Panel | None:
     """Memory of an ingest against its input."""
     runs = [mapping(run) for run in items(mapping(result.raw.get("memory")).get("runs"))]
     points = [(number(run.get("gigabytes")), number(run.get("peak"))) for run in runs]
@@ -105,10 +116,10 @@ def _memory(result: Result) -> Plot | None:
         axes.plot(*zip(*known, strict=True), marker="o", markersize=3)
         axes.set(xlabel="input, GB of float32", ylim=(0, None))
 
-    return Plot(title=title, svg=draw(title, 2.2, fill))
+    return Panel(title=title, fill=fill, height=2.2)
 
 
-def scale_plots(raw: Any) -> list[Plot | None]:
+def scale_panels(raw: Any) -> list[Panel | None]:
     """Cost against samples, shards, ranks, threads; see `bench.scale`."""
     start = {"first_batch_s": "first batch", "manifest_s": "of it the manifest", "order_s": "of it the order"}
     memory = {"kept_bytes": "kept", "peak_bytes": "at most"}
@@ -123,7 +134,7 @@ def scale_plots(raw: Any) -> list[Plot | None]:
     ]
 
 
-def _curves(rows: Any, over: str, names: dict[str, str], title: str, *, fixed: bool = False) -> Plot | None:
+def _curves(rows: Any, over: str, names: dict[str, str], title: str, *, fixed: bool = False) -> Panel | None:
     """One line a name against `over`, both axes logarithmic; `fixed`: the vertical one from zero."""
     found = [mapping(row) for row in items(rows)]
     lines = {name: _points(found, over, name) for name in names}
@@ -135,12 +146,13 @@ def _curves(rows: Any, over: str, names: dict[str, str], title: str, *, fixed: b
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=names[name])
         axes.set(xlabel=over, xscale="log", yscale="linear" if fixed else "log")
+        _plain_ticks(axes, "x" if fixed else "xy")
         if fixed:
-            axes.set_ylim(0, None)
+            axes.set_ylim(0, 1.2 * max(y for points in lines.values() for _, y in points))
         if len(lines) > 1:
             axes.legend(fontsize=8)
 
-    return Plot(title=title, svg=draw(title, 2.4, fill))
+    return Panel(title=title, fill=fill, height=2.4)
 
 
 def _points(rows: Sequence[dict[str, Any]], over: str, name: str) -> list[tuple[float, float]]:
@@ -148,7 +160,7 @@ def _points(rows: Sequence[dict[str, Any]], over: str, name: str) -> list[tuple[
     return sorted((x, y) for x, y in pairs if x and y is not None)
 
 
-def _thread_plot(cases: Any) -> Plot | None:
+def _thread_plot(cases: Any) -> Panel | None:
     """Films/s against threads, and what so many times one thread would be."""
     rows = [mapping(row) for row in items(cases)]
     points = _points(rows, "threads", "images_per_s")
@@ -161,9 +173,19 @@ def _thread_plot(cases: Any) -> Plot | None:
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label="measured")
         axes.plot([x for x, _ in points], [first[1] * x / first[0] for x, _ in points], "--", label="in proportion")
         axes.set(xlabel="threads", xlim=(0, None), ylim=(0, None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=8)
 
-    return Plot(title=title, svg=draw(title, 2.4, fill))
+    return Panel(title=title, fill=fill, height=2.4)
+
+
+def _plain_ticks(axes: Any, which: str) -> None:
+    """Logarithmic ticks as 1 k, 1 M: powers of ten would be formulas, which names must not be taken for."""
+    from matplotlib.ticker import EngFormatter, NullFormatter
+
+    for axis in (getattr(axes, f"{name}axis") for name in which):
+        axis.set_major_formatter(EngFormatter(sep=""))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _short(name: str) -> str:

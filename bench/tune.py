@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.case import _forget_rows
 from bench.compare import BETTER, judge
 from bench.kinds import METRICS
 from bench.search import Choice, Space, apply_choice, make_space, search
@@ -149,6 +150,8 @@ def _rater(config: TuneConfig, base: LoaderConfig) -> Callable[[Choice], float]:
     from pipeline.batch import World
     from pipeline.loader import build_loader
 
+    if counts_here() is not None:
+        _forget_rows()
     device = "cuda" if _cuda() else "cpu"
     orders = iter(range(1, 1 << 31))
 

@@ -206,7 +206,7 @@ def same_pairs(one: np.ndarray, two: np.ndarray) -> float:
 def test_huge_sets_stay_small(samples: int, selected: bool) -> None:
     """Half a million blocks: a batch far into the run costs memory for the blocks, and a bit a sample of a selection.
 
-    `bench.order` has the times.
+    `bench.scale` has the times.
     """
     shards = samples // 10_000
     bits = RowBits(itertools.repeat(np.packbits(np.arange(10_000) % 3 > 0), shards)) if selected else None
@@ -226,13 +226,3 @@ def test_huge_sets_stay_small(samples: int, selected: bool) -> None:
     assert kept <= (12 + 8 * selected) * layout.blocks + fixed
     assert peak <= 100 * layout.blocks + 2 * fixed
     assert bits is None or bits.nbytes == 10_000 * shards // 8
-
-
-def test_the_bench_counts_within_the_bound() -> None:
-    from bench.order import OrderBenchConfig, run_bench
-
-    result = run_bench(OrderBenchConfig(samples=(30_000,)))
-    assert [case["samples"] for case in result["start"]] == [30_000, 30_000]
-    for case in result["reads"]:
-        assert case["blocks"] <= case["reads"] <= case["bound"] == case["blocks"] + 47
-    assert result["shuffle"]["batch_pairs_of_a_block"] < 0.02
