@@ -42,7 +42,7 @@ def draw_precision_recall(labels: dict[str, LabelScores], probabilities: Floats,
             called = score >= found.threshold
             if called.any():
                 axes.plot(found.sensitivity, positive[called].mean(), "o", color="C1", markersize=5)
-        _note(axes, found, "average_precision", "AP", 0.06 if positive.mean() > 0.5 else 0.9)
+        _note(axes, found, "average_precision", "AP", 0.06 if positive.mean() > 0.25 else 0.9)
 
     return _draw(labels, probabilities, truth, panel, (title, "recall", "precision"))
 
