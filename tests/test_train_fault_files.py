@@ -205,6 +205,11 @@ def fill(seen: Path) -> None:
                     pass
 
 
+def unlike(run: Path, whole: Path) -> list[str]:
+    """In what two runs differ besides the flag that the tests below need."""
+    return [name for name in differing(outcome(run), outcome(whole)) if not name.endswith("config/save_retries")]
+
+
 def test_a_full_disk(small_disk: tuple[Server, Path, Path], shards_dir: Path, whole: Path) -> None:
     """Training goes on for as many saves as may fail, then ends; what was there is whole, and goes on with room."""
     server, folder, seen = small_disk
@@ -223,7 +228,7 @@ def test_a_full_disk(small_disk: tuple[Server, Path, Path], shards_dir: Path, wh
     (seen / "filler").unlink()
     codes, errors = server.run(command)
     assert codes == [0] and "going on after step 2" in errors, errors
-    assert differing(outcome(seen / "full"), outcome(whole)) == []
+    assert unlike(seen / "full", whole) == []
     shutil.rmtree(seen / "full")
 
 
@@ -245,7 +250,7 @@ def test_a_disk_that_turns_read_only(small_disk: tuple[Server, Path, Path], shar
     subprocess.run([*inside, f"umount {checkpoints}"], check=True)
     codes, errors = server.run(command)
     assert codes == [0] and "going on after step 2" in errors, errors
-    assert differing(outcome(out), outcome(whole)) == []
+    assert unlike(out, whole) == []
 
 
 # T11: going on with something else
@@ -258,7 +263,7 @@ def test_what_differs_is_named_field_by_field(server: Server, shards_dir: Path, 
         payload["fingerprint"] |= {"versions.torch": "1.0", "versions.nvidia-dali-cuda120": "2.0", "shards": "0123"}
         path.write_bytes(encode(payload))
     before = digests(run)
-    other = ("--seed", "7", "--batch-size", "4", "--data.flip", "0.25", "--data.effects.rotate", "5")
+    other = ("--seed", "7", "--batch-size", "4", "--data.flip", "0.25", "--data.effects.rotation", "5")
     codes, errors = server.run(arguments(shards_dir, run, *STEPS, *other))
     assert codes == [2] and len(errors.splitlines()) == 1, errors
     for words in ("seed was 0, is now 7", "batch_size was 8, is now 4", "data.flip was 0.5, is now 0.25", "effects"):

@@ -99,7 +99,9 @@ def _load(path: Path, file: BinaryIO) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # whatever a file from elsewhere makes an unpickler say
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # torch's own first line advises to load it all the same.
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = named[1] if named else type(error).__name__
         raise DamagedCheckpoint(f"{path} is refused: it holds more than tensors and plain values ({reason})") from None
     if not isinstance(payload, dict):
         raise DamagedCheckpoint(f"{path} is refused: it holds a {type(payload).__name__}, not a checkpoint's fields")
