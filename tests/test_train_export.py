@@ -120,6 +120,9 @@ def test_safetensors_holds_every_weight_and_how_to_use_it(tmp_path: Path) -> Non
     about = json.loads((tmp_path / "out" / "config.json").read_text())
     assert ModelConfig(**{**about["model"], "widths": tuple(about["model"]["widths"])}) == ModelConfig()
     assert (about["step"], about["context"], about["preprocess"]["size"]) == (7, CONTEXT, SIZE)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "plain").touch()
+    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}  # as any other file, for all whom the umask lets
     # The weights that the average was made of, on request.
     export(ExportConfig(checkpoint=tmp_path / "run", to="safetensors", out=tmp_path / "raw", weights="model"))
     assert not any(tensor.any() for tensor in load_file(tmp_path / "raw" / "model.safetensors").values())

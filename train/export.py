@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from shards.atomic import TEMPORARY_PREFIX
+from shards.atomic import TEMPORARY_PREFIX, sync_folder, write_atomic
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from train.commandline import to_fields
@@ -85,6 +85,7 @@ def export(config: ExportConfig) -> Path:
     try:
         writer(config.to)(trained, temporary)
         temporary.rename(config.out)
+        sync_folder(config.out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     say(f"{config.out}: step {trained.step}, image {config.to}, checked against the checkpoint's own embeddings")
@@ -116,28 +117,37 @@ def writer(name: str) -> Callable[[Trained, Path], None]:
 
 def write_safetensors(trained: Trained, folder: Path) -> None:
     """model.safetensors under our own names, which --vision-weights and --text-weights take, and config.json."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
-    state = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    state = trained.model.state_dict()
+    write_weights(state, folder / "model.safetensors")
     about: dict[str, Any] = {"step": trained.step, "context": trained.context, "vocab_size": trained.vocab_size}
     about |= {"model": to_fields(trained.settings.model), "preprocess": trained.preprocessing()}
-    (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+    write_json(about, folder / "config.json")
     found = load_file(folder / "model.safetensors")
     assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+
+
+def write_weights(state: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file, with the permissions of any other: safetensors' own writer keeps it from everybody else."""
+    from safetensors.torch import save
+
+    write_atomic(path, save({name: tensor.contiguous() for name, tensor in state.items()}, {"format": "pt"}))
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Settings, one a line."""
+    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def write_open_clip(trained: Trained, folder: Path) -> None:
     """open_clip's config and weights. InputError for a model that has no equal there."""
     from open_clip import create_model
-    from safetensors.torch import save_file
 
     config = trained.settings.model
     fields = open_clip_config(trained)
-    state = open_clip_state(trained.model, custom_text="custom_text" in fields)
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    content = {"model_cfg": fields, "preprocess_cfg": trained.preprocessing()}
-    (folder / CONFIG).write_text(json.dumps(content, indent=1) + "\n")
+    write_weights(open_clip_state(trained.model, custom_text="custom_text" in fields), folder / WEIGHTS)
+    write_json({"model_cfg": fields, "preprocess_cfg": trained.preprocessing()}, folder / CONFIG)
     try:
         theirs = create_model(f"local-dir:{folder}", require_pretrained=True).eval()
         compare(trained, theirs.encode_image, theirs.encode_text, tolerance=TOLERANCE)
@@ -188,7 +198,7 @@ def open_clip_state(model: ClipModel, *, custom_text: bool) -> dict[str, Tensor]
     text = "text." if custom_text else ""
     state = {f"visual.{name}": tensor for name, tensor in model.image.state_dict().items()}
     state |= {f"{text}{name}": tensor for name, tensor in model.text.state_dict().items()}
-    return {name: tensor.contiguous() for name, tensor in {**state, "logit_scale": model.logit_scale.data}.items()}
+    return {**state, "logit_scale": model.logit_scale.data}
 
 
 Encode = Callable[[Tensor], Tensor]

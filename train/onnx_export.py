@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shards.atomic import write_atomic
 from shards.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def write_onnx(trained: "Trained", folder: Path) -> None:
         _write(_Unit(getattr(trained.model, tower)).eval(), example, folder / f"{tower}.onnx", NAMES[tower])
     about = {"step": trained.step, "context": trained.context, "preprocess": trained.preprocessing()}
     about |= {"logit_scale": trained.model.logit_scale.item(), "inputs": NAMES, "output": "embeddings"}
-    (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+    write_atomic(folder / "config.json", (json.dumps(about, indent=1) + "\n").encode())
     for tower, inputs in zip(("image", "text"), trained.samples(count=3), strict=True):
         _check(_Unit(getattr(trained.model, tower)), inputs, folder / f"{tower}.onnx", NAMES[tower])
 
