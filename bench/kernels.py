@@ -90,10 +90,10 @@ class Floor:
         boxes, flipped = self._fate.boxes.tolist(), self._fate.flipped.tolist()
         while not self._closed:
             first = next(self._numbers) * TASK_IMAGES
-            for number in range(first, first + TASK_IMAGES):
-                film = number % len(self._films)
-                out = self._out[number % len(self._out)]
-                kernel.run(self._films[film], boxes[film], flipped[film], out)
+            films = [number % len(self._films) for number in range(first, first + TASK_IMAGES)]
+            outs = [self._out[number % len(self._out)] for number in range(first, first + TASK_IMAGES)]
+            fates = [(boxes[film], flipped[film], out) for film, out in zip(films, outs, strict=True)]
+            kernel.run([self._films[film] for film in films], fates)
             self._done.release()
 
 
@@ -110,7 +110,7 @@ def parts(config: LoaderConfig, seconds: float = 1.0) -> dict[str, float]:
 
     def resize(number: int) -> None:
         film = number % len(films)
-        kernel._resize.run(pixels, boxes[film], flipped[film], floor._out[number % len(floor._out)])
+        kernel.resize([(pixels, boxes[film], flipped[film], floor._out[number % len(floor._out)])])
 
     return {"decode_us": _cpu_us(decode, seconds), "resize_normalise_us": _cpu_us(resize, seconds)}
 

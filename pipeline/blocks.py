@@ -27,6 +27,10 @@ CLOSE_WAIT_S = 10.0
 """Seconds that closing waits for reads under way; those that take longer are left behind, to close the files."""
 
 
+MOST_MEMORY = 256 << 20
+"""Bytes that are read ahead unless more is asked for."""
+
+
 class _Slot:
     """A visit on its way: planned, then claimed by a thread, then done or failed."""
 
@@ -59,7 +63,12 @@ class BlockReader:
         self._pending = 0
         self._waiting = self._ended = self._closed = self._failed = self._abandoned = False
         self._running = threads
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)
+        """What the consumer waits on."""
+        self._room = threading.Condition(self._lock)
+        """What threads wait on that may claim a visit. One is woken at a time: four that wake for one free buffer take
+        longer, and the interpreter from those that decode, than reading a short block does."""
         self._threads = [
             threading.Thread(target=self._work, name=f"shardclip-read-{number}", daemon=True)
             for number in range(threads)
@@ -90,17 +99,18 @@ class BlockReader:
 
     def next_first(self) -> int | None:
         """First position of the visit that `get` hands out next; None after the last."""
-        with self._changed:
+        with self._lock:
             self._plan_until(1)
             return self._slots[0].visit.first if self._slots else None
 
     def get(self) -> Loaded:
         """The next visit, waited for. Raises what its reading raised; InputError where it hangs beyond the limit."""
-        with self._changed:
+        with self._lock:
             self._plan_until(1)
             slot = self._slots[0]
             self._waiting = True
-            self._changed.notify_all()
+            if not slot.claimed:
+                self._room.notify()
             self._wait(slot)
             self._waiting = False
             if isinstance(slot.result, BaseException):
@@ -124,9 +134,10 @@ class BlockReader:
 
     def stop(self) -> None:
         """Begin to close: whoever waits in `get` is let go with an error."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._arrived.notify_all()
+            self._room.notify_all()
 
     def close(self) -> None:
         """Stop the threads and close the files."""
@@ -136,7 +147,7 @@ class BlockReader:
         end = time.monotonic() + CLOSE_WAIT_S
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
-        with self._changed:
+        with self._lock:
             self._abandoned = self._running > 0
         if self._abandoned:
             stall.log.warning("left behind: a thread %s", self._loader.shards.busy.longest())
@@ -148,7 +159,7 @@ class BlockReader:
             return
         patience = stall.Patience(self._infos[slot.visit.shard].name, self._loader.shards.busy, self._stall_abort_s)
         while slot.result is None and not self._closed:
-            self._changed.wait(stall.TICK_S)
+            self._arrived.wait(stall.TICK_S)
             if slot.result is None:
                 patience.look()
         patience.end()
@@ -159,31 +170,36 @@ class BlockReader:
                 result: Loaded | BaseException = self._load(slot)
             except BaseException as error:  # handed to the consumer, who raises it
                 result = error
-            with self._changed:
+            with self._lock:
                 slot.result = result
                 self._failed |= isinstance(result, BaseException)
-                self._changed.notify_all()
-        with self._changed:
+                self._arrived.notify()
+        with self._lock:
             self._running -= 1
             last = self._abandoned and not self._running
         if last:
             self._loader.shards.close()
 
     def _claim(self) -> _Slot | None:
-        with self._changed:
+        with self._lock:
             while not (self._closed or self._failed):
                 last = self._slots[-1] if self._slots else None  # claimed in turn, planned one by one: the others are
                 slot = last if last is not None and not last.claimed else self._plan()
                 if slot is not None and self._admit(slot):
                     slot.claimed = True
                     self._pending += slot.estimate
+                    if self._has_room(slot.estimate):  # for another thread too
+                        self._room.notify()
                     return slot
-                self._changed.wait()
+                self._room.wait()
             return None
 
     def _admit(self, slot: _Slot) -> bool:
         wanted_now = self._waiting and slot is self._slots[0]
-        return wanted_now or self._buffers.used + self._pending + slot.estimate <= self._buffers.limit
+        return wanted_now or self._has_room(slot.estimate)
+
+    def _has_room(self, size: int) -> bool:
+        return self._buffers.used + self._pending + size <= self._buffers.limit
 
     def _plan(self) -> _Slot | None:
         if self._ended:
@@ -207,19 +223,19 @@ class BlockReader:
 
     def _take(self, slot: _Slot, size: int) -> NDArray[np.uint8]:
         """A buffer for a visit, whose true size now stands for the estimate."""
-        with self._changed:
+        with self._lock:
             self._pending -= slot.estimate
             slot.estimate = 0
             return self._buffers.take(size)
 
     def _give(self, buffer: NDArray[np.uint8]) -> None:
-        with self._changed:
+        with self._lock:
             self._buffers.give(buffer)
-            self._changed.notify_all()
+            self._room.notify()
 
     def _forget_estimate(self, slot: _Slot) -> None:
         """Where reading failed before it took a buffer."""
-        with self._changed:
+        with self._lock:
             self._pending -= slot.estimate
             slot.estimate = 0
 
@@ -241,6 +257,15 @@ def block_bytes(manifest: Manifest, shard: ShardInfo) -> int:
     """About how many bytes of the tar one block takes: a tenth over the shard's mean."""
     rows = min(manifest.block_rows, shard.rows)
     return int(1.1 * shard.tar.bytes * rows / shard.rows)
+
+
+def read_ahead(manifest: Manifest, shards: tuple[ShardInfo, ...], streams: int, threads: int) -> int:
+    """Bytes that reading needs not to wait for memory: each stream's block and its next, and four for each thread.
+
+    Reading on would only take memory from others, 256 MiB at the most.
+    """
+    block = max(block_bytes(manifest, shard) for shard in shards)
+    return min((2 * streams + 4 * threads) * block, MOST_MEMORY)
 
 
 def check_memory(manifest: Manifest, shards: tuple[ShardInfo, ...], memory: int, streams: int) -> None:

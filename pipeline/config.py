@@ -48,8 +48,9 @@ class LoaderConfig:
     """Streams the order interleaves; None: 48, or the next multiple of the ranks. Part of a run's fingerprint."""
     threads: int | None = None
     """Threads (hdf5: worker processes) that decode; None: the CPUs this process may use, shared by the ranks here."""
-    memory_mb: int = 256
-    """MiB of encoded blocks held at once, read-ahead included."""
+    memory_mb: int | None = None
+    """MiB of encoded blocks held at once, read-ahead included; None: what the streams' blocks, the next of each and
+    those being read take, 256 at most."""
     read_threads: int = 4
     """Threads that read blocks ahead: requests on the way to the file system at once. They cost next to no CPU."""
     ahead: int = 2

@@ -10,7 +10,7 @@ bound what is prepared ahead and are pinned where the device is a GPU.
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from pipeline.batch import Batch, World
 from pipeline.config import LoaderConfig, thread_count
 from pipeline.effects import apply
 from pipeline.encoded import Encoded, EncodedBatches
-from pipeline.kernels import ImageKernel, Normalise
+from pipeline.kernels import Crop, ImageKernel, Normalise
 from shards.schema import Manifest
 
 TASK_IMAGES = 8
@@ -171,14 +171,14 @@ class CpuBackend:
                 task.slot.finish_task(None)
 
     def _run(self, kernel: ImageKernel, task: _Task) -> None:
-        encoded, boxes, out = task.slot.encoded, task.slot.boxes, task.slot.each
+        encoded, index, end = task.slot.encoded, task.first, task.first + task.count
         assert encoded is not None
-        fate = encoded.fate
-        for index in range(task.first, task.first + task.count):
-            pixels = self._pixels(kernel, encoded, index)
-            for view in range(index, len(boxes), len(encoded)):
-                film = pixels if fate.effects is None else apply(pixels, fate.effects[view])
-                kernel.resize(film, boxes[view], bool(fate.flipped[view]), out[view])
+        while index < end:
+            films = kernel.decode_ahead(encoded.images[index:end]) or [self._pixels(kernel, encoded, index)]
+            kernel.resize(
+                [crop for number, film in enumerate(films) for crop in crops(task.slot, index + number, film)]
+            )
+            index += len(films)
 
     def _pixels(self, kernel: ImageKernel, encoded: Encoded, index: int) -> NDArray[np.uint8]:
         """A sample's pixels (H, W), of another one where it cannot be decoded; valid until the kernel's next."""
@@ -188,6 +188,15 @@ class CpuBackend:
                 return kernel.decode(image)
             except ValueError as error:
                 image = self._batches.replace(encoded, index, error)
+
+
+def crops(slot: _Slot, index: int, film: NDArray[np.uint8]) -> Iterator[Crop]:
+    """What becomes of the film of a sample: a crop a view."""
+    assert slot.encoded is not None
+    fate = slot.encoded.fate
+    for view in range(index, len(slot.boxes), len(slot.encoded)):
+        pixels = film if fate.effects is None else apply(film, fate.effects[view])
+        yield pixels, slot.boxes[view], bool(fate.flipped[view]), slot.each[view]
 
 
 def start_single_threaded(target: Callable[[], None], count: int) -> list[threading.Thread]:

@@ -16,7 +16,7 @@ import torch
 
 from pipeline.balance import BalancedOrder, read_classes
 from pipeline.batch import Batch, World
-from pipeline.blocks import BlockReader, check_memory
+from pipeline.blocks import BlockReader, check_memory, read_ahead
 from pipeline.config import LoaderConfig, stream_count
 from pipeline.encoded import EncodedBatches
 from pipeline.handles import OpenShards
@@ -201,7 +201,9 @@ def _make_reader(
     shards, image = manifest.splits[config.split], manifest.image
     if image.channels != 1:
         raise InputError(f"{config.shards} holds images of {image.channels} channels; the backends here read grey ones")
-    memory = config.memory_mb << 20
+    memory = read_ahead(manifest, shards, live, config.read_threads)
+    if config.memory_mb is not None:
+        memory = config.memory_mb << 20
     check_memory(manifest, shards, memory, live)
     opened = OpenShards(Path(config.shards), manifest, shards, _stage(config, manifest))
     loader = VisitLoader(opened, manifest, quarantine, layout.chosen_of)
@@ -235,7 +237,8 @@ def _make_mixture(
             live = order.set_streams(number, world)
             if not live:
                 continue
-            part = replace(config, shards=Path(root), memory_mb=max(1, config.memory_mb * live * world.size // streams))
+            share = config.memory_mb and max(1, config.memory_mb * live * world.size // streams)
+            part = replace(config, shards=Path(root), memory_mb=share)
             visits = order.set_visits(number, position, world)
             layout = order.orders[number].layout
             reader = _make_reader(part, manifests[number], layout, visits, quarantine, live)

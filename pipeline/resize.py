@@ -216,13 +216,9 @@ def _expand_row(grey, size, normalise, target, dtype, past_cache):
             _bfloat16(pixels, normalise, target + column * 6)
 
 
-def _resize(source, step, height, width, padded, flipped, x_axis, y_axis, size, scratch, normalise, target, dtype):
-    """A crop (height, width) to `size` squared and on to `target` (size, size, 3).
-
-    source, target, normalise, scratch: addresses; step: bytes between the crop's rows; x_axis, y_axis: (address of an
-    axis' table, its taps, its shift); `scratch_bytes` says how much there has to be at `scratch`. `size` is TILE at
-    least, and so are height and width, unless the crop is `padded`: whole TILEs may be read from its start on.
-    """
+@njit(nogil=True)
+def _resize_one(source, step, height, width, padded, flipped, x_axis, y_axis, size, scratch, normalise, target, dtype):
+    """A crop (height, width) to `size` squared and on to `target` (size, size, 3)."""
     table, taps, shift = x_axis
     tall = _padded(height)
     wide = _padded(size)
@@ -262,8 +258,23 @@ def scratch_bytes(height: int, width: int, size: int) -> int:
     return padded(width + taps[0]) * tall + wide * tall + padded(height + taps[1]) * wide + wide
 
 
+def _resize(crops, size, scratch, normalise, dtype):
+    """Crops to `size` squared images (size, size, 3), each to its own place.
+
+    crops: (n, CROP) int64, for each: source, an address; bytes between its rows; height; width; whether it is padded;
+    whether it is flipped; address, taps and shift of the tables of x and of y; target, an address. `scratch_bytes` says
+    how much there has to be at the address `scratch`. `size` is TILE at least, and so are heights and widths, unless
+    the crop is padded: whole TILEs may be read from its start on.
+    """
+    for n in range(len(crops)):
+        x_axis, y_axis = (crops[n, 6], crops[n, 7], crops[n, 8]), (crops[n, 9], crops[n, 10], crops[n, 11])
+        _resize_one(
+            crops[n, 0], crops[n, 1], crops[n, 2], crops[n, 3], crops[n, 4], crops[n, 5], x_axis, y_axis, size,
+            scratch, normalise, crops[n, 12], dtype,
+        )  # fmt: skip
+
+
 @cache
 def resize_function() -> Callable[..., None]:
     """`_resize`, compiled. Seconds the first time on a machine, 0.1 s from the cache on disk."""
-    axis = types.UniTuple(types.intp, 3)
-    return compiled(_resize, types.void(*[types.intp] * 6, axis, axis, *[types.intp] * 5))
+    return compiled(_resize, types.void(types.int64[:, ::1], *[types.intp] * 4))

@@ -117,7 +117,6 @@ class Fuzz:
         made = Watched(self._function, ImageSpec(height=SIZE[0], width=SIZE[1]))
         for name in ("_places", "_coefficients", "_scratch", "_pixels"):
             setattr(made, name, self.walled(name, getattr(made, name)))
-        made._target = made._scratch.ctypes.data, made._pixels.ctypes.data, made._pixels.strides[0]
         made._film = made._pixels[: SIZE[0], : SIZE[1]]
         return made
 

@@ -57,8 +57,8 @@ def compiled(shape: tuple[int, int], size: int, dtype: str = "float32") -> Compi
 def both(pixels: np.ndarray, box: Box, size: int, flipped: bool, dtype: str = "float32") -> tuple[torch.Tensor, ...]:
     """(size, size, 3) by the compiled resize and by torch's operators."""
     outs = [torch.full((size, size, 3), torch.nan, dtype=getattr(torch, dtype)) for _ in range(2)]
-    compiled(pixels.shape, size, dtype).run(pixels, box, flipped, outs[0])
-    TorchResize(size=size, normalise=NORMALISE).run(pixels, box, flipped, outs[1])
+    compiled(pixels.shape, size, dtype).run([(pixels, box, flipped, outs[0])])
+    TorchResize(size=size, normalise=NORMALISE).run([(pixels, box, flipped, outs[1])])
     return tuple(outs)
 
 
@@ -91,14 +91,14 @@ def test_equals_torch_for_every_length_of_a_side(size: int) -> None:
     resize, other = compiled((700, 40), size), TorchResize(size=size, normalise=NORMALISE)
     out, expected = torch.empty(size, size, 3), torch.empty(size, size, 3)
     for length in [*range(1, 40), *range(40, 700, 13), 320, 700]:
-        resize.run(pixels, [700 - length, 0, length, 40], False, out)
-        other.run(pixels, [700 - length, 0, length, 40], False, expected)
+        resize.run([(pixels, [700 - length, 0, length, 40], False, out)])
+        other.run([(pixels, [700 - length, 0, length, 40], False, expected)])
         assert torch.equal(out, expected), length
     pixels = np.ascontiguousarray(pixels.T)
     resize = compiled((40, 700), size)
     for length in [*range(1, 40, 5), *range(40, 700, 29), 320, 700]:
-        resize.run(pixels, [0, 700 - length, 40, length], True, out)
-        other.run(pixels, [0, 700 - length, 40, length], True, expected)
+        resize.run([(pixels, [0, 700 - length, 40, length], True, out)])
+        other.run([(pixels, [0, 700 - length, 40, length], True, expected)])
         assert torch.equal(out, expected), length
 
 
@@ -118,7 +118,7 @@ def test_stays_within_a_rounding_of_torchvisions_float_resize(real_data: Path) -
     out = torch.empty(224, 224, 3)
     differences = []
     for film, (y, x, h, w), flip in zip(films, boxes, flipped, strict=True):
-        resize.run(film, [y, x, h, w], flip, out)
+        resize.run([(film, [y, x, h, w], flip, out)])
         pixels = torch.from_numpy(film)[None].float()
         small = transforms.resized_crop(pixels, y, x, h, w, [224, 224], InterpolationMode.BICUBIC, antialias=True)
         expected = (small.flip(-1) if flip else small).clamp(0, 255)
@@ -151,7 +151,7 @@ def test_reads_and_writes_nothing_beyond_its_memory(shape: tuple[int, int]) -> N
         pixels[:] = made_up_images(2)[1, : shape[0], : shape[1]] if shape[1] <= 320 else 99
         for size, dtype in [(224, "float32"), (17, "float32"), (224, "float16"), (33, "bfloat16")]:
             border = torch.full((size + 2, size, 3), 7.0, dtype=getattr(torch, dtype))
-            compiled(shape, size, dtype).run(pixels, [0, 0, *shape], False, border[1:-1])
+            compiled(shape, size, dtype).run([(pixels, [0, 0, *shape], False, border[1:-1])])
             assert (border[0] == 7).all() and (border[-1] == 7).all() and not (border[1:-1] == 7).any()
 
 
@@ -160,13 +160,13 @@ def test_what_would_leave_the_image_is_refused() -> None:
     pixels = np.zeros((40, 50), dtype=np.uint8)
     for box in ([0, 0, 41, 50], [1, 0, 40, 50], [0, 1, 40, 50], [-1, 0, 40, 50], [0, 0, 0, 50]):
         with pytest.raises(AssertionError):
-            resize.run(pixels, box, False, out)
+            resize.run([(pixels, box, False, out)])
     with pytest.raises(AssertionError):
-        resize.run(pixels[:, :49], [0, 0, 10, 10], False, out)
+        resize.run([(pixels[:, :49], [0, 0, 10, 10], False, out)])
     with pytest.raises(AssertionError):
-        resize.run(pixels, [0, 0, 10, 10], False, torch.empty(31, 32, 3))
+        resize.run([(pixels, [0, 0, 10, 10], False, torch.empty(31, 32, 3))])
     with pytest.raises(AssertionError):
-        resize.run(pixels, [0, 0, 10, 10], False, torch.empty(32, 32, 3, dtype=torch.float64))
+        resize.run([(pixels, [0, 0, 10, 10], False, torch.empty(32, 32, 3, dtype=torch.float64))])
 
 
 class Untouched:
@@ -352,7 +352,7 @@ def test_raw_pixels_are_not_copied() -> None:
         warnings.simplefilter("error")
         kernel = kernels.ImageKernel(spec, size=224, normalise=NORMALISE)
         assert np.shares_memory(kernel.decode(stored), stored)
-        kernel.run(stored, [0, 0, 320, 320], False, torch.empty(224, 224, 3))
+        kernel.run([stored], [([0, 0, 320, 320], False, torch.empty(224, 224, 3))])
 
 
 def test_the_bench_measures_the_floor_and_says_where_the_time_goes(shards_dir: Path) -> None:

@@ -31,8 +31,9 @@ class DataConfig:
     """Streams the order interleaves; none: 48, or the next multiple of the ranks."""
     threads: int | None = None
     """Threads that decode on each rank; none: the CPUs this process may use, shared by the ranks on this machine."""
-    memory_mb: int = 256
-    """MiB of encoded blocks each rank holds at once."""
+    memory_mb: int | None = None
+    """MiB of encoded blocks each rank holds at once; none: what the streams' blocks, the next of each and those being
+    read take, 256 at most."""
     read_threads: int = 4
     """Threads that read blocks ahead on each rank: requests on the way to the file system at once."""
     ahead: int = 2
