@@ -117,43 +117,60 @@ def test_a_step_in_amp_and_channels_last(shards_dir: Path, tmp_path: Path, preci
     assert np.isfinite(losses).all() and np.mean(losses[-3:]) < np.mean(losses[:3])
 
 
-def test_a_step_does_not_wait_for_the_device(shards_dir: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--optim.optimizer", "sgd", "--accumulate", "4", "--ema", "0.9", "--label-smoothing", "0.1"],
+        ["--activation-checkpointing", "--no-channels-last"],
+    ],
+)
+def test_a_step_does_not_wait_for_the_device(shards_dir: Path, precision: str, options: list[str]) -> None:
     """torch's own detector raises at any operation inside the step that would synchronise host and GPU."""
+    from train.commandline import parse_config
     from train.device import Precision
-    from train.model import ModelConfig, build_model
-    from train.objective import Contrastive
+    from train.ema import build_average, update_average
+    from train.model import build_model
+    from train.nonfinite import Recorder
     from train.optim import build_optimizer
-    from train.presets import PRESETS
     from train.ranks import Ranks
     from train.state import Learner
-    from train.step import Step
+    from train.step import build_step
 
-    precision = Precision(name="bf16", device=torch.device("cuda"))
-    model = build_model(ModelConfig(), vocab_size=49408, context=77).to("cuda", memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, PRESETS["tiny"]().optim)
-    step = Step(
-        Learner(model=model, optimizer=optimizer, scaler=precision.scaler()), Contrastive(Ranks()), precision, Ranks()
-    )
+    config = parse_config("x", ["--shards", str(shards_dir), "--out", "x", *options])
+    chosen = Precision(name=precision, device=torch.device("cuda"))
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model = build_model(config.model, vocab_size=49408, context=77).to("cuda", memory_format=layout)
+    average = build_average(model, config.ema)
+    learner = Learner(model=model, optimizer=build_optimizer(model, config.optim), scaler=chosen.scaler(), ema=average)
+    step, recorder = build_step(config, learner, chosen, Ranks()), Recorder(Ranks(), scaled=precision == "fp16")
     with build_loader(LoaderConfig(shards=shards_dir, backend="cpu", batch_size=BATCH), World(device="cuda")) as loader:
         step(next(loader), 1e-3)
         batch = next(loader)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            step(batch, 1e-3)
+            recorder.note(2, step(batch, 1e-3), batch.samples)
+            if average is not None:
+                update_average(average, model, 0.9, 2)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_checkpoint_s_copy_is_its_own(tmp_path: Path) -> None:
-    """Weights that go on changing on the GPU leave the copy alone; it is pinned, and written as any other."""
-    from train.checkpoint import read_checkpoint, write_checkpoint
-    from train.state import to_host
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_an_update_without_a_number_is_left_out(optimizer: str) -> None:
+    """By the fused kernels of the GPU, from the very first update on."""
+    from train.config import OptimConfig
+    from train.optim import build_optimizer, update
 
-    weights = torch.randn(3, 8, 4, 4, device="cuda").contiguous(memory_format=torch.channels_last)
-    expected = weights.cpu().clone()
-    copied = to_host({"model": {"w": weights}, "rest": [1, None, "x"]})
-    weights.zero_()
-    assert copied["model"]["w"].is_pinned() and copied["model"]["w"].equal(expected)
-    write_checkpoint(tmp_path / "step-0000001.pt", copied)
-    assert read_checkpoint(tmp_path / "step-0000001.pt")["model"]["w"].equal(expected)
+    model = torch.nn.Linear(5, 3, device="cuda")
+    before = model.weight.detach().clone()
+    made = build_optimizer(model, OptimConfig(optimizer=optimizer))
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    for factor in (float("nan"), 1.0):
+        (model(torch.ones(2, 5, device="cuda")).square().sum() * factor).backward()
+        update(made, scaler, torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        made.zero_grad()
+        assert model.weight.equal(before) == (factor != 1.0)
+    assert model.weight.isfinite().all()

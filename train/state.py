@@ -182,7 +182,7 @@ def restore(payload: dict[str, Any], learner: Learner, ranks: Ranks) -> Progress
     """Put a payload back in place; returns the progress. The fingerprint has been checked."""
     learner.model.load_state_dict(payload["model"])
     if learner.ema is not None:
-        learner.ema.load_state_dict(payload["ema"])
+        learner.ema.load_state_dict(payload.get("ema", payload["model"]))  # --force may have turned it on
     learner.optimizer.load_state_dict(payload["optimizer"])
     learner.scaler.load_state_dict(payload["scaler"])
     if len(payload["rng"]) == ranks.size:
