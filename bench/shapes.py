@@ -243,6 +243,17 @@ def tune_tables(raw: Row) -> Iterator[Table]:
     )
 
 
+def recipe_tables(raw: Row) -> Iterator[Table]:
+    """What a run of the recipe took."""
+    yield pairs_table("The recipe", raw, ("figure", "value"))
+
+
+def gpu_test_tables(raw: Row) -> Iterator[Table]:
+    """The tests that need a GPU."""
+    lines = [*items(raw.get("summary")), *items(raw.get("not_passed"))]
+    yield Table(title="", header=("said",), rows=tuple((text(line),) for line in lines))
+
+
 def _has(*names: str) -> Callable[[Row], bool]:
     return lambda raw: all(name in raw for name in names)
 
@@ -272,6 +283,10 @@ KINDS = {
     ),
     "encodings": Kind(title="Encodings", fits=_has("inputs"), cases=no_cases, tables=encodings_tables),
     "order": Kind(title="Order of samples", fits=_has("shuffle"), cases=no_cases, tables=order_tables),
+    "recipe": Kind(title="Recipe", fits=_has("whole", "steps", "wall_s"), cases=no_cases, tables=recipe_tables),
+    "gpu tests": Kind(
+        title="Tests on the GPU", fits=_has("exit_code", "summary"), cases=no_cases, tables=gpu_test_tables
+    ),
     "demo": Kind(title="Demo", fits=_has("evaluation", "loader"), cases=loader_cases, tables=demo_tables),
     "nih": Kind(title="NIH films", fits=_has("test", "bootstrap"), cases=no_cases, tables=nih_tables),
     "controls": Kind(title="Controls", fits=_has("auroc", "passed"), cases=no_cases, tables=controls_tables),

@@ -186,8 +186,8 @@ def _recipe(results: Sequence[Result]) -> Figure | None:
     """Minutes of the whole recipe, run or extrapolated."""
 
     def measure(result: Result) -> Figure | None:
-        recipe = mapping(result.raw.get("recipe"))
-        seconds = number(recipe.get("seconds_25000"))
+        recipe = result.raw if result.kind == "recipe" and result.raw.get("preset") == RECIPE else {}
+        seconds = number(recipe.get(f"seconds_{RECIPE_STEPS}"))
         if GPU not in result.machine or seconds is None:
             return None
         how = "run whole" if recipe.get("whole") else text(f"from {recipe.get('steps', '?')} steps")

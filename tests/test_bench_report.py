@@ -84,6 +84,27 @@ def test_a_standard_is_not_read_from_another_case(change: dict[str, object], tmp
     assert all(figure is None for _, figure, _ in judged(results_of(tmp_path, elsewhere)))
 
 
+def test_standards_of_a_gpu(tmp_path: Path) -> None:
+    """From what `make gpu` writes: the fastest of ours to the fastest of theirs, the recipe's own batch alone."""
+
+    def case(name: str, size: int, *rates: float, **more: float) -> dict[str, Any]:
+        return {"name": name, "batch_size": size, "rounds": [{"images_per_s": rate, **more} for rate in rates]}
+
+    settings = {"preset": "cxr-dinov3-clip", "batch_size": 64}
+    steps = [case("step", 64, 100, 110), case("step compiled", 64, 180, 220), case("open_clip", 64, 90, 100)]
+    steps += [case("open_clip compiled", 64, 120, 110), case("step", 256, 999), case("open_clip", 256, 1)]
+    loop = [case("live", 64, 175, wait_share=0.004), case("resident", 64, 180), case("loader alone", 64, 1080)]
+    recipe = {"preset": "cxr-dinov3-clip", "whole": False, "steps": 500, "wall_s": 20, "seconds_25000": 840}
+    machine = {"gpu": "NVIDIA H200", "cpus": 16, "cpu": "x"}
+    parts = {"step": {"bench": "step", "settings": settings, "cases": steps}, "recipe": recipe}
+    parts |= {"together": {"bench": "together", "settings": settings, "cases": loop}}
+    content = {"bench": "gpu", "environment": machine, **parts}
+    found = {standard.wanted: figure.value for standard, figure, _ in judged(results_of(tmp_path, content)) if figure}
+    assert found == pytest.approx({5: 6.0, 0.01: 0.004, 15: 14.0, 1.3: 1.75})
+    content["environment"] |= {"gpu": "NVIDIA T4"}
+    assert not any(figure for _, figure, _ in judged(results_of(tmp_path, content)))
+
+
 OLD = {"hdf5": [100.0, 103.0, 98.0, 101.0, 102.0], "cpu": [700.0, 690.0, 705.0, 695.0, 702.0]}
 
 
