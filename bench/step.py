@@ -44,7 +44,7 @@ class StepBenchConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
     threads: int | None = None
-    """Threads that decode; none: one a CPU of the affinity mask."""
+    """Threads that decode, and on a CPU those of the arithmetic; none: one a CPU of the affinity mask."""
 
     @property
     def compile(self) -> bool:

@@ -48,7 +48,7 @@ class TogetherConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
     threads: int | None = None
-    """Threads that decode; none: one a CPU of the affinity mask."""
+    """Threads that decode, and on a CPU those of the arithmetic; none: one a CPU of the affinity mask."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "rounds"):
@@ -106,6 +106,7 @@ def train_config(config: Any, out: Path) -> Any:
         compile=config.compile,
         vision_weights="none",
         text_weights="none",
+        threads=config.threads,
         data=data,
     )
 
