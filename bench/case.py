@@ -204,8 +204,6 @@ def _write_uint8(source: Path, target: Path) -> None:
 def _look(task: Task) -> dict[str, Any]:
     import importlib.util
 
-    import torch
-
     from bench.cases import PEERS
     from bench.pairs import check_pairs
     from bench.peers import missing
@@ -218,6 +216,8 @@ def _look(task: Task) -> dict[str, Any]:
         csv=tuple(map(Path, task.csv)),
         text_column=task.text_column,
     )
+    import torch  # seconds, that a mistake need not wait for
+
     manifest = read_manifest(Path(task.shards))
     nvidia = importlib.util.find_spec("nvidia") is not None
     return {

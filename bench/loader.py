@@ -7,6 +7,7 @@ all alike; ratios are taken within a round, and medians over rounds are reported
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,9 @@ from shards.errors import InputError
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderBenchConfig:
     """Measure films per second of our loader on every backend that runs here, against the per-worker HDF5 baseline,
-    loaders of others over the same shards, and peers."""
+    loaders of others over the same shards, and peers.
+
+    With --tune instead: search for the loader's settings on this file system; see --tune --help."""
 
     shards: Path
     """Folder of shards."""
@@ -235,7 +238,8 @@ def _describe(config: LoaderBenchConfig, found: dict[str, Any]) -> dict[str, Any
     settings: dict[str, Any] = {
         name: getattr(config, name) for name in ("batch_size", "rounds", "seconds", "warmup_batches", "cold")
     }
-    settings |= {"threads": config.threads or machine["cpus"], "cpus": sorted(os.sched_getaffinity(0))}
+    cpus = sorted(os.sched_getaffinity(0))
+    settings |= {"threads": config.threads or len(cpus), "cpus": cpus}
     settings |= {"films": found["films"], "block_rows": found["block_rows"]}
     if any(config.slow_settings()):
         names = ("latency_ms", "bandwidth_mb", "jitter", "readahead_kb")
@@ -255,7 +259,12 @@ def _pinned(cpus: tuple[int, ...]) -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print a table, write JSON."""
+    """Measure, print a table, write JSON; with --tune, `bench.tune` instead."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if "--tune" in arguments:
+        from bench import tune
+
+        return tune.main([each for each in arguments if each != "--tune"])
     with main_guard("bench.loader"):
         config = parse(LoaderBenchConfig, argv, prog="python -m bench.loader")
         from shards.atomic import check_writable, write_atomic

@@ -96,7 +96,7 @@ def table(result: dict[str, Any]) -> list[str]:
     shown = {head: each for head, each in COLUMNS.items() if any(each[0] in row for row in rows)}
     lines, latency = [_line("loader", list(shown))], None
     for row in rows:
-        if row.get("latency_ms") != latency:
+        if row.get("latency_ms", latency) != latency:
             latency = row["latency_ms"]
             lines.append(f"-- {latency:g} ms a request")
         lines.append(_line(row["name"], [_cell(row, *each) for each in shown.values()], row))

@@ -1,0 +1,365 @@
+"""The loader bench: what it counts, how it compares, that cold is cold and slow is slow. No test looks at a speed."""
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, assert_refused, run_module
+
+from bench.case import Task
+from bench.cases import Case
+from bench.cold import evict, resident_bytes
+from bench.environment import _TELLING, file_system
+from bench.loader import LoaderBenchConfig, run_bench
+from bench.peers import LOADERS, WRITERS, missing
+from bench.slow import Counts, SlowFileSystem, SlowSettings
+from bench.summary import summarise, table
+from bench.watch import usage
+from shards.errors import InputError
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None and shutil.which("gcc") is None, reason="no C compiler")
+MEASURED = ("hdf5", "hdf5 uint8", "webdataset", "dali reader", "cpu")
+
+
+# --- one run, whole ---
+
+
+@pytest.fixture(scope="module")
+def slow_run(source: tuple[Path, Path], shards_dir: Path) -> tuple[dict[str, Any], str]:
+    """Every kind of case once on a slow file system: the JSON and the table."""
+    if shutil.which("cc") is None and shutil.which("gcc") is None:
+        pytest.skip("no C compiler for the slow file system")
+    h5, csv = source
+    config = LoaderBenchConfig(
+        shards=shards_dir, h5=h5, csv=(csv,), uint8=True, peers=True, only=(*MEASURED, "ffcv"),
+        rounds=1, seconds=0.3, memory_s=0.2, warmup_batches=1, batch_size=16,
+        latency_ms=(1.0,), bandwidth_mb=400, jitter=0.1, readahead_kb=0,
+    )  # fmt: skip
+    result = run_bench(config)
+    return json.loads(json.dumps(result)), "\n".join(table(result))
+
+
+def test_a_run_has_every_case_with_every_figure(slow_run: tuple[dict[str, Any], str]) -> None:
+    result, said = slow_run
+    cases = {case["name"]: case for case in result["cases"]}
+    assert set(cases) >= set(MEASURED)
+    for name in MEASURED:
+        case, (taken,) = cases[name], cases[name]["rounds"]
+        assert case["latency_ms"] == 1 and case.get("peer", False) == (name in ("webdataset", "dali reader"))
+        assert taken["images"] > 0 and taken["images"] % 16 == 0
+        assert case["images_per_s"] == taken["images_per_s"] == case["lowest"] == case["highest"] > 0
+        assert case["ratio_to_hdf5"] == taken["images_per_s"] / cases["hdf5"]["rounds"][0]["images_per_s"]
+        assert case["first_batch_s"] > 0 and 0 < case["cpu_s_per_1000"] < 1000
+        assert 50 << 20 < case["pss_bytes"] < 20 << 30  # torch alone is more than that
+        assert name in said
+    assert result["bench"] == "loader" and result["settings"]["latency_ms"] == [1.0]
+    assert set(result["environment"]["file_system"]) == {"shards", "h5"}
+    assert "PSS MiB" in said and "CPU s/1000" in said and "1 ms a request" in said
+
+
+def test_the_slow_file_system_is_under_every_case(slow_run: tuple[dict[str, Any], str]) -> None:
+    """Requests counted in the measured stretch: a film each from HDF5, of its size; less than a film from shards."""
+    cases = {case["name"]: case for case in slow_run[0]["cases"]}
+    film = 320 * 320
+    for name, size in (("hdf5", 4 * film), ("hdf5 uint8", film)):
+        (taken,) = cases[name]["rounds"]
+        assert taken["requests"] >= 0.5 * taken["images"]  # workers are ahead or behind by some batches
+        assert size <= taken["request_bytes"] / taken["requests"] < 1.1 * size
+    for name in ("webdataset", "dali reader", "cpu"):
+        (taken,) = cases[name]["rounds"]
+        assert taken["requests"] > 0 and taken["request_bytes"] > 0
+
+
+def test_a_peer_that_is_absent_is_a_row_with_the_reason(slow_run: tuple[dict[str, Any], str]) -> None:
+    if missing("ffcv") is None:
+        pytest.skip("FFCV is installed here")
+    rows = [case for case in slow_run[0]["cases"] if case["name"] == "ffcv"]
+    assert rows and "not installed" in rows[0]["note"] and "rounds" not in rows[0] and "images_per_s" not in rows[0]
+    assert "not installed (pip install ffcv)" in slow_run[1]
+
+
+def test_results_name_no_path(slow_run: tuple[dict[str, Any], str], source: tuple[Path, Path]) -> None:
+    text = json.dumps(slow_run[0])
+    assert str(source[0].parent) not in text and "/tmp" not in text and os.uname().nodename not in text
+
+
+def test_the_parent_stays_small() -> None:
+    """Pages that parent and child share count half for each: what the child needs must not be in the parent."""
+    code = "import sys, bench.loader; print([m for m in ('torch', 'numpy', 'pyarrow', 'nvidia') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_a_cold_run_evicts_and_says_so(shards_dir: Path, tmp_path: Path) -> None:
+    if file_system(tmp_path)["type"] == "tmpfs":
+        pytest.skip("the tests' folder is in memory, which cannot be evicted")
+    copy = shutil.copytree(shards_dir, tmp_path / "shards")
+    cpu = min(os.sched_getaffinity(0))
+    config = LoaderBenchConfig(
+        shards=copy, rounds=1, seconds=60, memory_s=0, batch_size=16, only=("cpu",), cold=True, cpus=(cpu,)
+    )
+    result = run_bench(config)
+    assert result["settings"]["cpus"] == [cpu] and result["settings"]["threads"] == 1 and result["settings"]["cold"]
+    assert os.sched_getaffinity(0) >= {cpu}
+    (case,) = result["cases"]
+    (taken,) = case["rounds"]
+    tars = sum(path.stat().st_size for path in copy.glob("train-*.tar"))
+    assert taken["resident_share"] <= 0.01
+    assert 60 <= taken["images"] < 60 + 2 * 16  # one epoch, in whole batches
+    assert taken["read_bytes"] >= 0.9 * tars  # from storage: nothing else had them
+
+
+# --- arithmetic ---
+
+
+def rounds(*rates: float, **others: float) -> list[dict[str, Any]]:
+    base = {"first_batch_s": 0.5, "images": 200, "cpu_s_per_1000": 2.0, "read_bytes": 0, "rchar": 50}
+    return [base | {"images_per_s": rate} | others for rate in rates]
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    """A round in which the machine was slow falls on both: 2, 4, 3 and not a median by a median."""
+    cases = [
+        Case(name=name, loader=name, peer=name in ("webdataset", "spdl")) for name in ("hdf5", "cpu", "webdataset")
+    ]
+    taken: dict[Any, Any] = {
+        ("hdf5", None): rounds(100, 10, 50, pss_bytes=7),
+        ("cpu", None): rounds(200, 40, 150, pss_bytes=5),
+        ("cpu floor", None): rounds(400, 40, 300),
+        ("webdataset", None): rounds(50, 5, 25),
+        ("spdl", None): [],
+    }
+    found = {row["name"]: row for row in summarise(cases, taken, {("spdl", None): "not installed"})}
+    cpu = found["cpu"]
+    assert (cpu["ratio_to_hdf5"], cpu["ratio_lowest"], cpu["ratio_highest"]) == (3, 2, 4)
+    assert cpu["share_of_floor"] == 0.5 and cpu["ratio_to_best_peer"] == 6
+    assert (cpu["images_per_s"], cpu["lowest"], cpu["highest"], cpu["pss_bytes"]) == (150, 40, 200, 5)
+    assert cpu["rchar_per_1000"] == 250 and cpu["rounds"] == taken["cpu", None]
+    assert found["spdl"]["note"] == "not installed" and "images_per_s" not in found["spdl"]
+    lines = table({"cases": list(found.values())})
+    assert any(line.startswith("spdl") and line.endswith("not installed") for line in lines)
+
+
+def test_each_latency_is_compared_with_its_own_baseline() -> None:
+    cases = [Case(name="hdf5", loader="hdf5"), Case(name="cpu", loader="cpu")]
+    taken: dict[Any, Any] = {("hdf5", 0.0): rounds(100), ("cpu", 0.0): rounds(400)}
+    taken |= {("hdf5", 20.0): rounds(10), ("cpu", 20.0): rounds(300)}
+    found = {(row["name"], row["latency_ms"]): row for row in summarise(cases, taken, {})}
+    assert found["cpu", 0.0]["ratio_to_hdf5"] == 4 and found["cpu", 20.0]["ratio_to_hdf5"] == 30
+
+
+def fake_children(monkeypatch: pytest.MonkeyPatch, failing: str) -> list[str]:
+    """`run_child` that measures nothing and fails for one loader; the loaders it was called for."""
+    called: list[str] = []
+
+    def run_child(task: Task, environment: Any = None) -> dict[str, Any]:
+        assert environment is None
+        if task.action == "look":
+            absent = dict.fromkeys(("spdl", "streaming", "litdata", "ffcv"), "not installed")
+            return {"cuda": False, "dali": False, "films": 60, "block_rows": 1, "codec": "jpeg", "missing": absent}
+        called.append(task.loader)
+        if task.loader == failing:
+            raise InputError("it broke")
+        return rounds(100.0)[0]
+
+    monkeypatch.setattr("bench.loader.run_child", run_child)
+    return called
+
+
+def test_a_loader_of_others_that_fails_is_a_row_and_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, shards_dir: Path
+) -> None:
+    called = fake_children(monkeypatch, "webdataset")
+    found = {case["name"]: case for case in run_bench(LoaderBenchConfig(shards=shards_dir, rounds=3))["cases"]}
+    assert found["webdataset"]["note"] == "failed: it broke" and "rounds" not in found["webdataset"]
+    assert called.count("webdataset") == 1 and len(found["cpu"]["rounds"]) == 3
+
+
+def test_ours_has_to_run(monkeypatch: pytest.MonkeyPatch, shards_dir: Path) -> None:
+    fake_children(monkeypatch, "cpu")
+    with pytest.raises(InputError, match="it broke"):
+        run_bench(LoaderBenchConfig(shards=shards_dir, rounds=1))
+
+
+def test_what_cannot_be_is_refused(shards_dir: Path) -> None:
+    for flags, words in (
+        (["--cpus", "9999"], "--cpus 9999"),
+        (["--uint8"], "--h5"),
+        (["--latency-ms", "-1"], "--latency-ms -1"),
+        (["--bandwidth-mb", "0"], "--bandwidth-mb 0"),
+    ):
+        assert_refused(run_module("bench.loader", "--shards", shards_dir, *flags), words)
+
+
+# --- counted by the kernel ---
+
+
+def test_usage_counts_the_tree() -> None:
+    """CPU time of a child that is still there is counted; and never more than all CPUs could give."""
+    code = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
+    before, started = usage(os.getpid()).cpu_s, time.perf_counter()
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    spent = usage(os.getpid()).cpu_s - before
+    child.communicate(b"\n")
+    assert 0.3 <= spent <= (time.perf_counter() - started) * (os.cpu_count() or 1)
+
+
+def test_eviction_is_verified(tmp_path: Path) -> None:
+    if file_system(tmp_path)["type"] == "tmpfs":
+        pytest.skip("the tests' folder is in memory, which cannot be evicted")
+    (tmp_path / "folder").mkdir()
+    file = tmp_path / "folder" / "film"
+    file.write_bytes(os.urandom(1_000_003))
+    assert resident_bytes(file) == 1_000_003
+    assert evict([tmp_path / "folder"]) <= 0.01 and resident_bytes(file) < 10_004
+    before = usage(os.getpid()).storage_bytes
+    file.read_bytes()
+    assert usage(os.getpid()).storage_bytes - before >= 990_000
+    assert resident_bytes(file) == 1_000_003
+
+
+def test_what_cannot_be_evicted_is_refused() -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or file_system(memory)["type"] != "tmpfs":
+        pytest.skip("no file system in memory here")
+    file = memory / f"shardclip-test-{os.getpid()}"
+    file.write_bytes(bytes(100_000))
+    try:
+        with pytest.raises(InputError, match=r"100\.0% of the bytes .* still in memory"):
+            evict([file])
+    finally:
+        file.unlink()
+
+
+def test_mount_options_tell_no_names() -> None:
+    told = ["rw", "vers=4.2", "rsize=1048576", "size=24684092k", "data=ordered"]
+    kept = [
+        "addr=10.0.0.1",
+        "lowerdir=/home/x",
+        "dev=fs1",
+        "uid=1000",
+        "resgid=65534",
+        "username=jane",
+        "clientaddr=1.2.3.4",
+    ]
+    assert [option for option in told + kept if _TELLING.fullmatch(option)] == told
+    assert file_system(Path("/proc"))["type"] == "proc"
+
+
+# --- a slow file system ---
+
+
+def under(slow: SlowFileSystem, code: str, *arguments: object) -> Counts:
+    """What a Python process asks of it."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | slow.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return slow.counts()
+
+
+WAYS = {
+    "read": "os.read(fd, 4096)",
+    "pread": "os.pread(fd, 4096, 0)",
+    "readv": "os.readv(fd, [bytearray(2048), bytearray(2048)])",
+    "preadv": "os.preadv(fd, [bytearray(4096)], 0)",
+    "fread": "libc.fread(ctypes.create_string_buffer(4096), 1, 4096, ctypes.c_void_p(libc.fopen(name, b'rb')))",
+    "pread64": "libc.pread64(fd, ctypes.create_string_buffer(4096), 4096, 0)",
+}
+OPENED = """import ctypes, os, sys
+name = sys.argv[1].encode()
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+fd = os.open(name, os.O_RDONLY)
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_read_is_delayed(way: str, tmp_path: Path) -> None:
+    (tmp_path / "film").write_bytes(bytes(100_000))
+    with SlowFileSystem(SlowSettings(latency_ms=1), [tmp_path]) as slow:
+        counts = under(slow, OPENED + WAYS[way], tmp_path / "film")
+    assert counts.requests == 1 and counts.bytes == 4096
+
+
+@needs_compiler
+def test_a_request_waits_and_other_files_do_not(tmp_path: Path) -> None:
+    """A lower bound on time, which no busy machine can break; files elsewhere cost no request."""
+    for name in ("slow", "slower", "fast"):
+        (tmp_path / name).write_bytes(bytes(1_000_000))
+    code = OPENED + "for at in range(10): os.pread(fd, 1000, (at * 7919 + 1) * 37 % 900_000)"
+    with SlowFileSystem(SlowSettings(latency_ms=20), [tmp_path / "slow"]) as slow:
+        started = time.perf_counter()
+        assert under(slow, code, tmp_path / "slow") == Counts(requests=10, bytes=10_000, refused_maps=0)
+        assert time.perf_counter() - started >= 0.2
+        for other in ("slower", "fast"):  # "slower" begins with the same letters
+            assert under(slow, code, tmp_path / other).requests == 10
+
+
+@needs_compiler
+def test_bandwidth_is_shared_by_processes(tmp_path: Path) -> None:
+    (tmp_path / "film").write_bytes(bytes(1_000_000))
+    code = OPENED + "child = os.fork()\nos.pread(fd, 1_000_000, 0)\nchild and os.wait()"
+    with SlowFileSystem(SlowSettings(bandwidth_mb=5), [tmp_path]) as slow:
+        started = time.perf_counter()
+        assert under(slow, code, tmp_path / "film").bytes == 2_000_000  # whole, twice: no cache between processes
+        assert time.perf_counter() - started >= 0.4
+
+
+@needs_compiler
+def test_reading_in_order_fetches_ahead(tmp_path: Path) -> None:
+    """10 KiB at a time, as tarfile does it: one request, then one for every 64 KiB, and none at the end of the file."""
+    (tmp_path / "film").write_bytes(bytes(300 << 10))
+    code = OPENED + "while os.read(fd, 10 << 10): pass"
+    with SlowFileSystem(SlowSettings(latency_ms=1, readahead_kb=64), [tmp_path]) as slow:
+        counts = under(slow, code, tmp_path / "film")
+    assert counts.bytes == 300 << 10 and counts.requests == 1 + -(-290 // 64)
+
+
+@needs_compiler
+def test_mapping_a_slow_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "film").write_bytes(bytes(10_000))
+    code = (
+        OPENED + "import errno, mmap\ntry: mmap.mmap(fd, 10_000, prot=mmap.PROT_READ)\n"
+        "except OSError as error: assert error.errno == errno.ENODEV\nelse: raise SystemExit('mapped')\n"
+        "mmap.mmap(-1, 4096)"
+    )
+    with SlowFileSystem(SlowSettings(latency_ms=1), [tmp_path]) as slow:
+        assert under(slow, code, tmp_path / "film").refused_maps == 1
+
+
+def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="C compiler"):
+        SlowFileSystem(SlowSettings(latency_ms=1), [tmp_path])
+
+
+# --- peers ---
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_peers_that_are_installed_give_batches(name: str, shards_dir: Path, tmp_path: Path) -> None:
+    if (why := missing(name)) is not None:
+        pytest.skip(f"{name}: {why}")
+    data = tmp_path / "data"
+    data.mkdir()
+    for action in (["write"] if name in WRITERS else []) + ["measure"]:
+        task = Task(action=action, loader=name, shards=str(shards_dir), data=str(data), batch_size=16, seconds=0.1)
+        done = run_module("bench.case", json.dumps(asdict(task)), tmp_path / "result")
+        assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "result").read_text())["images"] % 16 == 0
+
+
+def test_libc_is_glibc() -> None:
+    """`slow.c` looks into a stream's buffer as glibc has it."""
+    assert hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
