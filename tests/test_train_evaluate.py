@@ -37,7 +37,7 @@ def write_checkpoint(path: Path, shards: Path, seed: int, **more: object) -> Pat
     config = small(shards, path.parent)
     settings = {name: value for name, value in to_fields(config).items() if name not in ("shards", "out", "h5")}
     prints = {"tokenizer": read_manifest(shards).tokenizer.digest}
-    payload = {"step": seed, "config": settings, "fingerprint": prints, "model": weights(seed), **more}
+    payload = {"step": seed, "config": settings, "fingerprint": prints, "model": weights(seed)} | more
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encode(payload))
     return path
@@ -329,11 +329,14 @@ def test_mistakes_are_one_line(run: Path, shards_dir: Path, tmp_path: Path, caps
     assert "no shards here" in refused("--checkpoint", str(run), "--shards", str(tmp_path))
     assert "'dev'" in refused(*good, "--split", "dev")
     assert "--prompt-forms 'PA'" in refused(*good, "--prompt-forms", "PA")
-    assert "4 checkpoints" not in refused(*good, "--top", "5") and "--top 0" in refused(*good, "--top", "0")
-    assert "here are 3 checkpoints" in refused(*good, "--top", "5")
+    assert "here are 4 checkpoints" in refused(*good, "--top", "5") and "--top 0" in refused(*good, "--top", "0")
+    assert "here are 3 checkpoints" in refused(*good, "--top", "4")  # two of the files are of one step
     assert "twice" in refused("--checkpoint", str(run), str(run / "best.pt"), *shards)
     assert "no averaged weights" in refused(*good, "--weights", "ema")
     assert "cannot read the prompts" in refused(*good, "--prompts-file", str(tmp_path / "none.toml"))
+    broken = {name: torch.full_like(value, torch.nan) for name, value in weights(0).items()}
+    nan = write_checkpoint(tmp_path / "nan.pt", shards_dir, 1, model=broken)
+    assert "not finite" in refused("--checkpoint", str(nan), *shards)
     assert "loss on val" in refused(*good, "--top", "1", "--where", "split == 'test'")
 
 

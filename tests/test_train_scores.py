@@ -59,9 +59,9 @@ def test_one_sided_labels_have_no_score(truth: list[float]) -> None:
 
 
 def test_what_uncertain_counts_as() -> None:
-    labels = np.array([1, 0, -1, np.nan], np.float32)
+    labels = np.array([1, 0, -1, np.nan, 2], np.float32)
     for policy, value in (("ignore", np.nan), ("positive", 1), ("negative", 0)):
-        np.testing.assert_array_equal(truth_of(labels, policy), [1, 0, value, np.nan])
+        np.testing.assert_array_equal(truth_of(labels, policy), [1, 0, value, np.nan, np.nan])
 
 
 @pytest.mark.parametrize(("by", "metric"), [("f1", f1_score), ("mcc", matthews_corrcoef)])

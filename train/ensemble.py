@@ -122,9 +122,13 @@ def read_members(paths: Sequence[Path], weights: Weights) -> Iterator[Member]:
 
 def lowest(loss: Mapping[Path, float], top: int) -> list[Path]:
     """The `top` files with the lowest loss, best first. InputError where there are fewer."""
-    if len(loss) < top:
-        raise InputError(f"--top {top}: here are {len(loss)} checkpoints; a run keeps its best and its newest --keep")
+    _check_enough(len(loss), top)
     return sorted(loss, key=loss.__getitem__)[:top]
+
+
+def _check_enough(count: int, top: int) -> None:
+    if count < top:
+        raise InputError(f"--top {top}: here are {count} checkpoints; a run keeps its best and its newest --keep")
 
 
 def model_of(member: Member, manifest: Manifest) -> nn.Module:
@@ -155,6 +159,7 @@ class Predictor:
     ) -> tuple[list[dict[str, Any]], dict[str, Predicted]]:
         """Step and weights of each checkpoint, and what all of them, or the `top` of them, make of each split."""
         if top is not None:
+            _check_enough(len(files), top)  # before anything is embedded
             files = lowest({m.path: self._one(m, "val").loss for m in read_members(files, self.weights)}, top)
         told, parts = [], []
         for file in files:

@@ -26,7 +26,7 @@ METRICS = (*RANKED, *THRESHOLDED)
 
 def truth_of(labels: NDArray[np.float32], uncertain: Uncertain = "ignore") -> Floats:
     """Labels as they are scored, same shape: 1, 0, or NaN for left out. `uncertain` says what -1 becomes."""
-    truth = labels.astype(np.float64)
+    truth = np.where(np.isin(labels, (0, 1)), labels, np.nan).astype(np.float64)
     truth[labels == -1] = {"ignore": np.nan, "positive": 1.0, "negative": 0.0}[uncertain]
     return truth
 

@@ -55,9 +55,14 @@ def predict(
     precision: str = "fp32",
     wording: Wording = _WORDING,
 ) -> Predicted:
-    """Embed the split that `loader` (mode `eval`) names, once, and compare it with the prompts."""
+    """Embed the split that `loader` (mode `eval`) names, once, and compare it with the prompts.
+
+    InputError where the vectors are not finite.
+    """
     place = torch.device(device)
     embedded = embed_split(model, loader, choose_precision(precision, place), Ranks())
+    if not (embedded.images.isfinite().all() and embedded.texts.isfinite().all()):  # which would sort somehow
+        raise InputError("the model's vectors are not finite: its training ran away; evaluate an earlier checkpoint")
     columns = [
         probabilities(embedded.images, *embed_prompts(model, label, manifest, place, wording)).cpu().numpy()
         for label in manifest.labels
