@@ -169,10 +169,19 @@ def state(pid: int) -> str:
         return ""
 
 
-def end(life: Life, kind: str, out: Path, after_s: float, luck: random.Random) -> None:
-    """Wait so long, or for a checkpoint that is being written, then end a life."""
-    while life.running() and not life.ranks():
-        time.sleep(0.002)
+def last_step(out: Path) -> int:
+    """The last step that a run has told of; 0 before."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        return json.loads((out / "metrics.jsonl").read_bytes().splitlines()[-1])["step"]
+    return 0
+
+
+def end(life: Life, kind: str, out: Path, luck: random.Random) -> None:
+    """End a life: one in five while it starts, the others some time after a step, or in a save."""
+    early, begun, deadline = luck.random() < 0.2, last_step(out), time.monotonic() + 60
+    after_s = luck.uniform(0.0, (10.0 if life.real else 2.0) if early else 1.0)
+    while life.running() and not (early or last_step(out) > begun or time.monotonic() > deadline):
+        time.sleep(0.005)
     deadline = time.monotonic() + after_s
     while life.running() and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -194,7 +203,7 @@ def soak_once(
         life = Life(server, arguments(shards, out, *more), ranks, real=luck.random() < real_share)
         kind = luck.choice(KINDS)
         if time.monotonic() < until:
-            end(life, kind, out, luck.uniform(0.0, 12.0 if life.real else 3.0), luck)
+            end(life, kind, out, luck)
         codes, errors = life.join()
         done = not any(codes) and not (out / "requeue").exists()
         counts[f"{'torchrun' if life.real else 'forked'} {'finished' if done else kind}"] += 1

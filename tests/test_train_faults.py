@@ -129,9 +129,11 @@ def test_killed_at_a_system_call(
         pids = server.start(arguments(shards_dir, tmp_path / "run", *STEPS), sleep=[0, 1, 0.5])
         inject = f"inject={CALLS[call]}:signal=KILL:when={number}"
         options = ["-f", "-qq", "-o", "/dev/null", "-e", f"trace={CALLS[call]}", "-e", inject]
-        tracer = subprocess.Popen([strace, *options, "-p", str(pids[0])], stderr=subprocess.DEVNULL)
+        tracer = subprocess.Popen([strace, *options, "-p", str(pids[0])], stderr=subprocess.PIPE, text=True)
         codes, errors = server.wait(pids)
-        tracer.wait(60)
+        _, complaints = tracer.communicate(timeout=60)
+        if "not permitted" in complaints:
+            pytest.skip("strace may not attach to processes here")
         assert codes in ([-signal.SIGKILL], [0]), errors
         hit += codes != [0]
         if codes == [0]:

@@ -1,5 +1,7 @@
 """Which checkpoint a run goes on from: the newest that is whole, ours and of the same settings; one for all ranks."""
 
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from train.ranks import Ranks, tell, together
 from train.rundir import RunFolder
 from train.state import differences
 
+SHOWN_AFTER_S = 90.0
+"""Longer than NFS believes by default that a file is not there, or is what it was."""
 FIELDS: dict[str, type | tuple[type, ...]] = {
     **{"step": int, "position": int, "order_digest": str, "bad_samples": list, "config": dict, "fingerprint": dict},
     **{"model": dict, "optimizer": dict, "scaler": dict, "rng": list, "device_rng": list},
@@ -33,7 +37,19 @@ def agree_on_checkpoint(
     if step is None:
         return None
     path = folder.checkpoints / checkpoint_name(step)
-    return together(ranks, prog, lambda: found or read_checkpoint(path))
+    return together(ranks, prog, lambda: found or _read_when_shown(path))
+
+
+def _read_when_shown(path: Path) -> dict[str, Any]:
+    """A file that rank 0 has read; this node may be shown it a little later."""
+    deadline = time.monotonic() + SHOWN_AFTER_S
+    while True:
+        try:
+            return read_checkpoint(path)
+        except DamagedCheckpoint:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(1)
 
 
 def find_checkpoint(

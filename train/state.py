@@ -24,15 +24,15 @@ from train.versions import package_version
 PATHS = ("shards", "out", "h5", "vision_weights", "text_weights")
 """Settings that stay out of checkpoints: where files lie is nobody's business elsewhere."""
 
-
 VERSIONS = ("torch", "open_clip_torch", "timm")
 DALI_PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 """A newer one of these gives other last digits, or other pixels. Not so the others: order, crops and the backend `cpu`
 are this program's own, and libjpeg-turbo's pixels are fixed."""
 
-
-READING = ("threads", "memory_mb", "read_threads", "ahead", "own_jpeg")
-READING += ("max_bad", "stage_dir", "stage_gb", "stall_abort_s")
+READING = (
+    *("threads", "memory_mb", "read_threads", "ahead", "own_jpeg"),
+    *("max_bad", "stage_dir", "stage_gb", "stall_abort_s"),
+)
 """Settings of `data` that a run may change on its way: they change no sample."""
 
 
