@@ -39,7 +39,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}'); [ -x $(BIN)/python ] || [ "$$free" -ge $(NEED_GB) ] || \
 	  { echo "Only $$free GB are free here; $(NEED_GB) GB are needed." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,cluster,dicom]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,cluster,dicom,export,tune,wandb]'
 	touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -20,8 +21,8 @@ class Floor:
     films: int
 
 
-def measure_floor(source: SourceConfig, workers: int) -> Floor:
-    """Read and encode all films in so many processes, started and warm."""
+def measure_floor(source: SourceConfig, workers: int, prepare: Callable[[], object]) -> Floor:
+    """Read and encode all films in so many processes, started and warm; `prepare` is called before the clock starts."""
     from ingest.films import H5Films
     from ingest.inputs import range_rows
 
@@ -34,6 +35,7 @@ def measure_floor(source: SourceConfig, workers: int) -> Floor:
     ) as pool:
         for _ in pool.map(read_and_encode, tasks[:1] * workers * 2):  # imports, and the files' first pages
             pass
+        prepare()
         started = time.perf_counter()
         cpu_s = sum(pool.map(read_and_encode, tasks))
         return Floor(seconds=time.perf_counter() - started, cpu_s=cpu_s, films=count)

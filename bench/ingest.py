@@ -3,10 +3,10 @@
 The floor is reading and encoding alone, by the functions that the ingest itself uses, in as many processes, started and
 warm, with nothing written. Each round measures floor and ingest for each file and number of workers, in turn; ratios
 are taken within a round, medians over rounds. CPU time stands beside the clock: it tells more where others are at work.
+With --cold the films come from the disk, as they do where no memory holds them, and the page cache proves it.
 Then memory: the ingest of made-up films of several sizes, all its processes together.
 """
 
-import csv
 import itertools
 import json
 import shutil
@@ -14,10 +14,13 @@ import statistics
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.cold import evict
 from bench.floor import Floor, measure_floor
+from bench.repeated import repeat_csv, store_repeated
 from bench.watch import Run, run_watched
 from ingest.config import SourceConfig
 from shards.cli import main_guard, parse, say
@@ -42,6 +45,8 @@ class IngestBenchConfig:
     """Column of the reports."""
     repeat: int = 10
     """The films are taken so many times over, so that starting up does not count for more than it does in earnest."""
+    cold: bool = False
+    """Store the repeated films as one file, and put it out of memory before each run: what a lab's 190 GB are."""
     workers: tuple[int, ...] = (1, 2)
     """Numbers of workers."""
     rounds: int = 3
@@ -81,7 +86,7 @@ def run_bench(config: IngestBenchConfig) -> dict[str, Any]:
     from bench.environment import environment
     from bench.sizes import measure_sizes
 
-    settings = {"repeat": config.repeat, "rounds": config.rounds}
+    settings = {"repeat": config.repeat, "rounds": config.rounds, "cold": config.cold}
     result: dict[str, Any] = {"environment": environment(), "settings": settings}
     with tempfile.TemporaryDirectory(prefix="bench-ingest-", dir=config.out) as name:
         folder = Path(name)
@@ -95,10 +100,12 @@ def run_bench(config: IngestBenchConfig) -> dict[str, Any]:
 
 
 def _measure_speed(config: IngestBenchConfig, table: Path, folder: Path) -> list[tuple[Case, Rounds]]:
-    taken: list[tuple[Case, Rounds]] = [(case, []) for case in _cases(config)]
+    taken: list[tuple[Case, Rounds]] = [(case, []) for case in _cases(config, folder)]
     for number in range(config.rounds):
         for case, rounds in taken:
-            floor = measure_floor(case.source, case.workers)
+            evict_films = partial(evict, case.source.h5) if config.cold else _nothing
+            floor = measure_floor(case.source, case.workers, evict_films)
+            evict_films()
             run = _measure_ingest(config, case, table, folder / "shards")
             rounds.append((floor, run))
             rates = f"floor {floor.films / floor.seconds:,.0f} films/s, ingest {floor.films / run.seconds:,.0f}"
@@ -106,9 +113,16 @@ def _measure_speed(config: IngestBenchConfig, table: Path, folder: Path) -> list
     return taken
 
 
-def _cases(config: IngestBenchConfig) -> Iterator[Case]:
-    for path in config.h5:
-        source = SourceConfig(h5=(path.resolve(),) * config.repeat, dataset=config.dataset)
+def _nothing() -> None:
+    """What is done before a run that may find its films in memory."""
+
+
+def _cases(config: IngestBenchConfig, folder: Path) -> Iterator[Case]:
+    for number, path in enumerate(config.h5):
+        files = (path.resolve(),) * config.repeat
+        if config.cold:
+            files = (store_repeated(path, config.dataset, config.repeat, folder / f"films-{number}.h5"),)
+        source = SourceConfig(h5=files, dataset=config.dataset)
         layout = _layout(source)
         yield from (Case(source=source, layout=layout, workers=workers) for workers in config.workers)
 
@@ -123,18 +137,6 @@ def _layout(source: SourceConfig) -> str:
         data = file[source.dataset]
         chunks = f"chunks of {data.chunks[0]}" if data.chunks else "contiguous"
         return f"{checked.dtype} {chunks}" + (f" {data.compression}" if data.compression else "")
-
-
-def repeat_csv(path: Path, target: Path, times: int) -> Path:
-    """The rows of a CSV file so many times over."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            header, *rows = csv.reader(file)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path} ({error})") from None
-    with open(target, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows * times])
-    return target
 
 
 def _measure_ingest(config: IngestBenchConfig, case: Case, table: Path, out: Path) -> Run:
@@ -233,7 +235,8 @@ def _speed_table(result: dict[str, Any]) -> Iterator[str]:
                 f"{scaling['layout']}: from {scaling['from']} to {scaling['to']} workers the ingest is "
                 f"{scaling['ingest']:.2f}x as fast, the floor {scaling['floor']:.2f}x"
             )
-    yield f"median of {result['settings']['rounds']} rounds, {result['cases'][0]['films']:,} films"
+    where = "from the disk, " if result["settings"]["cold"] else ""
+    yield f"{where}median of {result['settings']['rounds']} rounds, {result['cases'][0]['films']:,} films"
 
 
 def main(argv: list[str] | None = None) -> None:

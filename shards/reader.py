@@ -287,7 +287,8 @@ def _values(table: pa.Table, name: str) -> NDArray:
 
 
 def _tokens(table: pa.Table, context: int) -> NDArray[np.uint16]:
-    return np.from_dlpack(table["tokens"].combine_chunks().flatten()).reshape(-1, context)
+    tokens = np.from_dlpack(table["tokens"].combine_chunks().flatten())
+    return np.asarray(tokens, dtype=np.uint16).reshape(-1, context)
 
 
 def _labels(table: pa.Table, names: tuple[str, ...]) -> NDArray[np.float32]:

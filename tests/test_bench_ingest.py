@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from conftest import assert_refused, run_module
 
+from bench.cold import MOST_RESIDENT, evict, resident_bytes
+from bench.repeated import store_repeated
 from bench.sizes import CHUNK_ROWS, SIDE, write_films, write_reports
 from bench.watch import footprint, run_watched, tree
 from ingest.source import H5Source
@@ -62,10 +65,24 @@ def test_run_watched(tmp_path: Path) -> None:
         run_watched(["shards", "verify", tmp_path / "no-such-folder"], memory=False)
 
 
+def test_films_stored_many_times_over(tmp_path: Path) -> None:
+    """One file, stored as the first, the films in the order of the repeated CSV; and it can be put out of memory."""
+    films = np.arange(10 * 4 * 4, dtype=np.float32).reshape(10, 4, 4)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("cxr", data=films, chunks=(4, 4, 4), compression="gzip", compression_opts=1)
+    with h5py.File(store_repeated(tmp_path / "a.h5", "cxr", 3, tmp_path / "b.h5")) as file:
+        made = file["cxr"]
+        assert (made.chunks, made.compression, made.compression_opts) == ((4, 4, 4), "gzip", 1)
+        assert np.array_equal(made[:], np.concatenate([films] * 3))
+    assert resident_bytes(tmp_path / "b.h5") > 0
+    assert evict([tmp_path / "b.h5"]) <= MOST_RESIDENT
+
+
 def test_the_bench(source: tuple[Path, Path], tmp_path: Path) -> None:
     h5, table = source
     (tmp_path / "work").mkdir()
     command = ["bench.ingest", "--h5", h5, "--csv", table, "--rounds", "1", "--repeat", "2", "--workers", "1"]
+    command.append("--cold")
     command += ["--memory-gb", "0.02", "0.05", "--out", tmp_path / "work", "--json", tmp_path / "r.json"]
     done = run_module(*command)
     assert done.returncode == 0, done.stderr
