@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from shards.errors import InputError
 from train.checkpoint import encode
 from train.config import TrainConfig
+from train.evaluate import main as evaluate
 from train.hub import NAMES, find_weights, parse_hub
 from train.main import main
 from train.model import ClipModel, ModelConfig, build_model
@@ -535,7 +536,7 @@ def test_a_missing_file_is_named_with_the_command_that_fetches_it(
 
 @pytest.mark.slow
 def test_weights_are_for_the_beginning_only(shards_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A run starts from a file, goes on without it, and no checkpoint says where it lay."""
+    """A run starts from a file, goes on and is evaluated without it, and no checkpoint says where it lay."""
     model = fresh(CLIP_SMALL, context=77, vocab=49408)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -561,6 +562,8 @@ def test_weights_are_for_the_beginning_only(shards_dir: Path, tmp_path: Path, ca
     main(run)
     told = capsys.readouterr().err
     assert "going on after step 1" in told and "tower" not in told
+    evaluate(["--checkpoint", str(tmp_path / "run"), "--shards", str(shards_dir), "--resamples", "0"])
+    assert "tower" not in capsys.readouterr().err
     for path in (tmp_path / "run").rglob("*.pt"):
         assert b"secret-place" not in path.read_bytes()
 
