@@ -104,6 +104,10 @@ def demo_commands(config: DemoConfig, places: Places) -> list[list[str]]:
             str(config.rounds),
             "--seconds",
             "2",
+            "--only",
+            "hdf5",
+            "hdf5-tuned",
+            "cpu",
         ],
     ]
 
