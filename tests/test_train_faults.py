@@ -351,6 +351,16 @@ def test_a_living_holder_elsewhere_is_waited_for_then_believed(tmp_path: Path, m
     assert json.loads(path.read_text())["host"] == "another-node"
 
 
+def test_a_start_that_fails_leaves_no_folders(tmp_path: Path) -> None:
+    with leased(tmp_path / "a" / "b", wait_s=0):
+        assert (tmp_path / "a" / "b" / NAME).exists()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with leased(tmp_path / "mine", wait_s=0):
+        pass
+    assert (tmp_path / "mine").exists()
+
+
 def test_a_holder_that_was_replaced_leaves_the_new_one_alone(tmp_path: Path) -> None:
     with leased(tmp_path, wait_s=0) as lease:
         (tmp_path / NAME).unlink()

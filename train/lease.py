@@ -23,6 +23,7 @@ def leased(root: Path, *, wait_s: float) -> Iterator[lock.Lease]:
 
     InputError where another run holds it for longer than `wait_s`, or it cannot be made.
     """
+    made = [folder for folder in (root, *root.absolute().parents) if not folder.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
         holding = lock.exclusive(root / NAME, f"another run is writing to {root}", wait_s=wait_s)
@@ -33,8 +34,9 @@ def leased(root: Path, *, wait_s: float) -> Iterator[lock.Lease]:
         yield lease
     finally:
         holding.__exit__(None, None, None)
-        with contextlib.suppress(OSError):  # it is not empty
-            root.rmdir()
+        with contextlib.suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
 
 
 def check_lease(lease: lock.Lease) -> None:
