@@ -19,6 +19,8 @@ NOTES = {
     "litdata": "its chunks, libjpeg-turbo, torchvision on one channel",
     "ffcv": "raw RGB at 12 times the bytes; its resize is OpenCV's area filter, it has no bicubic with antialias",
 }
+UNDELAYED = {"litdata": "maps its files into memory, which a slow file system here cannot delay; measured without one"}
+"""Why a peer is not measured on a slow file system."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +59,9 @@ def cases(config: Any, found: dict[str, Any]) -> tuple[list[Case], dict[str, str
     device = "cuda" if found["cuda"] else "cpu"
     listed = [*_baselines(config, device), *_others(config, found, device), *_ours(config, found, device)]
     absent = {name: why for name, why in found["missing"].items() if config.peers and why}
+    if any(config.slow_settings()) and config.peers:
+        absent |= {name: why for name, why in UNDELAYED.items() if name not in absent}
+        listed = [case for case in listed if case.name not in absent]
     if config.only:
         known = {case.name for case in listed} | set(absent)
         if unknown := [name for name in config.only if name not in known]:

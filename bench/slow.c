@@ -1,8 +1,8 @@
 /* A slow file system under any process: LD_PRELOAD this and what reads files under given paths waits as for a server.
 
-   The unit is a request to the server: a read of n bytes costs one latency and its share of one bandwidth that all
-   processes use together. A read that goes on where the last one of its file ended fetches a window ahead, as every
-   client of a network file system does; what lies in the window costs nothing more. Nothing else is cached, as where
+   The unit is a request to the server: a read, in whole pages, costs one latency and its share of one bandwidth that
+   all processes use together. A read that goes on where the last one of its open file ended fetches a window ahead that
+   doubles up to a limit, as Linux does it; what was fetched last costs nothing more. Nothing else is cached, as where
    the data are larger than memory. A mapped file would be read behind our back: mapping is refused (ENODEV).
 
    Settings come by the environment and counts go to a small file that all processes map; see slow.py. */
@@ -33,8 +33,11 @@ struct file {
     dev_t device;
     ino_t inode;
     int slow;
-    off_t begin, end, next; /* window that the client has; where its last read ended */
+    off_t begin, end, next; /* what the client fetched last; where its last read ended */
+    off_t window;           /* bytes that it fetches ahead, 0 where it does not read in order */
 };
+
+#define PAGE 4096
 
 #define FILES 65536
 static struct file files[FILES];
@@ -133,11 +136,16 @@ static struct file *entry(int fd, struct stat *status)
         ;
     struct file *file = &files[fd];
     if (file->inode != status->st_ino || file->device != status->st_dev)
-        *file = (struct file){status->st_dev, status->st_ino, is_under_paths(fd), 0, 0, -1};
+        *file = (struct file){status->st_dev, status->st_ino, is_under_paths(fd), 0, 0, -1, 0};
     if (file->slow)
         return file;
     atomic_flag_clear(&busy);
     return NULL;
+}
+
+static off_t least(off_t one, off_t other)
+{
+    return one < other ? one : other;
 }
 
 /* Wait as long as a read of `size` bytes at an offset (-1: at the file's own) takes. */
@@ -150,17 +158,17 @@ static void charge(int fd, off_t offset, size_t size)
         return;
     if (offset < 0)
         offset = lseek(fd, 0, SEEK_CUR);
-    off_t end = offset + (off_t)size < status.st_size ? offset + (off_t)size : status.st_size;
+    off_t end = least(offset + (off_t)size, status.st_size), fetch = 0, until = 0;
     int inside = offset >= file->begin && offset < file->end, sequential = inside || offset == file->next;
-    off_t fetch = inside ? file->end : offset, until = end;
-    if (end <= offset || (inside && end <= file->end)) { /* nothing there, or all of it at hand */
-        file->next = end;
-        until = fetch;
-    } else {
-        if (sequential && until < fetch + (off_t)ahead)
-            until = fetch + (off_t)ahead < status.st_size ? fetch + (off_t)ahead : status.st_size;
-        file->begin = offset, file->end = until, file->next = end;
+    if (end > offset && (!inside || end > file->end)) { /* else: nothing there, or all of it at hand */
+        fetch = inside ? file->end : offset / PAGE * PAGE;
+        off_t first = 4 * (off_t)size > 4 * PAGE ? 4 * (off_t)size : 4 * PAGE;
+        file->window = !sequential ? 0 : least(ahead, file->window ? 2 * file->window : first);
+        until = (end + PAGE - 1) / PAGE * PAGE;
+        until = least(until > fetch + file->window ? until : fetch + file->window, status.st_size);
+        file->begin = offset / PAGE * PAGE, file->end = until;
     }
+    file->next = end;
     atomic_flag_clear(&busy);
     if (until > fetch)
         wait_for(until - fetch);
