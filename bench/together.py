@@ -19,6 +19,8 @@ from shards.errors import InputError
 CASES = ("bare step", "resident", "replayed", "live", "loader alone")
 WAITING = 0.01
 """DESIGN's bound: training waits for data under 1 % of the time."""
+HELD_UP = 0.05
+"""Waiting above this is the loader's pace; below it is a hitch now and then, or cores that are shared."""
 SPARE = 1.25
 """CPUs to ask for, over those that decode without a pause: others read, copy and launch."""
 
@@ -174,12 +176,18 @@ def first_change(findings: dict[str, Any], settings: dict[str, Any], cpus: int |
     return "--batch-size, to what bench.step finds best"
 
 
+def is_loader_bound(findings: dict[str, Any]) -> bool:
+    """Whether the loader cannot keep up: by itself, or as far as it gets beside the step."""
+    return findings["loader_over_step"] < 1 or findings["wait_share"] > HELD_UP
+
+
 def verdict(findings: dict[str, Any], settings: dict[str, Any]) -> str:
     """The result in one sentence."""
     wait, cost, told = findings["wait_share"], findings["loader_cost"], advice(findings, settings)
     spread = f"{findings['loader_cost_lowest']:+.1%} to {findings['loader_cost_highest']:+.1%}"
+    bound = "Loader-bound" if is_loader_bound(findings) else "Step-bound"
     why = (
-        f"{'Loader-bound' if wait > WAITING else 'Step-bound'}: training waits for data {wait:.1%} of the time, and "
+        f"{bound}: training waits for data {wait:.1%} of the time, and "
         f"live batches change the time of a step by {cost:+.1%} ({spread}) against replayed ones; alone the loader "
         f"gives {findings['loader_over_step']:.1f} times what the step takes"
     )
