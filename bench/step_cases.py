@@ -47,9 +47,12 @@ class Case:
 
 def measure_size(setup: Any, batch: Any, size: int, top: dict[str, Any], pace: Pace) -> list[dict[str, Any]]:
     """All cases at one batch size, in turn; a list of what each came to."""
+    import torch
+
     from bench.batches import sized
 
     batch = sized(batch, size)
+    torch.compiler.reset()  # else the second size would be compiled for any size, which no training run is
     cases, missing = build_cases(setup, batch, compiled=pace.compiled)
     steps = {case.name: _steps(case, setup.precision.device, pace.seconds) for case in cases}
     taken: dict[str, list[dict[str, float]]] = {case.name: [] for case in cases}
@@ -76,6 +79,8 @@ def build_cases(setup: Any, batch: Any, *, compiled: bool) -> tuple[list[Case], 
     cases, missing = [], {}
     for suffix in ("", COMPILED) if compiled else ("",):
         for name, (maker, given) in makers.items():
+            if name == WHOLE and suffix:  # what cutting the text brings is known by then, and compiling takes minutes
+                continue
             try:
                 cases.append(build_case(f"{name}{suffix}", maker, setup, given, compiled=bool(suffix)))
             except ImportError as error:
