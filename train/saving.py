@@ -125,10 +125,7 @@ class CheckpointWriter:
         self._figures["save_wait_s"] = round(time.perf_counter() - begin, 3)
 
     def figures(self) -> dict[str, float]:
-        """`save_s`: seconds that the last finished save took beside training; `save_wait_s`: that training waited for it.
-
-        Each is told once.
-        """
+        """Seconds, each told once: `save_s` that the last finished save took, `save_wait_s` that training waited."""
         figures, self._figures = self._figures, {}
         return figures
 
