@@ -12,6 +12,8 @@ from html import escape
 
 from bench.kinds import Table
 
+SHORT = 24
+"""Letters of a cell that stay on one line."""
 GOOD, BAD, UNKNOWN = "yes", "no", "not measured"
 _CLASSES = {GOOD: "good", BAD: "bad", UNKNOWN: "unknown", "worse": "bad", "better": "good"}
 """What a cell says -> its colour."""
@@ -30,7 +32,8 @@ table { border-collapse: collapse; font-size: .875rem; overflow-wrap: normal; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
 th, td { max-width: 22rem; }
 th { border-bottom: 2px solid #888; white-space: nowrap; vertical-align: bottom; }
-.text { text-align: left; } td:first-child { min-width: 8rem; } td.unknown { white-space: nowrap; }
+.text { text-align: left; } td { white-space: nowrap; }
+td.long { white-space: normal; min-width: 9rem; }
 td.good { color: #0a6b2d; font-weight: 600; } td.bad { color: #b00020; font-weight: 600; } td.unknown { color: #666; }
 img { display: block; width: 100%; max-width: 32rem; height: auto; margin: .75rem 0; }
 """
@@ -102,7 +105,8 @@ def _is_numbers(table: Table, column: int) -> bool:
 
 
 def _cells(tag: str, cells: Sequence[str], kinds: Sequence[str]) -> str:
-    classes = (f"{kind} {_CLASSES.get(cell, '')}".strip() for cell, kind in zip(cells, kinds, strict=True))
+    marks = (_CLASSES.get(cell, "long" if len(cell) > SHORT else "") for cell in cells)
+    classes = (f"{kind} {mark}".strip() for kind, mark in zip(kinds, marks, strict=True))
     return "".join(f'<{tag} class="{each}">{escape(cell)}</{tag}>' for cell, each in zip(cells, classes, strict=True))
 
 

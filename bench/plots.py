@@ -98,7 +98,7 @@ def _latency(result: Result) -> Panel | None:
             axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=_short(name))
         axes.set(xlabel="latency of a read, ms", yscale="log")
         _plain_ticks(axes, "y")
-        axes.legend(fontsize=8)
+        _legend(axes)
 
     return Panel(title=title, fill=fill, height=3.0)
 
@@ -150,7 +150,7 @@ def _curves(rows: Any, over: str, names: dict[str, str], title: str, *, fixed: b
         if fixed:
             axes.set_ylim(0, 1.2 * max(y for points in lines.values() for _, y in points))
         if len(lines) > 1:
-            axes.legend(fontsize=8)
+            _legend(axes)
 
     return Panel(title=title, fill=fill, height=2.4)
 
@@ -174,9 +174,14 @@ def _thread_plot(cases: Any) -> Panel | None:
         axes.plot([x for x, _ in points], [first[1] * x / first[0] for x, _ in points], "--", label="in proportion")
         axes.set(xlabel="threads", xlim=(0, None), ylim=(0, None))
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(fontsize=8)
+        _legend(axes)
 
     return Panel(title=title, fill=fill, height=2.4)
+
+
+def _legend(axes: Any) -> None:
+    """Below the axes, where it hides no line."""
+    axes.figure.legend(loc="outside lower left", ncols=3, fontsize=8, frameon=False)
 
 
 def _plain_ticks(axes: Any, which: str) -> None:

@@ -200,7 +200,7 @@ def _case_tables(result: Result) -> Iterator[Table]:
 def _range(values: Sequence[float], form: str, *, middle: bool = False) -> str:
     from statistics import median
 
-    if not values:
+    if not values or (len(values) == 1 and not middle):
         return ""
     ends = f"{form.format(min(values))} to {form.format(max(values))}"
     return f"{form.format(median(values))} ({ends})" if middle else ends
