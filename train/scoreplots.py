@@ -11,6 +11,7 @@ from train.scorecard import LabelScores
 from train.scores import Floats
 
 COLUMNS = 4
+"""Panels side by side, at most."""
 _PANEL = 2.6
 """Inches."""
 
@@ -58,8 +59,8 @@ def _draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global state as pyplot has
     from matplotlib.figure import Figure
 
-    columns = min(COLUMNS, len(labels))
-    rows = math.ceil(len(labels) / columns)
+    rows = math.ceil(len(labels) / COLUMNS)
+    columns = math.ceil(len(labels) / rows)
     figure = Figure(figsize=(_PANEL * columns, _PANEL * rows + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
