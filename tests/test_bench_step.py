@@ -303,7 +303,9 @@ def test_make_gpu_can_be_gone_without_one(shards_dir: Path, tmp_path: Path) -> N
     arguments = ["--device", "cpu", "--preset", "tiny", "--shards", shards_dir, "--out", tmp_path, "--rounds", "1"]
     arguments += ["--seconds", "0.1", "--batch-size", "4", "--largest-batch", "0", "--no-compiled", "--threads", "1"]
     (tmp_path / "dry-run.json").write_text('{"bench": "gpu", "loader": {"kept": true}}')
-    done = run_module("bench.gpu", *map(str, arguments), "--recipe-steps", "4", "--parts", "step", "together", "recipe")
+    done = run_module(
+        "bench.gpu", *map(str, arguments), "--recipe-steps", "4", "--parts", "step", "together", "recipe", timeout=400
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "dry-run.json").read_bytes())
     assert found["loader"] == {"kept": True} and found["step"]["bench"] == "step"
