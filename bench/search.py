@@ -1,12 +1,14 @@
 """The settings that the tuner may choose among, and the search: Optuna's TPE over films/s, within a time."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.batch import World
 from pipeline.blocks import check_memory
-from pipeline.config import LoaderConfig, available_cpus
+from pipeline.config import LoaderConfig, available_cpus, stream_count
 from shards.errors import InputError
 from shards.manifest import read_manifest
 
@@ -72,22 +74,12 @@ def _thread_counts(cpus: int) -> list[int]:
 
 def _fits(base: LoaderConfig, sets: Sequence[Path], memory_mb: int, streams: tuple[int, ...]) -> bool:
     """Whether a memory holds the live blocks of all sets, and is not too much for the machine."""
-    import os
-
-    from pipeline.batch import World
-    from pipeline.config import stream_count
-
-    if (
-        memory_mb > base.memory_mb
-        and memory_mb << 20 > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MEMORY_SHARE
-    ):
+    memory, live = memory_mb << 20, max(stream_count(base, World()), *streams, 1)
+    if memory > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MEMORY_SHARE:
         return False
     try:
-        for root in sets:
-            manifest = read_manifest(root)
-            check_memory(
-                manifest, manifest.splits[base.split], memory_mb << 20, max(stream_count(base, World()), *streams, 1)
-            )
+        for manifest in map(read_manifest, sets):
+            check_memory(manifest, manifest.splits[base.split], memory, live)
     except InputError:
         return False
     return True

@@ -116,7 +116,7 @@ def test_what_buys_something_is_kept_and_said(
     assert row["kept"] and row["lowest"] <= row["ratio"] <= row["highest"] and 1.5 < row["ratio"] < 1.7
     assert "read_threads" in result["verdict"] and "1.6" in result["verdict"]
     first = result["trials"][0]
-    assert (first["read_threads"], first["memory_mb"], first["ahead"], first["own_jpeg"]) == (4, 256, 2, True)
+    assert (first["read_threads"], first["memory_mb"], first["ahead"], first["own_jpeg"]) == (4, None, 2, True)
     path = write(tmp_path / "loader.toml", toml_of(result))
     config = parse_config("x", [*PATHS, "--loader-config", str(path)])
     assert config.data.read_threads == result["chosen"]["read_threads"]
@@ -124,7 +124,7 @@ def test_what_buys_something_is_kept_and_said(
 
 
 def test_what_buys_nothing_leaves_the_defaults(shards_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The best of 120 noisy trials is always faster than the default's one trial; that is no gain."""
+    """The best of 120 noisy trials is always faster than the one trial of the default; that is no gain."""
     result = tuned(monkeypatch, shards_dir, {})
     assert max(trial["films_per_s"] for trial in result["trials"]) > 1030
     assert result["chosen"] == {} and "no more than the noise" in result["verdict"]
@@ -132,7 +132,7 @@ def test_what_buys_nothing_leaves_the_defaults(shards_dir: Path, monkeypatch: py
 
 
 def test_what_may_be_chosen(shards_dir: Path) -> None:
-    """Streams only if asked for; no memory that the streams' blocks do not fit; a decoder only where there are JPEGs."""
+    """Streams only if asked for; the defaults are those of a loader; settings that a backend ignores are no choice."""
     base = LoaderConfig(shards=shards_dir, backend="cpu")
     space = make_space(base, [shards_dir], cuda=False, streams=())
     assert "streams" not in space.values and space.values["backend"] == ("cpu",)

@@ -72,6 +72,6 @@ def _check(path: Path, name: str, value: Any) -> None:
     kind = SETTINGS.get(name)
     if kind is None:
         raise InputError(_refusal(path, f"data.{name}", None))
-    if type(value) is not kind or (kind is int and value < 1):
+    if type(value) is not kind or (isinstance(value, int) and kind is int and value < 1):
         wanted = "true or false" if kind is bool else "a whole number of at least 1"
         raise InputError(f"{path}: data.{name} is {value!r}; it has to be {wanted}")
