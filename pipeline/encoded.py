@@ -2,10 +2,12 @@
 
     order -> visits -> BlockReader -> EncodedBatches -> a backend decodes
 
-A visit's rows stand `step` positions apart and a rank's batch is a range of positions `world` apart, so a visit fills a
-batch by plain slices: no loop over samples.
+A visit's rows stand `step` positions apart and a rank's batch is a range of positions `world` apart. So a visit, when
+it comes, is laid out in a window over the positions to come, and a batch is cut off the window's front: work for each
+visit and each batch, none for each visit in each batch.
 """
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,6 +121,7 @@ class EncodedBatches:
         self._position = position
         self._end = samples if config.mode == "eval" else None
         self._live: list[Loaded] = []
+        self._window = _Columns(_WINDOW, manifest)
 
     def __iter__(self) -> "EncodedBatches":
         return self
@@ -130,17 +133,14 @@ class EncodedBatches:
         begin, end = self._position, self._position + self._config.batch_size
         self._position = end
         positions = rank_positions(begin, min(end, self._end or end), self._world)
-        self._gather(end)
-        columns = _Columns(len(positions), self._manifest)
-        for loaded in self._live:
-            columns.fill(loaded, positions, self._world.size)
-        fate = decide(self._config, self._manifest, positions, columns.side_words)
+        self._gather(begin, end)
+        columns = self._window.take(self._numbers(positions))
         finished = [loaded for loaded in self._live if loaded.visit.last < end]
         self._live = [loaded for loaded in self._live if loaded.visit.last >= end]
         return Encoded(
             position=begin,
             images=columns.images,
-            fate=fate,
+            fate=decide(self._config, self._manifest, positions, columns.side_words),
             samples=columns.samples,
             planned=columns.planned,
             sources=columns.sources,
@@ -168,7 +168,7 @@ class EncodedBatches:
         visit = Visit(first=position, step=1, shard=shard, block=block, rows=np.array([within]))
         loaded = self._reader.load_one(visit)
         columns = _Columns(1, self._manifest)
-        columns.fill(loaded, np.array([position]), 1)
+        columns.put(loaded, np.array([0]))
         image = columns.images[0].copy()
         self._reader.release(loaded)
         self._put(encoded, index, image, columns)
@@ -183,14 +183,42 @@ class EncodedBatches:
         for name in ("samples", "sources", "tokens", "token_count", "labels"):
             getattr(encoded, name)[index] = getattr(columns, name)[0]
 
-    def _gather(self, end: int) -> None:
-        """Take the visits that start before a position."""
+    def _gather(self, begin: int, end: int) -> None:
+        """Take the visits that start before `end` and lay them out. None of them starts before `begin`."""
         while (first := self._reader.next_first()) is not None and first < end:
-            self._live.append(self._reader.get())
+            loaded = self._reader.get()
+            self._live.append(loaded)
+            if (loaded.visit.last - begin) // self._world.size >= len(self._window):
+                self._widen(loaded.visit.last - begin)
+            else:
+                self._lay_out(loaded)
+
+    def _widen(self, span: int) -> None:
+        """A window for so many positions at least, with all that is under way in it."""
+        count = len(self._window)
+        while count <= span // self._world.size:
+            count *= 2
+        self._window = _Columns(count, self._manifest)
+        for loaded in self._live:
+            self._lay_out(loaded)
+
+    def _lay_out(self, loaded: Loaded) -> None:
+        visit = loaded.visit
+        positions = visit.first + visit.step * np.arange(len(visit.rows), dtype=np.int64)
+        self._window.put(loaded, self._numbers(positions))
+
+    def _numbers(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers of this rank's samples at positions (n,), counted from position 0."""
+        return positions // self._world.size
+
+
+_WINDOW = 1024
+"""Samples of this rank that the window has room for at first."""
+_ARRAYS = ("samples", "planned", "sources", "tokens", "token_count", "side_words", "labels")
 
 
 class _Columns:
-    """The arrays of one batch while visits fill them."""
+    """What is known of so many samples; sample number n stands at n modulo their count."""
 
     def __init__(self, count: int, manifest: Manifest) -> None:
         self.images: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * count
@@ -202,26 +230,27 @@ class _Columns:
         self.side_words = np.empty(count, dtype=bool)
         self.labels = np.empty((count, len(manifest.labels)), dtype=np.float32)
 
-    def fill(self, loaded: Loaded, positions: NDArray[np.int64], ranks: int) -> None:
-        """Copy the visit's rows that belong to these positions of a rank."""
-        visit = loaded.visit
-        if not len(positions) or visit.first > positions[-1]:
-            return
-        skipped = max(0, -(-(int(positions[0]) - visit.first) // visit.step))
-        first = visit.first + skipped * visit.step
-        count = min(len(visit.rows) - skipped, (int(positions[-1]) - first) // visit.step + 1)
-        if count <= 0:
-            return
-        begin, stride = (first - int(positions[0])) // ranks, visit.step // ranks
-        into = slice(begin, begin + (count - 1) * stride + 1, stride)
-        of = slice(skipped, skipped + count)
-        self.images[into] = loaded.images[of]
-        self.samples[into, 0] = visit.shard
-        self.samples[into, 1] = loaded.shard_rows[of]
-        self.planned[into] = loaded.planned[of]
-        self.sources[into, 0] = loaded.rows.source[of]
-        self.sources[into, 1] = loaded.rows.source_row[of]
-        self.tokens[into] = loaded.rows.tokens[of]
-        self.token_count[into] = loaded.rows.token_count[of]
-        self.side_words[into] = loaded.rows.side_words[of]
-        self.labels[into] = loaded.rows.labels[of]
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def put(self, loaded: Loaded, numbers: NDArray[np.int64]) -> None:
+        """Lay out the rows of a visit, whose samples have these numbers."""
+        into, rows = numbers % len(self), loaded.rows
+        for place, image in zip(into.tolist(), loaded.images, strict=True):
+            self.images[place] = image
+        self.samples[into, 0] = loaded.visit.shard
+        self.samples[into, 1] = loaded.shard_rows
+        self.planned[into] = loaded.planned
+        self.sources[into, 0] = rows.source
+        self.sources[into, 1] = rows.source_row
+        for name in ("tokens", "token_count", "side_words", "labels"):
+            getattr(self, name)[into] = getattr(rows, name)
+
+    def take(self, numbers: NDArray[np.int64]) -> "_Columns":
+        """A copy of the samples with these numbers."""
+        places = numbers % len(self)
+        taken = copy.copy(self)
+        taken.images = [self.images[place] for place in places.tolist()]
+        for name in _ARRAYS:
+            setattr(taken, name, getattr(self, name)[places])
+        return taken
