@@ -93,6 +93,17 @@ def test_a_number_that_is_none_is_null_and_every_reader_bears_it(tmp_path: Path)
     assert (run / "curves.png").stat().st_size > 5000
 
 
+def test_curves_of_a_run_that_is_still_going_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", [])
+    log = MetricsLog(RunFolder(root=run), config=config(run), done=0)
+    for step in (10, 20):
+        log.write(row(step))
+    draw([str(run), "--out", str(tmp_path / "now.png")])
+    log.close()
+    assert "up to step 20" in capsys.readouterr().out
+    assert (tmp_path / "now.png").read_bytes().startswith(b"\x89PNG") and not (run / "curves.png").exists()
+
+
 def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(row(10)) + "\n" + json.dumps(row(20)) + "\n" + json.dumps(row(30))[:25])
@@ -130,7 +141,7 @@ log.close()
     inside = ["unshare", "-Urm", "sh", "-c", mount, sys.executable, script]
     if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
         pytest.skip("no user namespaces here, so no small file system to fill")
-    done = subprocess.run(inside, capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
+    done = subprocess.run(inside, capture_output=True, text=True, cwd=REPOSITORY, timeout=400)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line)["step"] for line in done.stdout.splitlines() if line.startswith("{")]
     assert found == list(range(1, 41))
@@ -154,7 +165,7 @@ def test_wandb_is_told_numbers_and_no_path_query_host_or_command_line(tmp_path: 
     )
     environment = {**os.environ, "PYTHONPATH": paths}
     done = subprocess.run(
-        [*alone, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [*alone, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     (record,) = run.glob("wandb/offline-run-*/run-*.wandb")
@@ -218,7 +229,7 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
         while piece := os.read(primary, 1 << 16):
             shown += piece
     os.close(primary)
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=400)
     shown = shown.decode()
     assert process.returncode == 0 and printed == b"", shown
     for known in ("100/100", "loss 3.0000", "640 films/s", "2.5 % wait", "left"):
