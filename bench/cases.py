@@ -14,7 +14,7 @@ PEERS = ("spdl", "streaming", "litdata", "ffcv")
 NOTES = {
     "webdataset": "shards with replacement, libjpeg-turbo, torchvision on one channel",
     "dali reader": "fn.readers.webdataset, the crop decoded only, shuffled in a buffer",
-    "spdl": "its tar reader and pipeline of threads, shuffled by shard only, libjpeg-turbo, aten's resize on one channel",
+    "spdl": "its tar reader and threads, shuffled by shard only, libjpeg-turbo, aten's resize on one channel",
     "streaming": "MDS shards, libjpeg-turbo, torchvision on one channel",
     "litdata": "its chunks, libjpeg-turbo, torchvision on one channel",
     "ffcv": "raw RGB at 12 times the bytes; its resize is OpenCV's area filter, it has no bicubic with antialias",
