@@ -57,7 +57,7 @@ def run_watched(command: Sequence[str | Path], marks: Sequence[Callable[[], bool
                 break
             while len(seen) < len(marks) and marks[len(seen)]():
                 seen.append(now - started)
-            if memory and now - sampled >= _SAMPLE_EVERY_S:
+            if memory and now - sampled >= min(_SAMPLE_EVERY_S, (now - started) / 5):  # short runs too have some
                 peak, sampled = max(peak, footprint(process.pid), key=lambda found: found.total), now
             time.sleep(_LOOK_EVERY_S)
     except BaseException:
