@@ -61,7 +61,9 @@ def run(shards_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def asked(run: Path, shards: Path, **more: object) -> EvaluateConfig:
     """A quick evaluation."""
-    return EvaluateConfig(**{"checkpoint": (run,), "shards": shards, "device": "cpu", "resamples": 20, **more})
+    return EvaluateConfig(
+        **({"checkpoint": (run,), "shards": shards, "device": "cpu", "resamples": 20, "plots": False} | more)
+    )
 
 
 def rows(config: TrainConfig, split: str = "test") -> LoaderConfig:
@@ -248,7 +250,20 @@ def test_prompts_are_chosen_and_recorded(run: Path, shards_dir: Path, tmp_path: 
     records = {}
     for name, more in flags.items():
         path = tmp_path / f"{name}.json"
-        main(["--checkpoint", str(run), "--shards", str(shards_dir), "--json", str(path), "--resamples", "0", *more])
+        main(
+            [
+                "--checkpoint",
+                str(run),
+                "--shards",
+                str(shards_dir),
+                "--json",
+                str(path),
+                "--resamples",
+                "0",
+                "--no-plots",
+                *more,
+            ]
+        )
         records[name] = json.loads(path.read_text())
     assert records["listed"]["prompts"]["style"] == "listed"
     assert records["listed"]["prompts"]["labels"]["Cardiomegaly"]["positive"] == [
@@ -263,6 +278,7 @@ def test_prompts_are_chosen_and_recorded(run: Path, shards_dir: Path, tmp_path: 
     assert records["own"]["labels"]["Pleural Effusion"] == records["plain"]["labels"]["Pleural Effusion"]
     assert any("Hernia" in note for note in records["own"]["notes"]) and not records["plain"]["notes"]
     assert records["plain"]["labels"]["Cardiomegaly"]["intervals"]["auroc"] is None
+    assert not list(tmp_path.glob("*.png"))
 
 
 @pytest.fixture(scope="module")

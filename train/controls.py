@@ -149,7 +149,7 @@ def _last(folder: Path) -> Path:
 
 def _evaluated(config: ControlsConfig, checkpoint: Path) -> Scores:
     asked = EvaluateConfig(
-        checkpoint=(checkpoint,), shards=config.shards, split=config.split, resamples=0, retrieval=False
+        checkpoint=(checkpoint,), shards=config.shards, split=config.split, resamples=0, retrieval=False, plots=False
     )
     return with_mean(evaluate(asked).auroc)
 

@@ -69,6 +69,8 @@ class EvaluateConfig:
     """Seed of the draws."""
     retrieval: bool = True
     """Rank reports by films and films by reports; takes time with the square of the films."""
+    plots: bool = True
+    """Draw ROC and precision-recall curves."""
     batch_size: int = 64
     """Images embedded at once."""
     backend: Literal["auto", "cpu", "dali", "hdf5", "hdf5-tuned"] = "auto"
@@ -113,8 +115,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         files, top=config.top, splits=("val", split) if choosing and manifest.labels else (split,)
     )
     result, truth = _score(config, manifest, wording, told, found, split=split, choosing=choosing)
-    record = _asked(config, manifest, wording) | {"mean_auroc": result.mean.auroc} | asdict(result)
-    _write(path, record, result, found[split].probabilities, truth)
+    _write(path, _asked(config, manifest, wording) | {"mean_auroc": result.mean.auroc} | asdict(result), result)
+    if config.plots and result.labels:
+        _draw(path, result, found[split].probabilities, truth)
     return result
 
 
@@ -222,12 +225,14 @@ def _asked(config: EvaluateConfig, manifest: Manifest, wording: Wording) -> dict
     return {"shards": manifest.digest, "prompts": prompts, "excluded": excluded, **asked}
 
 
-def _write(path: Path, record: dict[str, Any], result: Evaluation, probabilities: Floats, truth: Floats) -> None:
+def _write(path: Path, record: dict[str, Any], result: Evaluation) -> None:
     write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
     say(f"{path}")
-    if not result.labels:
-        return
-    write_atomic(path.with_suffix(".csv"), to_csv(result.labels, result.mean).encode())
+    if result.labels:
+        write_atomic(path.with_suffix(".csv"), to_csv(result.labels, result.mean).encode())
+
+
+def _draw(path: Path, result: Evaluation, probabilities: Floats, truth: Floats) -> None:
     dots = "; dots: at the threshold chosen on val" if any(found.threshold for found in result.labels.values()) else ""
     title = f"zero-shot on {result.split}, {result.samples:,} films{dots}"
     for name, draw in (("roc", draw_roc), ("pr", draw_precision_recall)):
