@@ -146,7 +146,7 @@ class Life:
         if self.agent is None:
             return self._server.wait(self._pids)
         orphans = self.ranks()
-        _, errors = self.agent.communicate(timeout=120)
+        _, errors = self.agent.communicate(timeout=300)
         deadline = time.monotonic() + 60
         while any(state(pid) for pid in orphans) and time.monotonic() < deadline:
             time.sleep(0.05)

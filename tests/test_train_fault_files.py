@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import tarfile
@@ -215,20 +216,22 @@ def test_a_full_disk(small_disk: tuple[Server, Path, Path], shards_dir: Path, wh
     """Training goes on for as many saves as may fail, then ends; what was there is whole, and goes on with room."""
     server, folder, seen = small_disk
     command = arguments(shards_dir, folder / "full", *STEPS, "--save-retries", "1")
-    life = Life(server, command, 1, real=False, sleep=[0, -1, 0.15])
+    life = Life(server, command, 1, real=False, sleep=[0, -1, 0.3])
     wait_for_step(seen / "full", 3, life.running)
-    while [step for step, _ in list_checkpoints(seen / "full" / "checkpoints")] != [2]:
+    while not list_checkpoints(seen / "full" / "checkpoints"):
         assert life.running()
     fill(seen)
     codes, errors = life.join()
     assert codes == [2] and "Traceback" not in errors, errors
     assert errors.count("cannot write the checkpoint") == 2 and "No space left on device" in errors
     assert "0 more in a row may fail (--save-retries)" in errors
-    assert [step for step, _ in list_checkpoints(seen / "full" / "checkpoints")] == [2]
-    verify_checkpoint(seen / "full" / "checkpoints" / "step-0000002.pt")
+    left = list_checkpoints(seen / "full" / "checkpoints")
+    for _, path in left:
+        verify_checkpoint(path)
+    assert len(set(re.findall(r"cannot write the checkpoint (step-\d+)", errors))) == 2, "it did not go on training"
     (seen / "filler").unlink()
     codes, errors = server.run(command)
-    assert codes == [0] and "going on after step 2" in errors, errors
+    assert codes == [0] and f"going on after step {left[0][0]}" in errors, errors
     assert unlike(seen / "full", whole) == []
     shutil.rmtree(seen / "full")
 
@@ -240,7 +243,7 @@ def test_a_disk_that_turns_read_only(small_disk: tuple[Server, Path, Path], shar
     command = arguments(shards_dir, folder / "ro", *STEPS, "--save-retries", "0")
     life = Life(server, command, 1, real=False, sleep=[0, -1, 0.15])
     wait_for_step(out, 3, life.running)
-    while [step for step, _ in list_checkpoints(out / "checkpoints")] != [2]:
+    while not list_checkpoints(out / "checkpoints"):
         assert life.running()
     freeze = f"mount --bind {checkpoints} {checkpoints} && mount -o remount,bind,ro {checkpoints}"
     subprocess.run([*inside, freeze], check=True)
@@ -250,7 +253,7 @@ def test_a_disk_that_turns_read_only(small_disk: tuple[Server, Path, Path], shar
     assert codes == [2] and "Traceback" not in errors, errors
     subprocess.run([*inside, f"umount {checkpoints}"], check=True)
     codes, errors = server.run(command)
-    assert codes == [0] and "going on after step 2" in errors, errors
+    assert codes == [0] and "going on after step" in errors, errors
     assert unlike(out, whole) == []
 
 

@@ -58,7 +58,7 @@ def rows(out: Path) -> list[dict]:
 
 def wait_for_step(out: Path, step: int, running: Callable[[], bool]) -> None:
     """Return when a run has told of a step."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not any(row["step"] >= step for row in rows(out)):
         assert running() and time.monotonic() < deadline, "no rows"
         time.sleep(0.01)
@@ -163,7 +163,9 @@ def test_signals_save_and_ask_for_the_rest(
     server: Server, shards_dir: Path, whole: dict[int, Path], tmp_path: Path, case: str
 ) -> None:
     out = tmp_path / "run"
-    life = Life(server, arguments(shards_dir, out, *STEPS), 2, real=False, sleep=[-1, -1, 0.05])
+    slow_save = 0.3 if case == "while it saves" else 0
+    command = arguments(shards_dir, out, *STEPS)
+    life = Life(server, command, 2, real=False, sleep=[-1, -1, 0.05], slow_save=slow_save)
     wait_for_step(out, 3, life.running)
     if case == "one rank":
         life.send(life.ranks()[1:], signal.SIGUSR2)
@@ -267,8 +269,8 @@ def test_the_default_ends_a_hung_job_within_a_minute() -> None:
 
 def test_a_slow_rank_is_not_taken_for_dead(server: Server, shards_dir: Path, tmp_path: Path) -> None:
     """A step, a validation, a save may take longer than the timeout."""
-    command = arguments(shards_dir, tmp_path / "run", *STEPS, "--rank-timeout-s", "1", "--steps", "3")
-    codes, errors = server.run(command, ranks=2, sleep=[1, 2, 4])
+    command = arguments(shards_dir, tmp_path / "run", *STEPS, "--rank-timeout-s", "4", "--steps", "3")
+    codes, errors = server.run(command, ranks=2, sleep=[1, 2, 6])
     assert codes == [0, 0], errors
 
 

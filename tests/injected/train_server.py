@@ -7,7 +7,7 @@ One JSON object a line in, one out.
 
 `fault` counts what rank 0 does to its files (pieces of a checkpoint, fsync, rename, link, unlink) and its validation
 batches. `clock: true` has the clock jump by a day with every look at it. `raise: [1, 5]` raises on rank 1 in step 5,
-`sleep: [1, 5, 2.5]` sleeps there (rank -1: on all; step -1: in every step).
+`sleep: [1, 5, 2.5]` sleeps there (rank -1: on all; step -1: in every step). `slow_save: 0.3` draws out every save.
 """
 
 import gc
@@ -46,6 +46,9 @@ def fault(command: dict) -> None:
         os.link, os.unlink = counted(os.link), counted(os.unlink)
         train.checkpoint._Hashing.write = counted(train.checkpoint._Hashing.write)
         train.validate._embed_batch = counted(train.validate._embed_batch)
+    if command.get("slow_save"):
+        write = train.checkpoint.write_stream
+        train.checkpoint.write_stream = lambda *what: (time.sleep(command["slow_save"]), write(*what))
     if command.get("clock"):
         now, jumps = time.time, itertools.cycle((0, 86400, -86400))
         time.time = lambda: now() + next(jumps)
