@@ -84,7 +84,7 @@ def fingerprint(config: TrainConfig, manifest: Manifest, ranks: Ranks, precision
     prints: dict[str, Any] = {"shards": manifest.digest, "tokenizer": manifest.tokenizer.digest}
     prints |= {
         name: getattr(config, name)
-        for name in ("seed", "batch_size", "steps", "shuffle_reports", "label_smoothing", "ema")
+        for name in ("seed", "batch_size", "steps", "shuffle_reports", "label_smoothing", "ema", "min_delta")
     }
     prints |= {"precision": precision.name}
     for group in ("data", "model", "optim"):
