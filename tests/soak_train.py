@@ -69,8 +69,11 @@ class Server:
         return self.wait(self.start(arguments, ranks=ranks, **more))
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, and the runs that a test which failed has left behind, stopped ones among them."""
         assert self._process.stdin is not None
+        for pid in children(self.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._process.stdin.close()
         self._process.wait(30)
 
