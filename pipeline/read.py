@@ -90,11 +90,10 @@ class OpenShard:
         return self._reader.info.name
 
     def read_rows(self, block: int) -> Rows:
-        """Rows of a block. One thread at a time: a ParquetFile is not safe to share."""
+        """Rows of a block."""
 
         def attempt() -> Rows:
-            with self._lock:
-                return self._reader.read_rows(block)
+            return self._reader.read_rows(block)
 
         with self._busy.doing(f"at {self.name}.parquet, block {block},"):
             return retried(attempt, self._stats, self._mend)

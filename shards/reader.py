@@ -5,6 +5,8 @@ every page's place and length to the manifest. Pages carry checksums, images the
 """
 
 import os
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
@@ -20,6 +22,7 @@ from xxhash import xxh3_128_hexdigest
 
 from shards.errors import InputError
 from shards.pages import unpacked_bytes
+from shards.partial import PartialFile
 from shards.schema import LABEL_PREFIX, MAX_BLOCK_TEXT_BYTES, FileInfo, Manifest, ShardInfo, sample_key, table_schema
 
 
@@ -82,8 +85,7 @@ class ShardReader:
         self.path = Path(root) / f"{info.name}.tar"
         check_file(self.path, info.tar)
         try:
-            self._file = pa.OSFile(str(path))
-            _check_footer(self._file, path, info)
+            self._file = PartialFile(path, info.parquet.bytes)
             self._parquet = _open_table(self._file, path, manifest, info)
             # Not blocking: the file may have become a pipe since it was checked, whose opening might never end.
             self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -92,6 +94,8 @@ class ShardReader:
             reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
             raise InputError(f"shard {info.name}: cannot open it ({reason}); restore its files") from None
         self._checked: set[tuple[int, str]] = set()
+        self._lock = threading.Lock()
+        """One thread at a time is at the table; any number may wait for the disk."""
 
     @property
     def blocks(self) -> int:
@@ -151,11 +155,14 @@ class ShardReader:
         Many small blocks at once cost a fraction of as many calls, and as much more memory.
         """
         blocks = range(block, block + count)
-        for each in blocks:
-            self._check_group(each, columns)
+        chunks = [chunk for each in blocks for chunk in self._chunks(each, columns)]
         try:
-            table = self._parquet.read_row_groups(list(blocks), columns=columns, use_threads=False)
-        except (OSError, MemoryError, pa.ArrowException) as error:
+            parts = self._file.read((chunk.data_page_offset, _end(chunk)) for _, _, chunk in chunks)
+            with self._lock, self._file.holding(parts):
+                for each, name, chunk in chunks:
+                    self._check_pages(each, name, chunk)
+                table = self._parquet.read_row_groups(list(blocks), columns=columns, use_threads=False)
+        except (OSError, EOFError, MemoryError, pa.ArrowException) as error:
             raise self._damaged(f"block {block}", error) from None
         self._check_values(block, table)
         return table
@@ -174,42 +181,43 @@ class ShardReader:
         if "source" in table.column_names and pc.max(table["source"]).as_py() >= len(self.manifest.sources):
             raise self._senseless(block, "it names a source that the manifest does not")
 
-    def _check_group(self, block: int, columns: list[str]) -> None:
-        """InputError where a block is not what our writer makes, seen before any of it is decompressed."""
+    def _chunks(self, block: int, columns: list[str]) -> Iterator[tuple[int, str, pq.ColumnChunkMetaData]]:
+        """What the footer says of a block's columns. InputError where our writer makes no such thing."""
         group = self._parquet.metadata.row_group(block)
         first, end = self.block_span(block)
         if group.num_rows != end - first:
             raise self._senseless(block, f"it has {group.num_rows:,} rows, not {end - first:,}")
-        for number in range(group.num_columns):
-            column = group.column(number)
-            name = column.path_in_schema.removesuffix(".list.element")
+        for chunk in map(group.column, range(group.num_columns)):
+            name = chunk.path_in_schema.removesuffix(".list.element")
             if name not in columns:
                 continue
-            if (
-                column.has_dictionary_page
-                or column.compression != "ZSTD"
-                or not _ENCODINGS.issuperset(column.encodings)
-            ):
+            if chunk.has_dictionary_page or chunk.compression != "ZSTD" or not _ENCODINGS.issuperset(chunk.encodings):
                 raise self._senseless(block, f"column {name!r} is encoded another way than ours")
-            self._check_pages(block, name, column, group.num_rows)
+            if not 0 <= chunk.data_page_offset <= _end(chunk) <= self.info.parquet.bytes:
+                raise self._senseless(block, f"column {name!r} lies outside the file")
+            if max(chunk.total_compressed_size, chunk.total_uncompressed_size) > self._most_bytes(name, block):
+                raise self._senseless(block, f"column {name!r} would take {chunk.total_uncompressed_size:,} bytes")
+            yield block, name, chunk
 
-    def _check_pages(self, block: int, name: str, column: pq.ColumnChunkMetaData, rows: int) -> None:
+    def _check_pages(self, block: int, name: str, chunk: pq.ColumnChunkMetaData) -> None:
+        """InputError where a column is not what our writer makes, seen before any of it is unpacked."""
         if (block, name) in self._checked:
             return
         try:
-            size = unpacked_bytes(self._file.read_at, column.data_page_offset, column.total_compressed_size)
+            size = unpacked_bytes(self._file.held, chunk.data_page_offset, chunk.total_compressed_size)
         except (ValueError, KeyError, TypeError, OSError, OverflowError) as error:
             raise self._damaged(f"block {block}", error) from None
-        if max(size, column.total_uncompressed_size) > self._most_bytes(name, rows):
+        if size > self._most_bytes(name, block):
             raise self._senseless(block, f"column {name!r} would take {size:,} bytes")
         self._checked.add((block, name))
 
-    def _most_bytes(self, name: str, rows: int) -> int:
-        """More than our writer makes of a column of one block."""
+    def _most_bytes(self, name: str, block: int) -> int:
+        """More than our writer makes of a column of one block, unpacked or not."""
         if name == "text":
             return MAX_BLOCK_TEXT_BYTES + _SLACK_BYTES
+        first, end = self.block_span(block)
         # Parquet knows no 16 bits: a token takes 4 bytes, and its place in the list some bits more.
-        return rows * (5 * self.manifest.tokenizer.context if name == "tokens" else 32) + _SLACK_BYTES
+        return (end - first) * (5 * self.manifest.tokenizer.context if name == "tokens" else 32) + _SLACK_BYTES
 
     def _senseless(self, block: int, why: str) -> InputError:
         return InputError(f"shard {self.info.name}: block {block} of its table makes no sense: {why}; ingest again")
@@ -252,21 +260,26 @@ def check_file(path: Path, expected: FileInfo) -> None:
         )
 
 
-def _check_footer(file: pa.NativeFile, path: Path, info: ShardInfo) -> None:
+def _end(chunk: pq.ColumnChunkMetaData) -> int:
+    return chunk.data_page_offset + chunk.total_compressed_size
+
+
+def _read_footer(file: PartialFile, path: Path, info: ShardInfo) -> list[tuple[int, bytes]]:
     if info.footer_bytes > _MAX_FOOTER_BYTES:
         raise InputError(f"shard {info.name}: a Parquet footer of {info.footer_bytes:,} bytes is none of ours")
-    size = min(info.footer_bytes, info.parquet.bytes)
-    footer = file.read_at(size, info.parquet.bytes - size)
-    if xxh3_128_hexdigest(footer) != info.footer_xxh3:
+    parts = file.read([(max(info.parquet.bytes - info.footer_bytes, 0), info.parquet.bytes)])
+    if xxh3_128_hexdigest(b"".join(content for _, content in parts)) != info.footer_xxh3:
         raise InputError(
             f"shard {info.name}: the footer of {path.name} changed after ingest; restore it or ingest again"
         )
+    return parts
 
 
-def _open_table(file: pa.NativeFile, path: Path, manifest: Manifest, info: ShardInfo) -> pq.ParquetFile:
+def _open_table(file: PartialFile, path: Path, manifest: Manifest, info: ShardInfo) -> pq.ParquetFile:
     try:
-        table = pq.ParquetFile(file, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
+        with file.holding(_read_footer(file, path, info)):
+            table = pq.ParquetFile(pa.BufferReader(file.buffer), page_checksum_verification=True)
+    except (EOFError, pa.ArrowException) as error:
         raise InputError(f"shard {info.name}: {path.name} is not a Parquet file ({error})") from None
     expected = table_schema(manifest.tokenizer.context, manifest.labels)
     blocks = -(-info.rows // manifest.block_rows)
