@@ -104,12 +104,15 @@ class CompiledResize:
 
     def run(self, crops: Sequence[Crop]) -> None:
         """See `Resize`."""
-        rooms: list[NDArray[np.uint8]] = []
-        numbers = np.array([self._numbers(crop, rooms) for crop in crops], dtype=np.int64)
+        # Addresses keep nothing alive. Nor does the cache of `axis` surely hold what it returned: where two threads ask
+        # for the same at once, one of them gets what the cache has not kept.
+        alive: list[object] = []
+        numbers = np.array([self._numbers(crop, alive) for crop in crops], dtype=np.int64)
         self._function(numbers, self._size, *self._memory, self._dtype_number)
+        del alive
 
-    def _numbers(self, crop: Crop, rooms: list[NDArray[np.uint8]]) -> tuple[int, ...]:
-        """A crop as compiled code takes it; `rooms` keeps what was made for it."""
+    def _numbers(self, crop: Crop, alive: list[object]) -> tuple[int, ...]:
+        """A crop as compiled code takes it; `alive` gets what has to live as long as the numbers."""
         pixels, (y, x, h, w), flipped, out = crop
         height, width = self._shape
         assert pixels.shape == self._shape and pixels.dtype == np.uint8 and pixels.strides[1] == 1
@@ -120,10 +123,11 @@ class CompiledResize:
         if padded := min(h, w) < SMALLEST:
             room = np.zeros([-(-n // SMALLEST) * SMALLEST for n in (h, w)], dtype=np.uint8)
             room[:h, :w] = pixels[y : y + h, x : x + w]
-            rooms.append(room)
+            alive.append(room)
             source, step = room.ctypes.data, room.strides[0]
-        tables = axis(w, self._size).address + axis(h, self._size).address
-        return source, step, h, w, padded, flipped, *tables, out.data_ptr()
+        along_x, along_y = axis(w, self._size), axis(h, self._size)
+        alive += along_x, along_y
+        return source, step, h, w, padded, flipped, *along_x.address, *along_y.address, out.data_ptr()
 
 
 def make_resize(spec: ImageSpec, *, size: int, normalise: Normalise, dtype: str) -> Resize:

@@ -292,6 +292,25 @@ def test_the_decoder_has_a_switch(shards_dir: Path) -> None:
     assert isinstance(ImageKernel(ImageSpec(), size=32, normalise=NORMALISE)._jpeg, CompiledDecode)
 
 
+def test_tables_live_as_long_as_compiled_code_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache of `axis` does not keep what it returns where two threads ask for the same at once: here it never does.
+
+    Was a wrong image, or a crash, in the first batches of one process in three.
+    """
+    films = made_up_images(4)
+    crops = [
+        (film, [n, 2 * n, 250 + 9 * n, 299 - 7 * n], False, torch.empty(224, 224, 3)) for n, film in enumerate(films)
+    ]
+    expected = [torch.empty(224, 224, 3) for _ in crops]
+    other = TorchResize(size=224, normalise=NORMALISE)
+    other.run([(film, box, flip, out) for (film, box, flip, _), out in zip(crops, expected, strict=True)])
+    monkeypatch.setattr(kernels, "axis", kernels.axis.__wrapped__)
+    resize = compiled((320, 320), 224)
+    for _ in range(20):
+        resize.run(crops)
+        assert all(torch.equal(crop[3], out) for crop, out in zip(crops, expected, strict=True))
+
+
 def test_images_too_small_for_a_vector_take_torchs_way() -> None:
     assert isinstance(make_resize(ImageSpec(), size=15, normalise=NORMALISE, dtype="float32"), TorchResize)
 
