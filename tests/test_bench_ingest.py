@@ -2,6 +2,7 @@
 
 import csv
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -50,10 +51,13 @@ def test_footprint_counts_the_whole_tree() -> None:
     with child.stdin, child.stdout:
         child.stdout.readline()
         assert len(list(tree(child.pid))) == 2
-        held, found = b"x" * (40 << 20), footprint(os.getpid())
+        with mmap.mmap(-1, 40 << 20) as held:  # pages that this process surely did not have before
+            for _ in range(40):
+                held.write(b"x" * (1 << 20))
+            found = footprint(os.getpid())
     child.wait()
     assert found.total == found.parent + sum(found.children)
-    assert found.parent - before.parent > len(held) * 0.9
+    assert found.parent - before.parent > (40 << 20) * 0.9
     assert found.children[0] > 50 << 20 and found.children[1] > 30 << 20
 
 
