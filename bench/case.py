@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.watch import REPOSITORY
+from bench.machine import REPOSITORY
 from shards.cli import main_guard
 from shards.errors import InputError
 
@@ -204,8 +204,7 @@ def _write_uint8(source: Path, target: Path) -> None:
 def _look(task: Task) -> dict[str, Any]:
     import importlib.util
 
-    from bench.cases import PEERS
-    from bench.pairs import check_pairs
+    from bench.cases import PEERS, check_pairs
     from bench.peers import missing
     from shards.manifest import read_manifest
 

@@ -163,7 +163,7 @@ def _clear(out: Path) -> None:
 
 def collect(places: Places, seconds: dict[str, float]) -> dict[str, Any]:
     """Everything that came of the demo, with the machine it ran on."""
-    from bench.environment import environment
+    from bench.machine import environment
 
     rows = [json.loads(line) for line in (places.run / "metrics.jsonl").read_text().splitlines()]
     return {

@@ -70,7 +70,7 @@ class Encoded:
 
 def run_bench(config: EncodingsBenchConfig) -> dict[str, Any]:
     """Measure everything; the result is what `--json` writes."""
-    from bench.environment import environment
+    from bench.machine import environment
 
     readers: list[Callable[[], list[Pixels]]] = [
         *(lambda path=path: _h5_films(path, config.dataset, config.films) for path in config.h5),
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print tables, write JSON."""
     with main_guard("bench.encodings"):
         config = parse(EncodingsBenchConfig, argv, prog="python -m bench.encodings")
-        from bench.environment import one_line
+        from bench.machine import one_line
         from shards.atomic import check_writable, write_atomic
 
         if config.json:

@@ -73,7 +73,7 @@ def run_gpu(config: GpuConfig) -> Path:
     """Run everything; InputError where there is no GPU or no DALI. Returns the path of the JSON."""
     if config.device == "cuda":
         _require_gpu()
-    from bench.environment import environment
+    from bench.machine import environment
     from shards.atomic import check_writable, write_atomic
 
     machine = environment()

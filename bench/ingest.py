@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.cold import evict
 from bench.floor import Floor, measure_floor
-from bench.repeated import repeat_csv, store_repeated
-from bench.watch import Run, run_watched
+from bench.machine import Run, run_watched
+from bench.sizes import repeat_csv, store_repeated
+from bench.storage import evict
 from ingest.config import SourceConfig
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
@@ -83,7 +83,7 @@ Rounds = list[tuple[Floor, Run]]
 
 def run_bench(config: IngestBenchConfig) -> dict[str, Any]:
     """Measure everything; the result is what `--json` writes."""
-    from bench.environment import environment
+    from bench.machine import environment
     from bench.sizes import measure_sizes
 
     settings = {"repeat": config.repeat, "rounds": config.rounds, "cold": config.cold}
@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print tables, write JSON."""
     with main_guard("bench.ingest"):
         config = parse(IngestBenchConfig, argv, prog="python -m bench.ingest")
-        from bench.environment import one_line
+        from bench.machine import one_line
         from shards.atomic import check_writable, write_atomic
 
         if config.json:

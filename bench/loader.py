@@ -17,8 +17,7 @@ from typing import Any
 
 from bench.case import FLOOR, UINT8_FILE, Task, run_child
 from bench.cases import FLOORS, Case, cases
-from bench.cold import evict
-from bench.slow import SlowFileSystem, SlowSettings
+from bench.storage import SlowFileSystem, SlowSettings, evict
 from bench.summary import Key, Rounds, summarise, table
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
@@ -231,7 +230,7 @@ def _absolute(path: Path | None) -> str | None:
 
 def _describe(config: LoaderBenchConfig, found: dict[str, Any]) -> dict[str, Any]:
     """Machine and settings. Last of all: to ask for the GPU's name takes torch."""
-    from bench.environment import environment
+    from bench.machine import environment
 
     places = {"shards": config.shards, "raw_shards": config.raw_shards, "h5": config.h5, "scratch": config.scratch}
     machine = environment({name: path for name, path in places.items() if path is not None})
@@ -271,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
 
         if config.json:
             check_writable(config.json)
-        from bench.environment import one_line
+        from bench.machine import one_line
 
         result = run_bench(config)
         say("\n".join(table(result)))

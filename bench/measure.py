@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from bench.slow import Counts, counts_here
-from bench.watch import Usage, footprint, usage
+from bench.machine import Usage, footprint, usage
+from bench.storage import Counts, counts_here
 
 _SAMPLE_EVERY_S = 0.1
 

@@ -67,7 +67,7 @@ def nih_commands(config: NihConfig) -> list[list[str]]:
 
 def run_nih(config: NihConfig) -> dict[str, Any]:
     """Run every command, then the controls; the record that was written as JSON."""
-    from bench.environment import environment
+    from bench.machine import environment
 
     if config.out.exists() and any(config.out.iterdir()):
         raise InputError(f"{config.out} is not empty; choose another folder with --out")

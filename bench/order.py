@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.environment import environment
+from bench.machine import environment
 from pipeline.order import Layout, ShuffledOrder
 from shards.atomic import write_atomic
 from shards.cli import main_guard, parse, say

@@ -86,7 +86,7 @@ class ScaleConfig:
 
 def run_bench(config: ScaleConfig) -> dict[str, Any]:
     """Measure everything; the result is what `--json` writes."""
-    from bench.environment import environment
+    from bench.machine import environment
 
     rows = [measure_set(samples, shards, config) for samples, shards in config.sets]
     cut = len(config.samples)

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.watch import run_watched
+from bench.machine import run_watched
 from shards.cli import say
+from shards.errors import InputError
 
 SIDE, CHUNK_ROWS = 320, 32
 _CHUNKS = 4
@@ -181,3 +182,31 @@ def write_reports(path: Path, rows: int) -> Path:
             found = [_SENTENCES[(row // 7**place + place) % 7] for place in range(3)]
             writer.writerow([f"Study {row}. {' '.join(found)}", f"P{row // 3:08d}", row % 2, ("", 1, 0, -1)[row % 4]])
     return path
+
+
+def store_repeated(path: Path, dataset: str, times: int, target: Path) -> Path:
+    """The films of an HDF5 file so many times over in one file, stored as they were."""
+    import h5py
+
+    with h5py.File(path) as source, h5py.File(target, "w") as file:
+        data = source[dataset]
+        kept = {name: getattr(data, name) for name in ("chunks", "compression", "compression_opts", "shuffle")}
+        made = file.create_dataset(dataset, (times * len(data), *data.shape[1:]), data.dtype, **kept)
+        step = data.chunks[0] if data.chunks else 64
+        for first in range(0, len(data), step):
+            films = data[first : first + step]
+            for start in range(first, len(made), len(data)):
+                made[start : start + len(films)] = films
+    return target
+
+
+def repeat_csv(path: Path, target: Path, times: int) -> Path:
+    """The rows of a CSV file so many times over."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header, *rows = csv.reader(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} ({error})") from None
+    with open(target, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows * times])
+    return target

@@ -49,7 +49,7 @@ def measure_size(setup: Any, batch: Any, size: int, top: dict[str, Any], pace: P
     """All cases at one batch size, in turn; a list of what each came to."""
     import torch
 
-    from bench.batches import sized
+    from bench.limits import sized
 
     batch = sized(batch, size)
     torch.compiler.reset()  # else the second size would be compiled for any size, which no training run is
@@ -131,7 +131,7 @@ def summary(
     case: Case, rounds: dict[str, list[dict[str, float]]], setup: Any, batch: Any, top: dict[str, Any]
 ) -> dict[str, Any]:
     """Medians of a case, ratios within a round, FLOPs and share of the peak, memory, host gaps."""
-    from bench.flops import count_flops
+    from bench.limits import count_flops
 
     rows = rounds[case.name]
     step_s = statistics.median(row["step_s"] for row in rows)
@@ -168,7 +168,7 @@ def _host(case: Case, device: Any) -> dict[str, float | None]:
     """Launch time a step and the share of it without a kernel; nothing on a CPU, which is its own host."""
     if device.type != "cuda":
         return {"host_ms": None, "idle_share": None}
-    from bench.gaps import host_seconds, idle_share
+    from bench.limits import host_seconds, idle_share
 
     launch, _ = host_seconds(case.trainer.run, device, _WARM)
     return {"host_ms": launch * 1e3, "idle_share": idle_share(case.trainer.run, device)}

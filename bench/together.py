@@ -62,7 +62,7 @@ class TogetherConfig:
 
 def run_together(config: TogetherConfig) -> dict[str, Any]:
     """Measure everything; the result is what `--json` writes."""
-    from bench.environment import environment
+    from bench.machine import environment
     from bench.turns import take_turns
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
     with main_guard("bench.together"):
         config = parse(TogetherConfig, argv, prog="python -m bench.together")
-        from bench.environment import one_line
+        from bench.machine import one_line
         from shards.atomic import check_writable, write_atomic
 
         if config.json:

@@ -25,7 +25,7 @@ from bench.case import _forget_rows
 from bench.compare import BETTER, judge
 from bench.kinds import METRICS
 from bench.search import Choice, Space, apply_choice, make_space, search
-from bench.slow import SlowFileSystem, SlowSettings, counts_here
+from bench.storage import SlowFileSystem, SlowSettings, counts_here
 from pipeline.config import LoaderConfig
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
@@ -59,7 +59,7 @@ class TuneConfig:
     streams: tuple[int, ...] = ()
     """Numbers of streams to try besides the default; they change the order of the samples."""
     cold: bool = False
-    """Put the shards out of the page cache before each trial; see bench/cold.py."""
+    """Put the shards out of the page cache before each trial; see bench/storage.py."""
     seed: int = 0
     """Seed of the search; the trials read the set in other orders each."""
     slow: SlowSettings = field(default_factory=SlowSettings)
@@ -93,7 +93,7 @@ class Bought:
 
 def run_tune(config: TuneConfig) -> dict[str, Any]:
     """Search, compare, decide; the result is what `--json` writes."""
-    from bench.environment import environment
+    from bench.machine import environment
 
     base = LoaderConfig(shards=config.shards[0], batch_size=config.batch_size, backend=_backend())
     space = make_space(base, config.shards, cuda=_cuda(), streams=config.streams)
@@ -145,8 +145,8 @@ def _rater(config: TuneConfig, base: LoaderConfig) -> Callable[[Choice], float]:
     """Measures a choice: films/s. Each time in another order: blocks in a cache are not those that come first."""
     import torch
 
-    from bench.cold import evict
     from bench.measure import measure
+    from bench.storage import evict
     from pipeline.batch import World
     from pipeline.loader import build_loader
 
@@ -235,7 +235,7 @@ def _verdict(space: Space, chosen: Choice, rates: Rates) -> str:
 
 def toml_of(result: dict[str, Any]) -> str:
     """What `train.main --loader-config` takes."""
-    from bench.environment import one_line
+    from bench.machine import one_line
     from train.tuned import to_toml
 
     chosen = dict(result["chosen"])

@@ -16,13 +16,11 @@ from conftest import REPOSITORY, assert_refused, run_module
 
 from bench.case import Task
 from bench.cases import Case
-from bench.cold import evict, resident_bytes
-from bench.environment import _TELLING, file_system
 from bench.loader import LoaderBenchConfig, run_bench
+from bench.machine import _TELLING, file_system, usage
 from bench.peers import LOADERS, WRITERS, missing
-from bench.slow import Counts, SlowFileSystem, SlowSettings
+from bench.storage import Counts, SlowFileSystem, SlowSettings, evict, resident_bytes
 from bench.summary import summarise, table
-from bench.watch import usage
 from shards.errors import InputError
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None and shutil.which("gcc") is None, reason="no C compiler")

@@ -11,9 +11,7 @@ import torch
 from conftest import run_module
 from torch import nn
 
-from bench.batches import best_batch, search_batch, sized
-from bench.flops import count_flops, half_peak
-from bench.gaps import gaps
+from bench.limits import best_batch, count_flops, gaps, half_peak, search_batch, sized
 from bench.recipe import pace, total_seconds
 from bench.step import StepBenchConfig, run_step
 from bench.step import table as step_table
@@ -150,7 +148,7 @@ class Clock:
 
 def test_the_search_ends_where_growth_or_memory_does(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr("bench.batches.time", clock)
+    monkeypatch.setattr("bench.limits.time", clock)
 
     class Trainer:
         """Films/s grow up to a batch of `full`; there is memory for 128."""

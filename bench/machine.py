@@ -1,15 +1,108 @@
-"""Processes watched: a command run to its end, its phases by the files it makes; memory, CPU time and bytes read of a
-process and all its descendants, by the kernel's count."""
+"""The machine: what a figure was measured on, to stand beside it; and what processes take of it, by the kernel's count:
+memory, CPU time and bytes read of one with all its descendants, and a command run to its end, watched from outside."""
 
+import importlib.metadata
 import os
+import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from shards.errors import InputError
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
+    "webdataset",
+    "simplejpeg",
+    "pillow",
+    "h5py",
+    "pyarrow",
+    "numpy",
+)
+
+
+_TELLING = re.compile(
+    r"[a-z_]+|(vers|proto|sec|data|errors|lookupcache|local_lock)=[\w.-]+|(?!\w*[ug]id)[a-z_]+=\d+[kKmMgG]?"
+)
+"""Mount options that say how a file system behaves; others may hold paths, hosts or names."""
+
+
+def environment(places: Mapping[str, Path] | None = None) -> dict[str, Any]:
+    """Machine, versions, state of the repository, the file systems of `places`. No host name, no user, no path."""
+    found = {name: file_system(path) for name, path in (places or {}).items()}
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": _cpu_model(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": _gpu_name(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        **({"file_system": found} if found else {}),
+    }
+
+
+def file_system(path: Path) -> dict[str, str]:
+    """Type and mount options of the file system that a path lies on."""
+    wanted = os.stat(path).st_dev
+    number = f"{os.major(wanted)}:{os.minor(wanted)}"
+    best = ("", "unknown", "")
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        own, _, rest = line.partition(" - ")
+        fields, kind = own.split(), rest.split()
+        inside = Path(path).resolve().is_relative_to(fields[4])
+        if inside and len(fields[4]) >= len(best[0]) and (fields[2] == number or best[1] == "unknown"):
+            best = fields[4], kind[0], f"{fields[5]},{kind[2]}"
+    options = dict.fromkeys(option for option in best[2].split(",") if _TELLING.fullmatch(option))
+    return {"type": best[1], "options": ",".join(options)}
+
+
+def one_line(found: dict[str, Any]) -> str:
+    """The machine in a few words."""
+    gpu = f", {found['gpu']}" if found["gpu"] else ", no GPU"
+    return f"{found['cpus']} CPUs of {found['cpu']}, {found['memory_gib']:.0f} GiB{gpu}"
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def _gpu_name() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    folder = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
 
 _LOOK_EVERY_S, _SAMPLE_EVERY_S = 0.02, 0.2
 
