@@ -90,12 +90,13 @@ def arguments(shards: Path, out: Path, *more: str) -> list[str]:
 
 
 def outcome(out: Path) -> dict[str, object]:
-    """All of a run that has to be the same however often it was interrupted: rows, and what the checkpoints hold."""
+    """All of a run that has to be the same however often it was interrupted: rows, checkpoints, and what they hold."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     files = [path for path in (out / "best.pt", *(out / "checkpoints").iterdir()) if path.exists()]
     return {
         "rows": [{name: row.get(name) for name in ("step", *COLUMNS)} for row in rows],
         **{part: value for path in files for part, value in flat(path.name, read_checkpoint(path))},
+        **{f"{path.name} bytes": path.read_bytes() for path in files},
     }
 
 

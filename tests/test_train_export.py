@@ -19,7 +19,7 @@ from train.export import ExportConfig, export, main
 from train.model import ClipModel, ModelConfig, build_model
 from train.presets import CHEXZERO_MEAN, CHEXZERO_STD
 from train.pretrained import load_pretrained
-from train.state import PATHS
+from train.state import LEFT_OUT
 
 CONTEXT, VOCAB, SIZE = 16, 100, 32
 CLIP_SMALL = ModelConfig(
@@ -50,7 +50,7 @@ def run_of(folder: Path, config: ModelConfig, *, average: bool = False) -> ClipM
     settings = to_fields(TrainConfig(shards=Path(), out=Path(), model=config, data=DATA))
     payload = {
         "step": 7,
-        "config": {name: value for name, value in settings.items() if name not in PATHS},
+        "config": {name: value for name, value in settings.items() if name not in LEFT_OUT},
         "fingerprint": {"tokenizer": "0" * 32},
         **({"model": nothing, "ema": state} if average else {"model": state}),
     }

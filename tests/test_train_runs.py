@@ -146,9 +146,8 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_by_bit(
     assert not (run / "requeue").exists()
     for name in ("loss", "val_loss", "order_digest", "logit_scale", "lr"):
         assert column(run, name) == column(pair, name), name
-    first, second = read_checkpoint(pair / "best.pt"), read_checkpoint(run / "best.pt")
-    assert first["step"] == second["step"]
-    assert all(first["model"][name].equal(second["model"][name]) for name in first["model"])
+    for name in ("best.pt", "checkpoints/step-0000060.pt"):
+        assert (run / name).read_bytes() == (pair / name).read_bytes(), name
 
 
 def test_one_rank_and_two_train_on_the_same_samples(pair: Path, alone: Path) -> None:
@@ -175,8 +174,8 @@ def test_three_ranks_resume_bit_by_bit(shards_dir: Path, tmp_path: Path) -> None
     code, errors = train(3, shards_dir, cut, *more, "--resume", "auto")
     assert code == 0 and "going on after step 3" in errors, errors
     assert len(rows(cut)) == 6 and column(cut, "loss") == column(whole, "loss")
-    last = [read_checkpoint(run / "checkpoints/step-0000006.pt")["model"] for run in (whole, cut)]
-    assert all(last[0][name].equal(last[1][name]) for name in last[0])
+    last = [(run / "checkpoints/step-0000006.pt").read_bytes() for run in (whole, cut)]
+    assert last[0] == last[1]
 
 
 def test_sigterm_saves_and_asks_for_the_rest(shards_dir: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a run is at a step boundary, to a checkpoint's payload and back."""
 
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from train.ranks import Ranks
 from train.schedule import Patience, Plateau
 from train.versions import package_version
 
-PATHS = ("shards", "out", "h5", "vision_weights", "text_weights")
-"""Settings that stay out of checkpoints: where files lie is nobody's business elsewhere."""
+LEFT_OUT = (*("shards", "out", "h5", "vision_weights", "text_weights"), *("resume", "stop_at", "force"))
+"""Settings that stay out of checkpoints: where files lie is nobody's business elsewhere, and how often a run was
+started makes it no other."""
 
 VERSIONS = ("torch", "open_clip_torch", "timm")
 DALI_PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
@@ -151,14 +153,14 @@ def capture(
     ranks: Ranks,
 ) -> dict[str, Any]:
     """A checkpoint's payload, copied to host memory so that training may go on. All ranks have to call it."""
-    digest, random = order_digest(progress, ranks), [rng.clone() for rng in ranks.gather(torch.get_rng_state())]
+    digest, random = order_digest(progress, ranks), ranks.gather(torch.get_rng_state())
     device_random = ranks.gather_objects(_device_rng())
     if not ranks.first:
         return {}
-    settings = {name: value for name, value in to_fields(config).items() if name not in PATHS}
+    settings = {name: value for name, value in to_fields(config).items() if name not in LEFT_OUT}
     for name in ("exclude", "stage_dir", "more_shards"):
         del settings["data"][name]
-    return {
+    payload = {
         "step": progress.step,
         "position": progress.position,
         "order_digest": digest,
@@ -169,13 +171,14 @@ def capture(
         "schedule": {"patience": asdict(progress.patience), "plateau": asdict(progress.plateau)},
         "config": settings,
         "fingerprint": prints,
-        "model": to_host(learner.model.state_dict()),
-        **({} if learner.ema is None else {"ema": to_host(learner.ema.state_dict())}),
-        "optimizer": to_host(learner.optimizer.state_dict()),
+        "model": learner.model.state_dict(),
+        **({} if learner.ema is None else {"ema": learner.ema.state_dict()}),
+        "optimizer": learner.optimizer.state_dict(),
         "scaler": learner.scaler.state_dict(),
         "rng": random,
         "device_rng": device_random,
     }
+    return to_host(payload)
 
 
 def restore(payload: dict[str, Any], learner: Learner, ranks: Ranks) -> Progress:
@@ -206,7 +209,11 @@ def _plateau(fields: dict[str, Any]) -> Plateau:
 
 
 def to_host(tree: Any) -> Any:
-    """A copy of nested dicts and lists whose tensors are copies in host memory."""
+    """A copy of nested dicts and lists whose tensors are copies in host memory.
+
+    Equal contents make equal files: pickle writes a string once and points to it where the very same object comes
+    again, which it does not in a run that has read its state from a file, unless equal strings are made one.
+    """
     copied = _copy(tree)
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # until here copies from a GPU are on their way
@@ -220,10 +227,10 @@ def _copy(tree: Any) -> Any:
             return host.copy_(tree.detach(), non_blocking=True)
         return tree.detach().to("cpu", copy=True)
     if isinstance(tree, dict):
-        return {name: _copy(value) for name, value in tree.items()}
+        return {_copy(name): _copy(value) for name, value in tree.items()}
     if isinstance(tree, list | tuple):
         return [_copy(value) for value in tree]
-    return tree
+    return sys.intern(tree) if isinstance(tree, str) else tree
 
 
 def _device_rng() -> torch.Tensor | None:
