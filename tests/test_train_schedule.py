@@ -1,5 +1,6 @@
 """The learning rate over the steps, against torch's own schedules, and what validations change about it."""
 
+import functools
 import math
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch.optim import lr_scheduler
 
 from train.config import OptimConfig
-from train.schedule import Patience, Plateau, learning_rate
+from train.optim import set_rates
+from train.schedule import Patience, Plateau, learning_rate, momentum
 
 
 def rates(config: OptimConfig, steps: int) -> list[float]:
@@ -41,14 +43,26 @@ def test_cosine_and_linear_are_torchs() -> None:
 
 
 @pytest.mark.parametrize("warmup", [4, 12])
-def test_one_cycle_is_torchs(warmup: int) -> None:
-    def make(optimizer: torch.optim.Optimizer) -> lr_scheduler.OneCycleLR:
-        return lr_scheduler.OneCycleLR(
-            optimizer, max_lr=0.1, total_steps=40, pct_start=warmup / 40, cycle_momentum=False
-        )
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_one_cycle_is_torchs(warmup: int, optimizer: str) -> None:
+    """Rate and momentum."""
+    make = {"sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}[optimizer]
+    theirs = make([torch.zeros(1, requires_grad=True)], lr=0.1)
+    ours = make([torch.zeros(1, requires_grad=True)], lr=0.1)
+    scheduler = lr_scheduler.OneCycleLR(theirs, max_lr=0.1, total_steps=40, pct_start=warmup / 40)
+    config = OptimConfig(lr=0.1, warmup=warmup, schedule="one-cycle", optimizer=optimizer)  # type: ignore[arg-type]
+    for step in range(40):
+        set_rates(ours, learning_rate(config, step, 40), momentum(config, step, 40))
+        for name in ("lr", "momentum", "betas"):
+            group, expected = ours.param_groups[0], theirs.param_groups[0]
+            assert group.get(name) == pytest.approx(expected.get(name), abs=1e-12), (step, name)
+        theirs.step()
+        scheduler.step()
 
-    config = OptimConfig(lr=0.1, warmup=warmup, schedule="one-cycle")
-    assert rates(config, 40) == pytest.approx(torchs(make, 40), abs=1e-12)
+
+def test_other_schedules_leave_momentum_alone() -> None:
+    assert momentum(OptimConfig(schedule="cosine"), 3, 40) is None
+    assert momentum(OptimConfig(schedule="one-cycle", optimizer="sgd", momentum=0.0), 3, 40) is None
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "one-cycle", "plateau"])

@@ -4,18 +4,20 @@ import dataclasses
 import functools
 import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from test_train_objective import reports
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.batch import Batch
 from train import objective
 from train.config import OptimConfig
-from train.device import Precision
+from train.device import Precision, choose_precision
 from train.ema import build_average, update_average
 from train.model import ModelConfig, build_model
 from train.objective import Contrastive
@@ -70,15 +72,31 @@ def spy(step: Step, model: nn.Module) -> Gradients:
 
 
 def gradients(
-    ranks: Ranks, parts: int, model: nn.Module | None = None, lengths: list[int] = LENGTHS
+    ranks: Ranks,
+    parts: int,
+    model: nn.Module | None = None,
+    lengths: list[int] = LENGTHS,
+    reduced: list[int] | None = None,
 ) -> tuple[float, Gradients]:
-    """The global loss and the gradients that the optimizer is given in one step after the warm-up."""
+    """The global loss and the gradients that the optimizer is given in one step after the warm-up.
+
+    `reduced` gets the number of each bucket of gradients that DDP sums over the ranks in it.
+    """
     model = model or small_model()
     step = make_step(model, ranks=ranks, parts=parts)
+    if reduced is not None:
+        step._wrapped.register_comm_hook(reduced, note_and_reduce)
     step.warm_up(nothing_batch(2 * parts, 64, 77, CPU.device))
+    (reduced or []).clear()
     seen = spy(step, model)
     output = step(share(ranks.rank, ranks.size, lengths), 1e-3)
     return ranks.sums([output.loss.item()])[0] / ranks.size, seen
+
+
+def note_and_reduce(buckets: list[int], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """What DDP does by itself, noted."""
+    buckets.append(bucket.index())
+    return allreduce_hook(None, bucket)
 
 
 def assert_alike(found: Gradients, expected: Gradients) -> None:
@@ -107,8 +125,12 @@ def on_two_ranks(rank: int, store: Path, results: multiprocessing.SimpleQueue) -
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     ranks = Ranks(rank=rank, size=2, local_rank=rank, local_size=2)
-    found = [gradients(ranks, parts) for parts in (1, 4)]
-    results.put([(loss, {name: each.numpy() for name, each in grads.items()}) for loss, grads in found])
+    told = []
+    for parts in (1, 4):
+        reduced: list[int] = []
+        loss, found = gradients(ranks, parts, reduced=reduced)
+        told.append((loss, {name: each.numpy() for name, each in found.items()}, reduced))
+    results.put(told)
     dist.destroy_process_group()
 
 
@@ -122,7 +144,8 @@ def test_two_ranks_have_the_gradients_of_one(plain: tuple[float, Gradients], tmp
     both = [results.get() for _ in processes]
     for process in processes:
         process.join(60)
-    for loss, found in (each for told in both for each in told):
+    for loss, found, reduced in (each for told in both for each in told):
+        assert reduced == list(range(len(reduced))) and reduced, "gradients are summed once, in parts too"
         assert loss == pytest.approx(plain[0], rel=1e-5)
         assert_alike({name: torch.from_numpy(each) for name, each in found.items()}, plain[1])
 
@@ -274,3 +297,13 @@ def test_cutting_texts_changes_no_gradient(plain: tuple[float, Gradients], monke
 def _has_layout(tensor: torch.Tensor) -> bool:
     """Whether a tensor has a layout to lose: of one channel or one pixel, both layouts are the same."""
     return tensor.ndim == 4 and tensor.shape[1] > 1 and tensor.shape[2:].numel() > 1
+
+
+@pytest.mark.parametrize(("major", "name"), [(7, "fp16"), (9, "bf16")])
+def test_a_gpu_that_only_emulates_bf16_gets_fp16(monkeypatch: pytest.MonkeyPatch, major: int, name: str) -> None:
+    """A V100 takes bf16 tensors, and is slower with them than in fp32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+    assert choose_precision("auto", torch.device("cuda")).name == name

@@ -75,7 +75,8 @@ class OptimConfig:
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "one-cycle", "plateau"] = "cosine"
     """After the warm-up: stay at the peak; fall to zero by the last step along a line or half a cosine; plateau: fall
-    by a factor when validation no longer improves. one-cycle: rise from 1/25 of the peak and fall, along cosines."""
+    by a factor when validation no longer improves. one-cycle: rise from 1/25 of the peak and fall, along cosines;
+    momentum (AdamW's first beta) goes from 0.95 to 0.85 and back, whatever is set here, as with torch's OneCycleLR."""
     warmup: int = 50
     """Steps of rise to the peak: linear from zero, but for one-cycle."""
     plateau_factor: float = 0.5

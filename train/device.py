@@ -46,9 +46,9 @@ def choose_device(name: str, ranks: Ranks) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """The precision for `auto`, `fp32`, `bf16` or `fp16` on a device."""
-    if name == "auto":
-        name = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    """The precision for `auto`, `fp32`, `bf16` or `fp16` on a device. InputError for fp16 on a CPU."""
+    if name == "auto":  # False: bf16 that a V100 only emulates, slowly, does not count
+        name = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     if name == "fp16" and device.type == "cpu":
         raise InputError("precision fp16 needs a GPU; use --precision fp32 or bf16 here")
     return Precision(name=name, device=device)

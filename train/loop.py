@@ -22,7 +22,7 @@ from train.objective import Output
 from train.preempt import StopRequest
 from train.ranks import together
 from train.saving import CheckpointWriter, Shelf
-from train.schedule import learning_rate
+from train.schedule import learning_rate, momentum
 from train.state import Progress, capture, gather_bad, order_digest, restore
 from train.step import build_step, compiled_graphs, nothing_batch
 
@@ -96,7 +96,7 @@ class Loop:
         if batch is None or failed:
             self._stop_short(failure)
         lr = learning_rate(config.optim, progress.step, config.steps, progress.plateau.cuts)
-        output = self._step(batch, lr)
+        output = self._step(batch, lr, momentum(config.optim, progress.step, config.steps))
         progress.step += 1
         progress.position += config.batch_size
         progress.digest = (progress.digest + digest_batch(batch, self._job.world)) % DIGEST_MODULUS

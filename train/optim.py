@@ -28,10 +28,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     return optimizer
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give all parameter groups the same learning rate."""
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float | None = None) -> None:
+    """Give all parameter groups a learning rate, and a momentum (AdamW's first beta) where there is one to give."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+        if momentum is not None:
+            group |= {"betas": (momentum, group["betas"][1])} if "betas" in group else {"momentum": momentum}
 
 
 def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, norm: torch.Tensor) -> None:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from train.config import OptimConfig
 
 START_DIVISOR, END_DIVISOR = 25.0, 1e4
-"""one-cycle starts at peak / 25 and ends at 1 / 10,000 of that: torch's `OneCycleLR`, without its cycle of momentum."""
+"""one-cycle starts at peak / 25 and ends at 1 / 10,000 of that, as torch's `OneCycleLR` does."""
+MOMENTUM, MOMENTUM_AT_PEAK = 0.95, 0.85
+"""Its momentum, too, at the ends and at the peak."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,7 +51,8 @@ class Plateau:
 def learning_rate(config: OptimConfig, step: int, steps: int, cuts: int = 0) -> float:
     """Learning rate of step `step` (0 is the first) of `steps`; `cuts` of the plateau schedule, which alone has any."""
     if config.schedule == "one-cycle":
-        return _one_cycle(config, step, steps)
+        start = config.lr / START_DIVISOR
+        return _one_cycle((start, config.lr, start / END_DIVISOR), config.warmup, step, steps)
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":
@@ -62,12 +65,20 @@ def learning_rate(config: OptimConfig, step: int, steps: int, cuts: int = 0) -> 
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _one_cycle(config: OptimConfig, step: int, steps: int) -> float:
-    """Up to the peak in step `warmup`, then down to next to nothing in the last step."""
-    start, top = config.lr / START_DIVISOR, max(0, config.warmup - 1)
+def momentum(config: OptimConfig, step: int, steps: int) -> float | None:
+    """SGD's momentum or AdamW's first beta in a step, which one-cycle alone moves; None: as it is set."""
+    if config.schedule != "one-cycle" or (config.optimizer == "sgd" and not config.momentum):
+        return None
+    return _one_cycle((MOMENTUM, MOMENTUM_AT_PEAK, MOMENTUM), config.warmup, step, steps)
+
+
+def _one_cycle(values: tuple[float, float, float], warmup: int, step: int, steps: int) -> float:
+    """From the first value to the second in step `warmup`, then to the third in the last step, along cosines."""
+    begin, peak, end = values
+    top = max(0, warmup - 1)
     if step < top:
-        return _along_cosine(start, config.lr, step / top)
-    return _along_cosine(config.lr, start / END_DIVISOR, (step - top) / max(1, steps - 1 - top))
+        return _along_cosine(begin, peak, step / top)
+    return _along_cosine(peak, end, (step - top) / max(1, steps - 1 - top))
 
 
 def _along_cosine(begin: float, end: float, share: float) -> float:

@@ -14,7 +14,7 @@ from train.accumulate import backward_in_parts
 from train.config import TrainConfig
 from train.device import Precision
 from train.objective import Contrastive, Objective, Output, Tensors
-from train.optim import set_learning_rate, update
+from train.optim import set_rates, update
 from train.ranks import Ranks
 from train.state import Learner
 
@@ -63,14 +63,14 @@ class Step:
         # Compiled apart from what `_wrapped` and the bare model are: the warm-up and validation have other shapes.
         self._compiled = torch.compile(self._wrapped) if compiled else self._wrapped
 
-    def __call__(self, batch: Batch, lr: float) -> Output:
+    def __call__(self, batch: Batch, lr: float, momentum: float | None = None) -> Output:
         """Train on one batch; what comes back is still being computed where the device is a GPU.
 
         No update is made where loss or gradient is no number: its metric `grad_norm` is none then, on every rank.
         """
         output = self._backward(self._compiled, batch)
         output.metrics["grad_norm"] = norm = self._clip_gradients()
-        set_learning_rate(self._optimizer, lr)
+        set_rates(self._optimizer, lr, momentum)
         update(self._optimizer, self._scaler, norm)
         self._optimizer.zero_grad(set_to_none=True)
         self.objective.constrain(self._model)
