@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ingest.encode import SpillReader
 from ingest.rows import RowReader
+from ingest.spill import Images, SpillReader
 from shards.atomic import write_atomic
 from shards.digest import file_digest
 from shards.reader import check_file
@@ -33,18 +33,14 @@ class AssembleTask:
     labels: tuple[str, ...]
     block_rows: int
     group_range: tuple[int, int] | None
-    rows: NDArray[np.int64]
-    """(n,) rows, all sources counted through."""
+    places: NDArray[np.int64]
+    """(n,) of its n rows, in the order of all shards."""
+    images: Images
+    """Of the same rows."""
     sources: NDArray[np.int64]
     """(n,) source of each row."""
     source_rows: NDArray[np.int64]
     """(n,) row in the source."""
-    offsets: NDArray[np.int64]
-    """(n,) where the image lies in its spill."""
-    sizes: NDArray[np.int32]
-    """(n,) bytes of the image."""
-    hashes: NDArray[np.uint64]
-    """(n,) xxh3-64 of the image."""
 
 
 def assemble_shard(task: AssembleTask) -> ShardInfo:
@@ -63,27 +59,17 @@ def assemble_shard(task: AssembleTask) -> ShardInfo:
         groups=task.group_range,
     )
     with contextlib.closing(SpillReader(task.work, task.starts)) as spills, RowReader(task.work) as rows, writer:
-        for number, row in enumerate(task.rows.tolist()):
-            place = (int(column[number]) for column in (task.offsets, task.sizes, task.hashes))
-            image = spills.image(row, *place)
-            writer.add(_sample(task, number, image, *rows.read(row)))
+        known = zip(
+            task.sources.tolist(),
+            task.source_rows.tolist(),
+            spills.read(task.images),
+            rows.read(task.places),
+            strict=True,
+        )
+        for source, number, image, row in known:
+            writer.add(Sample(source=source, row=number, image=image, **row._asdict()))
     write_atomic(note, json.dumps(asdict(writer.info)).encode())
     return writer.info
-
-
-def _sample(task: AssembleTask, number: int, image: bytes, record: np.void, text: str) -> Sample:
-    return Sample(
-        source=int(task.sources[number]),
-        row=int(task.source_rows[number]),
-        image=image,
-        text=text,
-        tokens=record["tokens"],
-        token_count=int(record["token_count"]),
-        truncated=bool(record["truncated"]),
-        side_words=bool(record["side_words"]),
-        group=int(record["group"]),
-        labels=tuple(None if value != value else value for value in record["labels"].tolist()),  # NaN is not itself
-    )
 
 
 def _read_note(note: Path, folder: Path) -> ShardInfo | None:

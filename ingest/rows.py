@@ -1,16 +1,18 @@
 """What is known of every row besides its film, in the work folder: tasks carry row numbers, memory holds no tokens.
 
-`rows.bin` has a record of fixed size for each row, `texts.bin` the reports end to end; `rows.json`, written last, says
-how to read them and holds their digests. Written while the films are being encoded, read row by row in phase two.
+`rows.bin` has a record of fixed size for each row, `texts.bin` the reports end to end, both in the order in which the
+shards will have them; `rows.json`, written last, says how to read them and holds their digests. Written while the films
+are being encoded, read from one end to the other in phase two.
 """
 
 import json
 import os
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -24,21 +26,38 @@ from shards.schema import TokenizerSpec
 
 RECORDS, TEXTS, NOTE = "rows.bin", "texts.bin", "rows.json"
 _CHUNK = 4096
-"""Rows written at once."""
+"""Rows written and read at once."""
+_MOST_TEXT = 64 << 20
+"""Bytes of reports read at once; larger ones are read one by one."""
+_LAYOUT = 2
+"""Grows when the files change, so that an ingest that an older version began makes them anew."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reports:
     """What phase two needs to know of all rows of all sources."""
 
+    order: NDArray[np.int64]
+    """(places,) the rows to write, in the order of the shards, films that will be rejected included."""
     texts: pa.ChunkedArray
     """(rows,) reports."""
-    wanted: NDArray[np.bool_]
-    """(rows,) rows that have one; of the others nothing is written but zeros."""
     groups: NDArray[np.int64]
     """(rows,)"""
     labels: NDArray[np.float32]
     """(rows, labels), NaN for unknown."""
+
+
+class Row(NamedTuple):
+    """What phase two takes of a row, by the names of `shards.writer.Sample`."""
+
+    text: str
+    tokens: NDArray[np.uint16]
+    token_count: int
+    truncated: bool
+    side_words: bool
+    group: int
+    labels: tuple[float | None, ...]
+    """None for unknown."""
 
 
 def record_type(context: int, labels: int) -> np.dtype:
@@ -60,33 +79,41 @@ def record_type(context: int, labels: int) -> np.dtype:
 def write_rows(work: Path, reports: Reports) -> TokenizerSpec:
     """Tokenise all reports and write the three files, unless they are there and whole."""
     tokenizer = Tokenizer()
-    note = {"tokenizer": asdict(tokenizer.spec), "labels": reports.labels.shape[1]}
+    note = {"layout": _LAYOUT, "tokenizer": asdict(tokenizer.spec), "labels": reports.labels.shape[1]}
     if not _is_whole(work, note):
         with atomic_file(work / RECORDS) as records, atomic_file(work / TEXTS) as texts:
             sinks = HashingFile(records), HashingFile(texts)
-            for first in range(0, len(reports.texts), _CHUNK):
-                _write_chunk(reports, first, tokenizer, *sinks)
+            for first in range(0, len(reports.order), _CHUNK):
+                _write_chunk(reports, reports.order[first : first + _CHUNK], tokenizer, *sinks)
         note |= {RECORDS: sinks[0].digest.hex(), TEXTS: sinks[1].digest.hex()}
         write_atomic(work / NOTE, json.dumps(note).encode())
     return tokenizer.spec
 
 
-def _write_chunk(reports: Reports, first: int, tokenizer: Tokenizer, records: HashingFile, texts: HashingFile) -> None:
-    chunk = slice(first, min(first + _CHUNK, len(reports.texts)))
-    rows = np.zeros(chunk.stop - first, dtype=record_type(tokenizer.spec.context, reports.labels.shape[1]))
-    rows["group"], rows["labels"] = reports.groups[chunk], reports.labels[chunk]
-    for row, text in zip(rows, reports.texts.slice(first, len(rows)).to_pylist(), strict=True):
-        row["text_at"] = texts.written
-        if reports.wanted[first]:
-            row["tokens"], row["token_count"], row["truncated"] = tokenizer(text)
-            row["side_words"] = names_side(text)
-            row["text_size"] = texts.write(text.encode())
-        first += 1
-    records.write(rows.tobytes())
+def _write_chunk(
+    reports: Reports, rows: NDArray[np.int64], tokenizer: Tokenizer, records: HashingFile, texts: HashingFile
+) -> None:
+    chunk = np.zeros(len(rows), dtype=record_type(tokenizer.spec.context, reports.labels.shape[1]))
+    chunk["group"], chunk["labels"] = reports.groups[rows], reports.labels[rows]
+    for record, text in zip(chunk, _take(reports.texts, rows), strict=True):
+        record["text_at"] = texts.written
+        record["tokens"], record["token_count"], record["truncated"] = tokenizer(text)
+        record["side_words"] = names_side(text)
+        record["text_size"] = texts.write(text.encode())
+    records.write(chunk.tobytes())
+
+
+def _take(texts: pa.ChunkedArray, rows: NDArray[np.int64]) -> Iterator[str]:
+    """The texts of some rows. `ChunkedArray.take` would copy all of them into one chunk first."""
+    ends = np.cumsum([len(chunk) for chunk in texts.chunks])
+    numbers = np.searchsorted(ends, rows, side="right")
+    starts = ends - [len(chunk) for chunk in texts.chunks]
+    for number, row in zip(numbers.tolist(), (rows - starts[numbers]).tolist(), strict=True):
+        yield texts.chunks[number][row].as_py()
 
 
 class RowReader:
-    """Rows out of the work folder, one by one; nothing is held in memory."""
+    """What the work folder says of rows, in the order of the shards."""
 
     def __init__(self, work: Path) -> None:
         note = json.loads((work / NOTE).read_bytes())
@@ -96,11 +123,24 @@ class RowReader:
             self._stack.enter_context(open(work / name, "rb", buffering=0)).fileno() for name in (RECORDS, TEXTS)
         )
 
-    def read(self, row: int) -> tuple[np.void, str]:
-        """Record and report of a row, all sources counted through."""
+    def read(self, places: NDArray[np.int64]) -> Iterator[Row]:
+        """The row at each of the places, which ascend; 4,096 of them are held at a time."""
         size = self._type.itemsize
-        record = np.frombuffer(os.pread(self._records, size, row * size), dtype=self._type)[0]
-        return record, os.pread(self._texts, int(record["text_size"]), int(record["text_at"])).decode()
+        for first in range(0, len(places), _CHUNK):
+            wanted = places[first : first + _CHUNK]
+            start, count = int(wanted[0]), int(wanted[-1] - wanted[0]) + 1
+            records = np.frombuffer(os.pread(self._records, count * size, start * size), dtype=self._type)
+            records = records[wanted - start]
+            columns = (records[name].tolist() for name in ("token_count", "truncated", "side_words", "group"))
+            labels = map(_known, records["labels"].tolist())
+            yield from map(Row, self._read_texts(records), records["tokens"], *columns, labels)
+
+    def _read_texts(self, records: NDArray[np.void]) -> Iterator[str]:
+        start, end = int(records["text_at"][0]), int(records["text_at"][-1] + records["text_size"][-1])
+        content = os.pread(self._texts, end - start, start) if end - start <= _MOST_TEXT else b""
+        for at, size in zip(records["text_at"].tolist(), records["text_size"].tolist(), strict=True):
+            text = content[at - start : at - start + size] if content else os.pread(self._texts, size, at)
+            yield text.decode()
 
     def __enter__(self) -> Self:
         return self
@@ -109,6 +149,10 @@ class RowReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+
+def _known(labels: list[float]) -> tuple[float | None, ...]:
+    return tuple(None if value != value else value for value in labels)  # NaN is not itself
 
 
 def _is_whole(work: Path, expected: dict) -> bool:

@@ -19,7 +19,7 @@ from xxhash import xxh3_128_hexdigest
 
 from ingest.assemble import AssembleTask, assemble_shard
 from ingest.config import IngestConfig
-from ingest.encode import EncodeTask, encode_range, read_records, spill_path
+from ingest.encode import EncodeTask, encode_range
 from ingest.encoding_choice import settle
 from ingest.images import Fault
 from ingest.inputs import Inputs, read_inputs
@@ -27,6 +27,7 @@ from ingest.plan import Plan
 from ingest.pool import Pool, open_pool
 from ingest.report import Report, make_report, write_report
 from ingest.rows import Reports, write_rows
+from ingest.spill import Images, read_records, spill_path
 from ingest.workdir import check_unchanged, open_work, remove_work
 from shards.atomic import write_atomic
 from shards.cli import say
@@ -89,16 +90,15 @@ def _spill_starts(inputs: Inputs) -> NDArray[np.int64]:
 
 def _encode(config: IngestConfig, inputs: Inputs, work: Path, pool: Pool) -> TokenizerSpec:
     """Phase one. A thread of this process tokenises while the workers encode."""
-    wanted = np.ones(inputs.rows, dtype=bool)
-    wanted[list(inputs.plan.reasons)] = False
-    reports = Reports(texts=inputs.texts, wanted=wanted, groups=inputs.plan.groups, labels=inputs.labels)
+    order, places = _places(inputs.plan, inputs.rows)
+    reports = Reports(order=order, texts=inputs.texts, groups=inputs.plan.groups, labels=inputs.labels)
     tasks = (
         EncodeTask(
             source=inputs.sources[each.source],
             first=each.first,
             end=each.end,
             names=tuple(inputs.tables[each.source].names[each.first : each.end]),
-            wanted=wanted[each.start : each.start + each.end - each.first],
+            places=places[each.start : each.start + each.end - each.first],
             image=_image_spec(config, inputs),
             measure_every=max(_MEASURE_EVERY, inputs.rows // _MEASURED),
             spill=spill_path(work, each.start),
@@ -111,6 +111,17 @@ def _encode(config: IngestConfig, inputs: Inputs, work: Path, pool: Pool) -> Tok
             for done in pool.map_unordered(encode_range, tasks):
                 progress.update(done)
         return tokenizer.result()
+
+
+def _places(plan: Plan, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(places,) the rows in the order of the shards, split after split, and (rows,) the place of each, -1 for none.
+
+    A film that turns out to be rejected leaves its place empty.
+    """
+    order = np.concatenate(list(plan.order.values()))
+    places = np.full(rows, -1)
+    places[order] = np.arange(len(order))
+    return order, places
 
 
 def _rejects(plan: Plan, records: NDArray[np.void]) -> dict[int, str]:
@@ -184,6 +195,7 @@ def _shard_tasks(
     work: Path,
 ) -> Iterator[AssembleTask]:
     source_of, starts = _numbers(inputs)
+    _, places = _places(inputs.plan, inputs.rows)
     sample_bytes = float(records["size"].sum()) / sum(map(len, order.values())) + _SAMPLE_OVERHEAD
     for name, rows in _cut_shards(order, sample_bytes, config.shard_mb * 1e6):
         yield AssembleTask(
@@ -196,12 +208,15 @@ def _shard_tasks(
             labels=draft.labels,
             block_rows=draft.block_rows,
             group_range=draft.groups.get(name.split("-")[0]),
-            rows=rows,
+            places=places[rows],
+            images=Images(
+                rows=rows,
+                offsets=records["offset"][rows],
+                sizes=records["size"][rows],
+                hashes=records["xxh3"][rows],
+            ),
             sources=source_of[rows],
             source_rows=rows - starts[source_of[rows]],
-            offsets=records["offset"][rows],
-            sizes=records["size"][rows],
-            hashes=records["xxh3"][rows],
         )
 
 

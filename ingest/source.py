@@ -23,6 +23,8 @@ FILTERS = ("gzip", "lzf", "szip")
 """Compressions that the HDF5 library brings itself."""
 MAX_CHUNK_BYTES = 256 << 20
 """A chunk is read as a whole; a larger one would not leave a worker its memory."""
+_MOST_NAMED = 8
+"""Names in a file that a message lists."""
 _CACHE_BYTES = 32 << 20
 """Chunks that HDF5 keeps: two of 32 films. They are read whole and once, so keeping more is memory for nothing."""
 
@@ -84,25 +86,25 @@ def to_uint8(images: NDArray, first_row: int, name: str) -> NDArray[np.uint8]:
     """(n, H, W) to uint8, exactly. InputError names the first row with another value, be it NaN."""
     if images.dtype == np.uint8:
         return images
+    exact, same = np.empty(images.shape, dtype=np.uint8), np.empty(images.shape[1:], dtype=bool)
     with np.errstate(invalid="ignore"):
-        exact = images.astype(np.uint8)
-    wrong = (exact != images).any(axis=(1, 2))
-    if wrong.any():
-        row = int(wrong.argmax())
-        low, high = images[row].min(), images[row].max()
-        raise InputError(
-            f"row {first_row + row} of {name} has values from {low:g} to {high:g}, not all whole numbers 0..255; "
-            "say with --value-range LO HI which values are black and white"
-        )
+        for number, (film, levels) in enumerate(zip(images, exact, strict=True)):  # each stays in the CPU's cache
+            np.copyto(levels, film, casting="unsafe")
+            if not np.equal(levels, film, out=same).all():
+                raise InputError(
+                    f"row {first_row + number} of {name} has values from {film.min():g} to {film.max():g}, not all "
+                    "whole numbers 0..255; say with --value-range LO HI which values are black and white"
+                )
     return exact
 
 
 def scale_to_uint8(images: NDArray, value_range: tuple[float, float], first_row: int, name: str) -> NDArray[np.uint8]:
-    """(n, H, W) to uint8: LO becomes 0, HI 255, rounded to the nearest level, clipped. InputError for NaN."""
+    """(n, H, W) to uint8: LO becomes 0, HI 255, rounded, clipped. InputError for NaN and infinity."""
     low, high = value_range
-    unknown = np.isnan(images).any(axis=(1, 2))
+    unknown = ~np.isfinite(images).all(axis=(1, 2))
     if unknown.any():
-        raise InputError(f"row {first_row + int(unknown.argmax())} of {name} has pixels that are no number (NaN)")
+        row = first_row + int(unknown.argmax())
+        raise InputError(f"row {row} of {name} has pixels that are no number (NaN or infinite); mend or drop it")
     with np.errstate(over="ignore"):
         scaled = (images.astype(np.float64) - low) * (255 / (high - low))
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
@@ -114,7 +116,10 @@ def _open(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r", rdcc_nbytes=_CACHE_BYTES)
     except OSError as error:
-        raise InputError(f"{path} cannot be opened as HDF5 ({' '.join(str(error).split())[:160]})") from None
+        reason = " ".join(str(error).split())[:160]
+        if "unable to lock" in reason:
+            reason = "another program is writing to it; if none is, set HDF5_USE_FILE_LOCKING=FALSE"
+        raise InputError(f"{path} cannot be opened as HDF5 ({reason})") from None
 
 
 def _dataset(file: h5py.File, dataset: str, name: str) -> h5py.Dataset:
@@ -122,7 +127,7 @@ def _dataset(file: h5py.File, dataset: str, name: str) -> h5py.Dataset:
     parts = [part for part in dataset.split("/") if part]
     for part in parts:
         if not isinstance(group, h5py.Group) or group.get(part, getlink=True) is None:
-            raise InputError(f"no {name}; it holds {', '.join(map(repr, list(group)[:8])) or 'nothing'}")
+            raise InputError(f"no {name}; {_describe(group)}")
         if not isinstance(group.get(part, getlink=True), h5py.HardLink):
             raise InputError(f"{name} is reached through a link, which may lead to another file; copy the data in")
         group = group[part]
@@ -130,6 +135,16 @@ def _dataset(file: h5py.File, dataset: str, name: str) -> h5py.Dataset:
         raise InputError(f"{name} is not a dataset")
     _check_dataset(group, name)
     return group
+
+
+def _describe(group: h5py.Group | h5py.Dataset) -> str:
+    """What a group holds, for a message: a file with a dataset a patient has patients' names in it, or thousands."""
+    names = list(group) if isinstance(group, h5py.Group) else []
+    if not names:
+        return "there is nothing"
+    if len(names) > _MOST_NAMED or any(map(str.isdigit, "".join(names))):
+        return f"there are {len(names):,} other names (h5ls -r lists them)"
+    return f"it holds {', '.join(map(repr, names))}"
 
 
 def _check_dataset(data: h5py.Dataset, name: str) -> None:

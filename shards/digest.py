@@ -1,7 +1,7 @@
 """xxh3-128 of files: read back, or running along while they are written."""
 
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from xxhash import xxh3_128
 
@@ -26,10 +26,18 @@ def stream_digest(file: BinaryIO, size: int | None) -> bytes:
     return digest.digest()
 
 
+class Writable(Protocol):
+    """Anything that takes bytes."""
+
+    def write(self, content: bytes, /) -> int:
+        """Append; returns the number of bytes."""
+        ...
+
+
 class HashingFile:
     """A file being written whose digest runs along."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: Writable) -> None:
         self._file, self._digest, self.written = file, xxh3_128(), 0
 
     def write(self, content: bytes) -> int:

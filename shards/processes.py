@@ -7,11 +7,23 @@ import signal
 from collections.abc import Iterator
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Have the kernel send signal `number` to this process when its parent dies."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def keep_memory() -> None:
+    """Have malloc keep what is freed for the next use: a page from the kernel costs 2 to 10 us on a virtual machine.
+
+    Does nothing where the C library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most it takes
 
 
 @contextlib.contextmanager
@@ -26,6 +38,7 @@ def interrupts_held() -> Iterator[None]:
 
 def start_worker(parent: int) -> None:
     """Initializer of a pool's workers: leave Ctrl-C to the parent, which says so, and die with it."""
+    keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # what `interrupts_held` left
     die_with_parent()

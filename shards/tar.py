@@ -54,6 +54,6 @@ def padding(size: int) -> bytes:
     return bytes(-size % BLOCK)
 
 
-def member(name: str, content: bytes) -> bytes:
+def member(name: str, content: bytes | memoryview) -> bytes:
     """Header, content and padding of one member."""
     return b"".join((header(name, len(content)), content, padding(len(content))))

@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128, xxh3_128_hexdigest
 
 from shards import tar
-from shards.atomic import atomic_file, write_atomic
+from shards.atomic import write_atomic
 from shards.errors import InputError
 from shards.index import Member, encode_index, index_line
 from shards.schema import (
-    LABEL_PREFIX,
     MAX_BLOCK_TEXT_BYTES,
     NO_GROUP,
     FileInfo,
@@ -31,6 +30,7 @@ from shards.schema import (
     sample_key,
     table_schema,
 )
+from shards.stream import atomic_stream
 
 _TABLE_ROWS = 1024
 """About as many rows are held as Python objects, 2.7 KB each."""
@@ -44,7 +44,7 @@ class Sample:
     """Index of the source, 0 to 99."""
     row: int
     """Row in the source."""
-    image: bytes
+    image: bytes | memoryview
     """Encoded as the image spec says."""
     text: str
     """The report, kept exactly."""
@@ -97,7 +97,7 @@ class ShardWriter:
         self._extension, self._labels, self._block_rows, self._groups = image.extension, labels, block_rows, groups
         self._schema = table_schema(context, labels)
         self._context = context
-        self._columns: dict[str, list] = {column: [] for column in self._schema.names}
+        self._rows: list[tuple] = []
         self._tables: list[pa.Table] = []
         self._table_rows = block_rows * -(-_TABLE_ROWS // block_rows)
         self._lines: list[str] = []
@@ -106,7 +106,7 @@ class ShardWriter:
         self._offset = self._text_bytes = 0
 
     def __enter__(self) -> Self:
-        self._tar = self._stack.enter_context(atomic_file(self._folder / f"{self._name}.tar"))
+        self._tar = self._stack.enter_context(atomic_stream(self._folder / f"{self._name}.tar"))
         return self
 
     def __exit__(
@@ -122,28 +122,28 @@ class ShardWriter:
         """Append one sample: three adjacent members and a table row."""
         self._check(sample)
         key = sample_key(sample.source, sample.row)
-        labels = dict(zip(self._labels, sample.labels, strict=True))
         text = text_bytes(sample.text)
         self._count_text(len(text))
-        record = sample_json(labels, sample.row, sample.source)
+        record = sample_json(dict(zip(self._labels, sample.labels, strict=True)), sample.row, sample.source)
         image = self._write_members(key, {self._extension: sample.image, "txt": text, "json": record})
-        values = {
-            "key": key,
-            "source": sample.source,
-            "row": sample.row,
-            "offset": image.offset,
-            "size": image.size,
-            "xxh3": xxh3_64_intdigest(sample.image),
-            "text": sample.text,
-            "tokens": sample.tokens,
-            "token_count": sample.token_count,
-            "truncated": sample.truncated,
-            "side_words": sample.side_words,
-            "group": sample.group,
-        }
-        values |= {LABEL_PREFIX + name: value for name, value in labels.items()}
-        for column, value in values.items():
-            self._columns[column].append(value)
+        # In the order of the schema's fields.
+        self._rows.append(
+            (
+                key,
+                sample.source,
+                sample.row,
+                image.offset,
+                image.size,
+                xxh3_64_intdigest(sample.image),
+                sample.text,
+                sample.tokens,
+                sample.token_count,
+                sample.truncated,
+                sample.side_words,
+                sample.group,
+                *sample.labels,
+            )
+        )
         if len(self._lines) % self._table_rows == 0:
             self._pack()
 
@@ -164,14 +164,16 @@ class ShardWriter:
                 f"{MAX_BLOCK_TEXT_BYTES:,} bytes; is it the right column?"
             )
 
-    def _write_members(self, key: str, contents: dict[str, bytes]) -> Member:
+    def _write_members(self, key: str, contents: dict[str, bytes | memoryview]) -> Member:
         """Write a sample's members at once and note where each lies; returns the first, the image."""
-        members, pieces, at = [], [], self._offset
+        members: list[Member] = []
+        pieces: list[bytes | memoryview] = []
+        at = self._offset
         for extension, content in contents.items():
-            name = f"{key}.{extension}"
-            members.append(Member(extension, at + tar.BLOCK, len(content), name))
-            pieces.append(tar.member(name, content))
-            at += len(pieces[-1])
+            member = Member(extension, at + tar.BLOCK, len(content), f"{key}.{extension}")
+            members.append(member)
+            pieces += (tar.header(member.name, member.size), content, tar.padding(member.size))
+            at += sum(map(len, pieces[-3:]))
         self._write(b"".join(pieces))
         self._lines.append(index_line(members))
         return members[0]
@@ -186,7 +188,7 @@ class ShardWriter:
             raise ValueError(f"shard {self._name} has no samples")
         self._write(tar.END)
         index = encode_index(self._lines)
-        if self._columns["key"]:
+        if self._rows:
             self._pack()
         table = encode_table(pa.concat_tables(self._tables), self._block_rows)
         footer = table[-footer_size(table) :]
@@ -203,8 +205,9 @@ class ShardWriter:
         )
 
     def _pack(self) -> None:
-        """Rows of whole blocks from lists to Arrow, an eighth of the memory."""
-        columns, self._columns = self._columns, {column: [] for column in self._schema.names}
+        """Rows of whole blocks from tuples to Arrow, an eighth of the memory."""
+        columns = dict(zip(self._schema.names, zip(*self._rows, strict=True), strict=True))
+        self._rows = []
         tokens = pa.array(np.concatenate(columns.pop("tokens")))
         arrays = {name: pa.array(values, type=self._schema.field(name).type) for name, values in columns.items()}
         arrays["tokens"] = pa.FixedSizeListArray.from_arrays(tokens, self._context)
