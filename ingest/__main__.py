@@ -1,5 +1,6 @@
 """`python -m ingest --to-shards OUT --h5 cxr.h5 --csv reports.csv ...`: parse, ingest, say what came of it."""
 
+import signal
 import time
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> None:
     """Run an ingest from the command line."""
     with main_guard("ingest"):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's way to say Ctrl-C
         config = parse(IngestConfig, argv, prog="python -m ingest")
         if config.dry_run:
             from ingest.dry_run import dry_run
@@ -28,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _say(config: IngestConfig, report: "Report", seconds: float) -> None:
-    from ingest.report import encoding_lines
+    from ingest.report import encoding_lines, namesake_lines
     from shards.stats import leak_lines
 
     sizes = ", ".join(f"{split} {stats.samples:,}" for split, stats in report.stats.splits.items())
@@ -38,7 +40,7 @@ def _say(config: IngestConfig, report: "Report", seconds: float) -> None:
     rows = report.rows - report.samples
     several = " (some have several reasons)" if report.rejected.total() > rows else ""
     say(f"rejected {rows:,} rows{several}{rejected}")
-    for line in (*encoding_lines(report.encoded), *leak_lines(report.stats)):
+    for line in (*encoding_lines(report.encoded), *namesake_lines(report.namesakes), *leak_lines(report.stats)):
         say(line)
 
 

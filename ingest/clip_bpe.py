@@ -46,9 +46,14 @@ class ClipBpe:
         self._known = dict(self._specials)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a report, cleaned and in lower case, without start and end."""
+        """Token ids of a report, cleaned and in lower case, without start and end; of a long one the first, 77 or more.
+
+        What would be cut off anyway is not looked at: a field may hold 16 MiB.
+        """
         ids: list[int] = []
         for word in _PATTERN.findall(clean(text)):
+            if len(ids) >= CONTEXT:
+                break
             found = self._known.get(word)
             if found is None:
                 found = self._learn(word)

@@ -55,6 +55,9 @@ class SourceConfig:
     """Column of patients: nobody's films are in two splits."""
     group_regex: str | None = None
     """Takes the patient out of that column (`p\\d+` out of a path): the first group, or the whole match."""
+    group_namespace: str | None = None
+    """Sources of a list that give the same name here have the same patients: equal ids are one person. Without it the
+    patients of a source are its own."""
     split: Literal["train", "val", "test"] | None = None
     """All rows of this source go to this split."""
     split_column: str | None = None
@@ -68,18 +71,32 @@ class SourceConfig:
             raise InputError("--csv names no file; give one or more")
         if self.split and self.split_column:
             raise InputError("--split and --split-column contradict each other; give one")
+        self._check_kind()
         if self.section is not None and not self.section.strip():
             raise InputError("--section is empty; name the section that is the text, or leave it out")
         if not self.label_list_separator:
             raise InputError("--label-list-separator is empty; it is what joins the findings of a row")
         if self.group_regex is not None:
             self._check_regex()
+        if self.group_namespace is not None and self.group_column is None:
+            raise InputError("--group-namespace needs --group-column, the column of the patients who share it")
         if self.value_range is not None and not -math.inf < self.value_range[0] < self.value_range[1] < math.inf:
             raise InputError(f"--value-range {self.value_range[0]:g} {self.value_range[1]:g} is not a range")
         if self.image_size < 1:
             raise InputError(f"--image-size {self.image_size} is not positive")
         if len(set(self.label_columns)) != len(self.label_columns):
             raise InputError(f"--label-columns {' '.join(self.label_columns)} names a column twice")
+
+    def _check_kind(self) -> None:
+        """A setting that says nothing about this kind of films was meant to do something."""
+        default = SourceConfig()
+        others = ("dataset", "value_range") if self.images else ("path_column", "image_size")
+        given = next((name for name in others if getattr(self, name) != getattr(default, name)), None)
+        if given is not None:
+            kinds = ("--images", "--h5") if self.images else ("--h5", "--images")
+            raise InputError(
+                f"--{given.replace('_', '-')} does nothing with {kinds[0]}, it is for {kinds[1]}; leave it out"
+            )
 
     def _check_regex(self) -> None:
         if self.group_column is None:

@@ -11,6 +11,7 @@ from ingest.encoding_choice import settle
 from ingest.films import Film, FolderFilms, H5Films
 from ingest.images import Fault
 from ingest.inputs import Inputs, read_inputs
+from ingest.report import namesake_lines
 from shards.encodings import encode
 from shards.schema import ImageSpec
 
@@ -29,6 +30,7 @@ def dry_run(config: IngestConfig) -> Iterator[str]:
     for split, rows in inputs.plan.order.items():
         first, end = inputs.plan.ranges.get(split, (0, 0))
         yield f"{split:<6} {len(rows):,} rows" + (f" of {end - first:,} groups" if inputs.plan.ranges else "")
+    yield from namesake_lines(inputs.plan.namesakes)
     config, lines = settle(config, inputs)
     yield from lines
     seconds, size, measured = _try_films(config, inputs)

@@ -13,7 +13,7 @@ from ingest.films import H5Films
 from ingest.plan import Plan, make_plan
 from ingest.table import SourceTable, read_table
 from shards.errors import InputError
-from shards.schema import MAX_IMAGE_PIXELS, MAX_LABELS
+from shards.schema import MAX_IMAGE_PIXELS, MAX_IMAGE_SIDE, MAX_LABELS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +71,8 @@ def read_inputs(config: IngestConfig) -> Inputs:
     ((height, width),) = sizes
     if height * width > MAX_IMAGE_PIXELS:
         raise InputError(f"films of {height} x {width}; {MAX_IMAGE_PIXELS:,} pixels are the most a shard takes")
+    if max(height, width) > MAX_IMAGE_SIDE:
+        raise InputError(f"films of {height} x {width}; {MAX_IMAGE_SIDE:,} pixels are the longest side a shard takes")
     pa.default_memory_pool().release_unused()  # what reading left, half as much again as the reports themselves
     label_names = tuple(dict.fromkeys(name for table in tables for name in table.labels))
     if len(label_names) > MAX_LABELS:

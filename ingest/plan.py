@@ -3,9 +3,10 @@
 Rows of all sources are numbered through, source after source; that number is what `row` means here.
 """
 
+import itertools
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,8 @@ class Plan:
     """(rows,) patient number, NO_GROUP where there is none."""
     ranges: dict[str, tuple[int, int]]
     """Split -> its half-open range of patient numbers; empty without a group column."""
+    namesakes: int
+    """Patient ids that several sources have although they do not say that their patients are the same."""
 
 
 def make_plan(config: IngestConfig, tables: Sequence[SourceTable]) -> Plan:
@@ -57,20 +60,36 @@ def make_plan(config: IngestConfig, tables: Sequence[SourceTable]) -> Plan:
         if len(splits[split])
     }
     if not known.any():
-        return Plan(reasons=reasons, order=order, groups=np.full(len(kept), NO_GROUP), ranges={})
+        return Plan(reasons=reasons, order=order, groups=np.full(len(kept), NO_GROUP), ranges={}, namesakes=0)
     groups, ranges = _number_groups(codes, splits)
-    return Plan(reasons=reasons, order=order, groups=groups, ranges=ranges)
+    return Plan(reasons=reasons, order=order, groups=groups, ranges=ranges, namesakes=_namesakes(tables))
 
 
 def _codes(tables: Sequence[SourceTable]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """(rows,) an integer a patient, and whether the source names any; a row is its own patient where it does not."""
     parts, known, first = [], [], 0
+    shared: dict[str, dict[str, int]] = {}
     for table in tables:
-        codes = np.arange(table.rows) if table.patients is None else table.patients
-        parts.append(codes + first)
+        if table.patients is None:
+            numbers = first + np.arange(table.rows)
+        elif table.namespace is None:
+            numbers = first + np.arange(len(table.patient_ids))
+        else:
+            met = shared.setdefault(table.namespace, {})
+            ids = table.patient_ids.to_pylist()
+            numbers = np.array([met.setdefault(each, first + place) for place, each in enumerate(ids)], dtype=np.int64)
+        parts.append(numbers if table.patients is None else numbers[table.patients])
         known.append(np.full(table.rows, table.patients is not None))
-        first += int(codes.max(initial=-1)) + 1
+        first += len(numbers)
     return np.concatenate(parts), np.concatenate(known)
+
+
+def _namesakes(tables: Sequence[SourceTable]) -> int:
+    """Ids that several sources, or groups of them that share a namespace, have."""
+    spaces: dict[str | int, set[str]] = {}
+    for number, table in enumerate(tables):
+        spaces.setdefault(table.namespace or number, set()).update(table.patient_ids.to_pylist())
+    return sum(times > 1 for times in Counter(itertools.chain(*spaces.values())).values())
 
 
 def _fixed(tables: Sequence[SourceTable]) -> NDArray[np.int64]:
@@ -106,7 +125,9 @@ def _fixed_groups(groups: int, members: NDArray[np.int64], fixed: NDArray[np.int
     torn = np.flatnonzero(named & (split_of[members] != fixed))
     if len(torn):
         count = len(np.unique(members[torn]))
-        raise InputError(f"{count:,} groups have rows in two splits, which leaks patients; mend the split column")
+        raise InputError(
+            f"{count:,} groups have rows in two splits, which leaks patients; mend --split-column or --split"
+        )
     return split_of
 
 
@@ -115,17 +136,30 @@ def _check_shared_files(tables: Sequence[SourceTable], splits: dict[str, NDArray
     split_of = np.full(rows, -1)
     for number, split in enumerate(splits):
         split_of[splits[split]] = number
+    first_of: dict[str, int] = {}
+    for row, path in _files(tables):
+        if split_of[row] >= 0 and split_of[first := first_of.setdefault(path, row)] != split_of[row]:
+            raise InputError(
+                f"{_place(first, tables)} and {_place(row, tables)} name the same image file but fall into two splits, "
+                "which leaks it; put them together with --group-column (the column of the files will do) and, in two "
+                "sources, --group-namespace, or drop one"
+            )
+
+
+def _files(tables: Sequence[SourceTable]) -> Iterator[tuple[int, str]]:
+    """Rows of sources with image files, numbered through, and the path of each."""
     start = 0
     for table in tables:
-        first_of: dict[str, int] = {}
         for row, name in enumerate(table.names):
-            first = first_of.setdefault(os.path.normpath(name), row) if split_of[start + row] >= 0 else row
-            if split_of[start + first] != split_of[start + row]:
-                raise InputError(
-                    f"rows {first} and {row} name the same image file but fall into two splits, which leaks it; "
-                    "put them together with --group-column (the column of the files will do), or drop one"
-                )
+            yield start + row, os.path.normpath(os.path.join(table.folder or "", name))
         start += table.rows
+
+
+def _place(row: int, tables: Sequence[SourceTable]) -> str:
+    """A row that is numbered through, for a message."""
+    starts = np.cumsum([0, *(table.rows for table in tables)])
+    source = int(np.searchsorted(starts, row, side="right")) - 1
+    return f"row {row - starts[source]} of source {source}" if len(tables) > 1 else f"row {row}"
 
 
 def _by_fraction(sizes: NDArray[np.int64], config: IngestConfig) -> NDArray[np.int64]:

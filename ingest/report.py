@@ -77,6 +77,8 @@ class Report:
     """What came of an ingest."""
 
     sources: tuple[SourceReport, ...]
+    namesakes: int
+    """Patient ids that several sources have, and that are taken for different people."""
     films: Films
     encoded: Encoded
     stats: Stats
@@ -107,6 +109,7 @@ def make_report(
     """Look at the finished shards in `root` and at phase one's `records` (rows,); every table is read once."""
     return Report(
         sources=tuple(_sources(manifest, inputs, rejects)),
+        namesakes=inputs.plan.namesakes,
         films=_films(inputs, records, rejects),
         encoded=_encoded(manifest, records),
         stats=gather(root, manifest),
@@ -184,11 +187,21 @@ def page(report: Report) -> Iterator[str]:
     for number, source in enumerate(report.sources):
         yield f"  source {number} ({source.kind}): {source.samples:,} of {source.rows:,}"
         yield from (f"    rejected {count:,}: {why}" for why, count in source.rejected.items())
+    yield from namesake_lines(report.namesakes)
     yield ""
     yield from _film_lines(report.films)
     yield from encoding_lines(report.encoded)
     yield ""
     yield from stats_page(report.stats)
+
+
+def namesake_lines(namesakes: int) -> Iterator[str]:
+    """What the user has to know who has the same patients in two sources."""
+    if namesakes:
+        yield (
+            f"{namesakes:,} patient ids are in several sources and taken for different people; if they are not, "
+            "give these sources one group_namespace"
+        )
 
 
 def _film_lines(films: Films) -> Iterator[str]:

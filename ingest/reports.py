@@ -19,6 +19,9 @@ from shards.errors import InputError
 
 MAX_FIELD = 16 << 20
 """Characters; a larger field is an unclosed quote far more often than a report."""
+_NUMBER = re.compile(r"[0-9eE.+-]+")
+"""Of what Python takes for a number, what a label is: no `1_0`, no digits of other scripts."""
+_MOST = float(np.finfo(np.float32).max)
 _CHUNK = 10_000
 _LONGEST_NAME = 60
 _DATA = re.compile(r"\d{3}|[.!?]\s|(\S+\s+){6}|^\s*-?[\d.]*\s*$")
@@ -56,10 +59,10 @@ def _label(text: str, name: str, row: int) -> float:
     if not text.strip():
         return math.nan
     try:
-        value = float(text)
+        value = float(text) if _NUMBER.fullmatch(text.strip()) else math.nan
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    if not abs(value) <= _MOST:
         raise InputError(f"row {row} of label column {name!r} is neither a number nor blank; correct the CSV")
     return value
 

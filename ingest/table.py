@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -43,11 +44,17 @@ class SourceTable:
     labels: dict[str, NDArray[np.float32]]
     """Label -> (rows,), NaN for unknown."""
     patients: NDArray[np.int64] | None
-    """(rows,) an integer a patient, of this source alone; None without a group column."""
+    """(rows,) an index into `patient_ids`; None without a group column."""
+    patient_ids: pa.Array
+    """(patients,) the different ids, in order of first appearance."""
+    namespace: str | None
+    """What sources with the same patients call them; None where they are this source's own."""
     splits: NDArray[np.int64] | None
     """(rows,) index into SPLITS, -1 for a row that the fractions decide; None where the source says nothing."""
     names: list[str] = field(default_factory=list)
     """(rows,) image files; empty for HDF5."""
+    folder: Path | None = None
+    """Where they lie."""
 
 
 def read_table(config: SourceConfig) -> SourceTable:
@@ -61,14 +68,18 @@ def read_table(config: SourceConfig) -> SourceTable:
     columns = read_columns(config.csv, tuple(names))
     rows = len(columns[fields[0]])
     texts, reasons = _texts(config, columns)
+    patients = _patients(config, columns) if config.group_column else None
     return SourceTable(
         rows=rows,
         texts=texts,
         reasons=reasons,
         labels=_labels(config, columns, rows),
-        patients=_patients(config, columns) if config.group_column else None,
+        patients=patients.indices.to_numpy().astype(np.int64) if patients else None,
+        patient_ids=patients.dictionary if patients else pa.array([], pa.large_string()),
+        namespace=config.group_namespace,
         splits=_splits(config, columns, rows),
         names=columns[config.path_column].to_pylist() if config.images else [],
+        folder=config.images.resolve() if config.images else None,
     )
 
 
@@ -153,7 +164,8 @@ def _listed_labels(column: pa.ChunkedArray, separator: str, rows: int) -> dict[s
     return labels
 
 
-def _patients(config: SourceConfig, columns: dict[str, pa.ChunkedArray]) -> NDArray[np.int64]:
+def _patients(config: SourceConfig, columns: dict[str, pa.ChunkedArray]) -> pa.DictionaryArray:
+    """(rows,) the patients' ids."""
     column = columns[config.group_column or ""]
     if config.group_regex:
         pattern = re.compile(config.group_regex)
@@ -164,7 +176,7 @@ def _patients(config: SourceConfig, columns: dict[str, pa.ChunkedArray]) -> NDAr
     blank = np.flatnonzero(pc.equal(column, "").to_numpy())
     if len(blank):
         raise InputError(f"{len(blank):,} rows have no {config.group_column!r}, row {blank[0]} first; fill them in")
-    return column.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+    return column.combine_chunks().dictionary_encode()
 
 
 def _splits(config: SourceConfig, columns: dict[str, pa.ChunkedArray], rows: int) -> NDArray[np.int64] | None:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -24,7 +25,12 @@ _PATH = {
 }
 """What may be wrong with a path, where the error names one."""
 
-_BOX = re.compile(r"[╭╮╰╯│─]+")
+_BOX = re.compile(r"[╭╮╰╯│─]+|^[+|]|[+|]$|-{4,}")
+"""The second half where the terminal has no letters for lines."""
+_PREAMBLE = re.compile(
+    r"^(?:Value error |Invalid choice |Unrecognized options |Missing argument )?(?:Error parsing \w+: )?"
+)
+"""What stands before what is wrong, and says less."""
 
 
 def say(text: str = "") -> None:
@@ -39,13 +45,17 @@ def parse(
     """Parse `argv` (the process's arguments when None) into a frozen config dataclass.
 
     Every field is a flag of the same name with dashes, nested dataclasses give `--optim.lr`. A mistake prints one line
-    on stderr and raises SystemExit(2); `--help` prints the help and raises SystemExit(0).
+    on stderr and raises SystemExit(2); `--help` prints the help and raises SystemExit(0). Of a flag given twice the
+    last counts, as usual; InputError where that would drop items of a list.
     """
     captured = io.StringIO()
     kwargs = {} if default is None else {"default": default}
+    argv = sys.argv[1:] if argv is None else argv
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(config_type, args=argv, prog=prog, **kwargs)  # type: ignore[call-overload]
+            config = tyro.cli(config_type, args=argv, prog=prog, **kwargs)  # type: ignore[call-overload]
+        _check_lists(config, argv)
+        return config
     except SystemExit as stop:
         if stop.code:
             sys.stderr.write(f"{prog}: {_one_line(captured.getvalue())}\n")
@@ -53,11 +63,26 @@ def parse(
         raise
 
 
+def _check_lists(config: object, argv: Sequence[str]) -> None:
+    """InputError for `--csv a.csv --csv b.csv`, which would be `--csv b.csv`."""
+    given = Counter(word.split("=")[0] for word in argv if word.startswith("--"))
+    for flag, times in given.items():
+        if times > 1 and isinstance(_setting(config, flag), tuple):
+            raise InputError(f"{flag} is given {times} times; write {flag} once and all its values after it")
+
+
+def _setting(config: object, flag: str) -> object:
+    """The value that a flag such as `--optim.lr` has set; None for a flag that is no setting."""
+    for name in flag.removeprefix("--").replace("-", "_").split("."):
+        config = getattr(config, name, None)
+    return config
+
+
 def _one_line(boxed: str) -> str:
     """The message of tyro's error box without the box, its wrapping, or the pointer to --help."""
-    rows = [_BOX.sub(" ", row).strip() for row in boxed.splitlines()]
+    rows = [_BOX.sub(" ", row.strip()).strip() for row in boxed.splitlines()]
     text = " ".join(row for row in rows if row)
-    return re.split(r"\s*For full helptext", text)[0].strip() + " (see --help)"
+    return _PREAMBLE.sub("", re.split(r"\s*For full helptext", text)[0].strip()) + " (see --help)"
 
 
 @contextlib.contextmanager
@@ -67,6 +92,7 @@ def main_guard(prog: str) -> Iterator[None]:
     So, too, an OSError that is the doing of a path or a disk; any other is a bug and keeps its traceback. Code that
     opens files with patients' names has to catch its own: the line names the file.
     """
+    _open_closed_streams()
     if sys.platform != "linux":
         sys.stderr.write(f"{prog}: shardclip runs on Linux only, this is {sys.platform}\n")
         raise SystemExit(2)
@@ -100,6 +126,15 @@ def _blame(error: OSError) -> str | None:
     if error.errno in _DISK:
         return f"cannot read or write ({' '.join(str(error.strerror).split())}); make room, or give another path"
     return None
+
+
+def _open_closed_streams() -> None:
+    """A stream that the caller closed (`2>&-`) becomes /dev/null: else the next file takes its number and its lines."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: that of the stream
+            os.set_inheritable(handle, True)
+            setattr(sys, name, open(handle, mode))
 
 
 def _drop_output() -> None:

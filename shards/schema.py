@@ -34,6 +34,7 @@ MAX_BLOCK_ROWS = 1 << 16
 MAX_BLOCK_TEXT_BYTES = 128 << 20
 MAX_BLOCKS = 1 << 21
 MAX_IMAGE_PIXELS = 1 << 24
+MAX_IMAGE_SIDE = 16_383  # WebP's; the other codecs take more
 MAX_CONTEXT = 4096
 MAX_LABELS = 1000
 MAX_SOURCE_ROWS = 10**10
@@ -61,8 +62,11 @@ class ImageSpec:
         pixels = self.height * self.width
         if min(self.height, self.width) < 1 or self.channels not in (1, 3) or not 1 <= self.quality <= 100:
             raise ValueError(f"impossible image spec {self}")
-        if not isinstance(pixels, int) or pixels > MAX_IMAGE_PIXELS:
-            raise ValueError(f"images of {self.height} x {self.width}; {MAX_IMAGE_PIXELS:,} pixels are the most")
+        if not isinstance(pixels, int) or pixels > MAX_IMAGE_PIXELS or max(self.height, self.width) > MAX_IMAGE_SIDE:
+            raise ValueError(
+                f"images of {self.height} x {self.width}; {MAX_IMAGE_PIXELS:,} pixels and sides of {MAX_IMAGE_SIDE:,} "
+                "are the most"
+            )
 
     @property
     def extension(self) -> str:

@@ -224,7 +224,8 @@ class TestMistakes:
         def check(*words: str, h5: Path = source[0], table: Path = source[1], more: tuple[str, ...] = ()) -> None:
             out = tmp_path / "out"
             shutil.rmtree(out, ignore_errors=True)
-            done = run_module("ingest", "--to-shards", out, "--h5", h5, "--csv", table, "--workers", "1", *more)
+            # The list last: `more` may begin with further tables.
+            done = run_module("ingest", "--to-shards", out, "--h5", h5, "--workers", "1", "--csv", table, *more)
             assert_refused(done, *words)
             assert not out.exists() or not [path for path in out.iterdir() if not path.name.startswith(".")]
 
@@ -264,10 +265,10 @@ class TestMistakes:
         refused("96 films", "2 rows", table=write_csv(tmp_path / "b.csv", ["impression"], [["a"], ["b"]]))
         short = write_csv(tmp_path / "c.csv", ["impression"], [["a"]] * 95)
         other = write_csv(tmp_path / "d.csv", ["Path"], [["a"]] * 96)
-        refused("c.csv has 95", "d.csv has 96", table=short, more=("--csv", str(short), str(other)))
+        refused("c.csv has 95", "d.csv has 96", table=short, more=(str(other),))
         (tmp_path / "more").mkdir()
         namesake = write_csv(tmp_path / "more" / "c.csv", ["Path"], [["a"]] * 96)
-        refused("c.csv has 95", "more/c.csv has 96", table=short, more=("--csv", str(short), str(namesake)))
+        refused("c.csv has 95", "more/c.csv has 96", table=short, more=(str(namesake),))
         torn = tmp_path / "e.csv"
         torn.write_text("a,impression\n1,x\n\n2,y\n")
         refused("row 1", "blank", table=torn)

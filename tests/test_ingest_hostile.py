@@ -129,6 +129,47 @@ class TestI5:
             )
 
 
+def test_a_dataset_that_is_not_there(tmp_path: Path) -> None:
+    """A file may have a dataset a patient: the message lists no names that could be theirs, and no pixels."""
+    for names, words in (
+        (["films"], "it holds 'films'$"),
+        (["MRN77", "films"], "there are 2 other names"),
+        (list("abcdefghi"), "there are 9 other names"),
+        ([], "there is nothing$"),
+    ):
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            for name in names:
+                file[name] = np.full((2, 3, 3), 123, dtype="u1")
+        with pytest.raises(InputError, match=words) as error:
+            H5Source(tmp_path / "a.h5")
+        assert "MRN" not in str(error.value)
+    with pytest.raises(InputError, match=r"there is nothing$"):
+        H5Source(write_h5(tmp_path / "b.h5", np.zeros((2, 3, 3), np.uint8)), "cxr/films")
+
+
+def test_pixels_that_are_no_numbers_are_no_grey_levels(tmp_path: Path) -> None:
+    for value in (np.nan, np.inf, -np.inf):
+        images = np.zeros((4, 3, 3), np.float32)
+        images[2, 1, 1] = value
+        with H5Source(write_h5(tmp_path / "a.h5", images)) as films, pytest.raises(InputError, match="row 2 of"):
+            films.read_uint8(0, 4, (0, 1))
+
+
+def test_films_longer_than_a_codec_takes(tmp_path: Path) -> None:
+    h5 = write_h5(tmp_path / "a.h5", np.zeros((1, 2, 16_384), np.uint8))
+    table = write_csv(tmp_path / "a.csv", ["impression"], [["x"]])
+    with pytest.raises(InputError, match="16,383 pixels are the longest side"):
+        read_inputs(IngestConfig(to_shards=tmp_path / "out", h5=(h5,), csv=(table,)))
+
+
+@pytest.mark.parametrize("value", ["1e39", "1_0", "\uff11", "inf", "nan", "yes", "--1"])
+def test_labels_that_are_no_numbers(small: tuple[Path, Path], tmp_path: Path, value: str) -> None:
+    rows = [["x", label] for label in ("1", " -1 ", "", "2.5e-1", "+1.", value)]
+    table = write_csv(tmp_path / "a.csv", ["impression", "L"], rows)
+    with pytest.raises(InputError, match="row 5 of label column 'L' is neither a number nor blank"):
+        read_table(SourceConfig(h5=(small[0],), csv=(table,), label_columns=("L",)))
+
+
 class TestI9:
     """Text."""
 
@@ -253,7 +294,7 @@ class TestI10:
             return IngestConfig(to_shards=tmp_path / "out", images=folder, csv=(table,), **settings)
 
         assert len(read_inputs(config()).plan.order["train"]) == 16
-        with pytest.raises(InputError, match=r"rows \d+ and \d+ name the same image file"):
+        with pytest.raises(InputError, match=r"row \d+ and row \d+ name the same image file"):
             read_inputs(config(val_fraction=0.5))
         with pytest.raises(InputError, match="name the same image file"):
             read_inputs(config(val_fraction=0.5, group_column="reader"))

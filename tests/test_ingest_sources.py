@@ -12,8 +12,11 @@ import pytest
 from conftest import assert_refused, made_up_images, run_module, write_csv, write_h5
 from PIL import Image
 
-from ingest.config import IngestConfig, read_sources
+from ingest.config import IngestConfig, SourceConfig, read_sources
+from ingest.dry_run import dry_run
 from ingest.images import Fault, read_film
+from ingest.inputs import read_inputs
+from ingest.plan import Plan
 from ingest.run import ingest
 from ingest.sections import cut_section
 from shards.encodings import ENCODINGS, decode, encode
@@ -325,6 +328,71 @@ class TestLabelsAndSplits:
         ]
         # Patient 3 of one source is not patient 3 of another.
         assert len({row["group"] for row in found.values()}) == 36
+
+    def test_patients_of_several_sources(self, tmp_path: Path, images: np.ndarray) -> None:
+        """Equal ids are one person where the sources say so: in one split, one group."""
+        write_h5(tmp_path / "a.h5", images[:20])
+        write_csv(tmp_path / "a.csv", ["impression", "who"], [[f"a{i}", i // 2] for i in range(20)])
+        write_h5(tmp_path / "b.h5", images[20:26])
+        write_csv(tmp_path / "b.csv", ["impression", "who"], [[f"b{i}", 9 - i // 2] for i in range(6)])
+        who = np.array([i // 2 for i in range(20)] + [9 - i // 2 for i in range(6)])
+
+        def plan(*more: str) -> Plan:
+            tables = [
+                f'[[source]]\nh5 = "{name}.h5"\ncsv = "{name}.csv"\ngroup_column = "who"\n{line}\n'
+                for name, line in zip("ab", more, strict=True)
+            ]
+            (tmp_path / "s.toml").write_text("".join(tables))
+            config = IngestConfig(to_shards=tmp_path / "out", sources=tmp_path / "s.toml", val_fraction=0.3)
+            return read_inputs(config).plan
+
+        def torn(plan: Plan) -> set[int]:
+            return set(who[plan.order["train"]]) & set(who[plan.order["val"]])
+
+        same, other = 'group_namespace = "x"', 'group_namespace = "y"'
+        for lines in (("", ""), (same, ""), (same, other)):
+            apart = plan(*lines)
+            assert apart.namesakes == 3 and len(set(apart.groups)) == 13 and torn(apart)
+        together = plan(same, same)
+        assert together.namesakes == 0 and len(set(together.groups)) == 10 and not torn(together)
+        assert all(len(set(together.groups[who == person])) == 1 for person in range(10))
+        # Who is in a source that has a split of its own is there with all films; two such sources contradict.
+        moved = plan(same, f'{same}\nsplit = "val"')
+        assert {7, 8, 9} <= set(who[moved.order["val"]]) and not torn(moved)
+        with pytest.raises(InputError, match="3 groups have rows in two splits"):
+            plan(f'{same}\nsplit = "train"', f'{same}\nsplit = "val"')
+        config = IngestConfig(to_shards=tmp_path / "out", sources=tmp_path / "s.toml", dry_run=True)
+        plan("", "")
+        assert any("3 patient ids are in several sources" in line for line in dry_run(config))
+
+    def test_an_image_file_of_two_sources(self, tmp_path: Path, images: np.ndarray) -> None:
+        """One folder, a CSV a split: a film in both would leak."""
+        (tmp_path / "films" / "p").mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(images[i]).save(tmp_path / "films" / "p" / f"{i}.png")
+        write_csv(tmp_path / "a.csv", ["Path", "impression"], [[f"p/{i}.png", f"a{i}"] for i in range(3)])
+        write_csv(tmp_path / "b.csv", ["Path", "impression"], [[f"{i}.png", f"b{i}"] for i in (3, 2)])
+        text = '[[source]]\nimages = "films"\ncsv = "a.csv"\nsplit = "train"\n'
+        text += '[[source]]\nimages = "films/../films/p"\ncsv = "b.csv"\nsplit = "{}"\n'
+        config = IngestConfig(to_shards=tmp_path / "out", sources=tmp_path / "s.toml")
+        (tmp_path / "s.toml").write_text(text.format("train"))
+        assert len(read_inputs(config).plan.order["train"]) == 5
+        (tmp_path / "s.toml").write_text(text.format("val"))
+        with pytest.raises(InputError, match="row 2 of source 0 and row 1 of source 1 name the same image file"):
+            read_inputs(config)
+
+    def test_settings_of_the_other_kind(self, tmp_path: Path) -> None:
+        films = {"h5": {"h5": (tmp_path / "a.h5",)}, "images": {"images": tmp_path}}
+        for kind, setting, flag in (
+            ("h5", {"path_column": "file"}, "--path-column"),
+            ("h5", {"image_size": 224}, "--image-size"),
+            ("images", {"value_range": (0.0, 1.0)}, "--value-range"),
+            ("images", {"dataset": "x"}, "--dataset"),
+        ):
+            with pytest.raises(InputError, match=f"{flag} does nothing with --{kind}"):
+                SourceConfig(csv=(tmp_path / "a.csv",), **films[kind], **setting).check()
+        with pytest.raises(InputError, match="--group-namespace needs --group-column"):
+            SourceConfig(csv=(tmp_path / "a.csv",), **films["h5"], group_namespace="x").check()
 
     @pytest.mark.parametrize(
         ("text", "words"),

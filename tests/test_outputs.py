@@ -10,7 +10,7 @@ from conftest import REPOSITORY, assert_refused, run_module
 
 from ingest.config import IngestConfig, SourceConfig
 from shards.atomic import check_writable, write_atomic
-from shards.cli import main_guard
+from shards.cli import main_guard, parse
 from shards.errors import InputError
 from shards.export import ExportConfig
 
@@ -92,6 +92,25 @@ def test_a_full_stdout(shards_dir: Path) -> None:
     assert done.stderr.splitlines() == [
         "shards: cannot read or write (No space left on device); make room, or give another path"
     ]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(shards_dir: Path, closed: str) -> None:
+    """No traceback, and no file of ours takes the number of a stream."""
+    command = f"{sys.executable} -m shards verify {shards_dir} {closed}"
+    assert subprocess.run(["sh", "-c", command], cwd=REPOSITORY, stdin=subprocess.DEVNULL).returncode == 0
+    done = subprocess.run(["sh", "-c", f"{command} --frob"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_lists_given_twice_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (["--h5", "a", "b", "--h5", "c"], ["--csv=a", "--csv=b"]):
+        with pytest.raises(InputError, match=f"{flags[0][:4].rstrip('=')}.* is given 2 times"):
+            parse(IngestConfig, ["--to-shards", "x", *flags], prog="ingest")
+    assert parse(IngestConfig, ["--to-shards", "x", "--seed", "1", "--seed", "2"], prog="ingest").seed == 2
+    with pytest.raises(SystemExit):
+        parse(IngestConfig, ["--to-shards", "x", "--quality", "0"], prog="ingest")
+    assert capsys.readouterr().err == "ingest: --quality 0 is not in 1..100 (see --help)\n"
 
 
 def test_a_bug_keeps_its_traceback() -> None:
