@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.machine import REPOSITORY
+from bench.processes import REPOSITORY
 from shards.cli import main_guard
 from shards.errors import InputError
+from shards.processes import die_with_parent
 
 FLOOR = "floor"
 """The kernels of the `cpu` backend alone."""
@@ -32,7 +33,8 @@ class Task:
     """What a child does. Paths are absolute."""
 
     action: str = "measure"
-    """measure; write: make the data of a loader of others; look: what runs here; profile: where the time goes."""
+    """measure; write: make the data of a loader of others; look: what runs here; profile: where the time goes;
+    together: what the loader costs training."""
     loader: str = ""
     """A backend, FLOOR, or the name of a loader of others."""
     shards: str
@@ -55,6 +57,8 @@ class Task:
     own_jpeg: bool = True
     """See `LoaderConfig`."""
     warmup_batches: int = 0
+    rounds: int = 1
+    """Of `together`; all else is measured once."""
     seconds: float = 0.0
     memory_s: float = 0.0
     most_images: int | None = None
@@ -64,19 +68,22 @@ class Task:
 
 
 def run_child(task: Task, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What the task gives. InputError, with the last line that the child said, where it fails or hangs."""
-    with tempfile.TemporaryDirectory(prefix="shardclip-case-") as folder:
+    """What the task gives. InputError, with the last line that the child said, where it fails or hangs.
+
+    What the child and its workers put into the folder for temporary files goes with them, however they end.
+    """
+    with tempfile.TemporaryDirectory(prefix="shardclip-case-", ignore_cleanup_errors=True) as folder:
         result = Path(folder, "result.json")
-        command = [sys.executable, "-m", "bench.case", json.dumps(asdict(task)), str(result)]
+        command = [sys.executable, "-m", "bench.case", json.dumps(asdict(task)), str(result), str(os.getpid())]
         process = subprocess.Popen(
             command,
             cwd=REPOSITORY,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, "TMPDIR": folder, **(environment or {})},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        limit = _PATIENCE_S + 10 * (task.seconds + task.memory_s)
+        limit = _PATIENCE_S + 10 * task.rounds * (task.seconds + task.memory_s)
         try:
             _, said = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -84,9 +91,16 @@ def run_child(task: Task, environment: Mapping[str, str] | None = None) -> dict[
         finally:
             _end(process)
         if process.returncode:
-            lines = said.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
-            raise InputError(lines[-1].removeprefix("bench.case: "))
+            raise InputError(_last_line(said.decode(errors="replace"), process.returncode))
         return json.loads(result.read_bytes())
+
+
+def _last_line(said: str, code: int) -> str:
+    """Of what a child that failed said; libraries may have filled it with warnings before."""
+    lines = said.strip().splitlines()
+    if code < 0:
+        return f"killed by signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+    return lines[-1].removeprefix("bench.case: ") if lines else f"exit code {code}"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -103,8 +117,14 @@ def run_task(task: Task) -> dict[str, Any]:
     from bench.peers import add_path
 
     add_path(Path(task.peers_path) if task.peers_path else None)
-    actions = {"measure": _measure, "write": _write, "look": _look, "profile": _profile}
+    actions = {"measure": _measure, "write": _write, "look": _look, "profile": _profile, "together": _together}
     return actions[task.action](task)
+
+
+def _look(task: Task) -> dict[str, Any]:
+    from bench.cases import look
+
+    return look(task)
 
 
 def _measure(task: Task) -> dict[str, Any]:
@@ -113,7 +133,7 @@ def _measure(task: Task) -> dict[str, Any]:
     from bench.measure import measure
 
     if task.slow:
-        _forget_rows()
+        forget_rows()
     taken = measure(
         _builder(task),
         warmup_batches=task.warmup_batches,
@@ -125,7 +145,7 @@ def _measure(task: Task) -> dict[str, Any]:
     return {name: value for name, value in asdict(taken).items() if value is not None}
 
 
-def _forget_rows() -> None:
+def forget_rows() -> None:
     """A slow file system stands for one whose data are larger than memory: rows are read at every visit, as there."""
     from pipeline import handles
 
@@ -175,58 +195,28 @@ def _job(task: Task) -> Any:
 
 def _write(task: Task) -> dict[str, Any]:
     from bench import peers
+    from bench.sizes import write_uint8
 
     if task.loader in peers.WRITERS:
         peers.WRITERS[task.loader](_job(task))
     elif task.loader.startswith("hdf5"):
-        _write_uint8(Path(str(task.h5)), Path(task.data) / UINT8_FILE)
+        write_uint8(Path(str(task.h5)), Path(task.data) / UINT8_FILE)
     return {}
 
 
-def _write_uint8(source: Path, target: Path) -> None:
-    """The film dataset once more, contiguous, a quarter of the bytes. InputError where levels are not whole."""
-    import h5py
-    import numpy as np
+def _together(task: Task) -> dict[str, Any]:
+    from bench.together import TogetherConfig, run_together
 
-    from ingest.source import H5Source
-
-    with H5Source(source) as films, h5py.File(target, "w") as file:
-        shape = films.rows, films.height, films.width
-        out = file.create_dataset("cxr", shape, "u1")
-        for first in range(0, films.rows, 256):
-            levels = films.read(first, min(first + 256, films.rows))
-            grey = levels.astype(np.uint8)
-            if (grey != levels).any():
-                raise InputError(f"{source} is not in whole grey levels 0..255; measure without --uint8")
-            out[first : first + len(grey)] = grey
-
-
-def _look(task: Task) -> dict[str, Any]:
-    import importlib.util
-
-    from bench.cases import PEERS, check_pairs
-    from bench.peers import missing
-    from shards.manifest import read_manifest
-
-    check_pairs(
-        Path(task.shards),
-        raw_shards=Path(task.raw_shards) if task.raw_shards else None,
-        h5=Path(task.h5) if task.h5 else None,
-        csv=tuple(map(Path, task.csv)),
-        text_column=task.text_column,
+    if task.slow:
+        forget_rows()
+    wanted = TogetherConfig(
+        shards=Path(task.shards),
+        batch_size=task.batch_size,
+        rounds=task.rounds,
+        seconds=task.seconds,
+        threads=task.threads,
     )
-    import torch  # seconds, that a mistake need not wait for
-
-    manifest = read_manifest(Path(task.shards))
-    nvidia = importlib.util.find_spec("nvidia") is not None
-    return {
-        "cuda": torch.cuda.is_available(),
-        "dali": nvidia and importlib.util.find_spec("nvidia.dali") is not None,
-        "films": manifest.rows("train"),
-        "block_rows": manifest.block_rows,
-        "codec": manifest.image.codec,
-        "missing": {name: missing(name) for name in PEERS},
-    }
+    return run_together(wanted)
 
 
 def _profile(task: Task) -> dict[str, Any]:
@@ -238,6 +228,9 @@ def _profile(task: Task) -> dict[str, Any]:
 def main() -> None:
     """Do the task of the command line; the result goes into the file named after it."""
     with main_guard("bench.case"):
+        die_with_parent()
+        if len(sys.argv) > 3 and os.getppid() != int(sys.argv[3]):  # it died before we asked
+            raise SystemExit(1)
         task = Task(**json.loads(sys.argv[1]))
         Path(sys.argv[2]).write_text(json.dumps(run_task(task)))
 

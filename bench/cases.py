@@ -1,10 +1,13 @@
 """Which loaders a bench measures, what each of them reads, and whether those files belong together."""
 
-from dataclasses import dataclass
+import os
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.case import FLOOR, UINT8_FILE
+from bench.case import FLOOR, UINT8_FILE, Task, run_child
+from shards.cli import say
 from shards.errors import InputError
 
 BASELINE, TUNED = "hdf5", "hdf5-tuned"
@@ -101,6 +104,98 @@ def _ours(config: Any, found: dict[str, Any], device: str) -> list[Case]:
     if found["dali"]:
         listed.append(Case(name=f"dali ({'GPU' if found['cuda'] else 'CPU'})", loader="dali", device=device))
     return listed
+
+
+def convert(config: Any, listed: list[Case], scratch: Path) -> dict[str, str]:
+    """Make what cases read that is not there; why, by name, where a peer cannot. What is there is whole."""
+    unfit: dict[str, str] = {}
+    for case in listed:
+        made = scratch / (UINT8_FILE if case.uint8 else case.loader)
+        if not case.writes or made.exists():
+            continue
+        say(f"converting the films for {case.name}")
+        partial = scratch / f"partial-{case.loader}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        task = case_task(config, case, scratch, 0)
+        try:
+            run_child(replace(task, action="write", h5=_absolute(config.h5), data=str(partial.resolve())))
+        except InputError as error:
+            if not case.peer:
+                raise
+            unfit[case.name] = f"its data could not be made: {error}"
+        else:
+            os.replace(partial / UINT8_FILE if case.uint8 else partial, made)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return unfit
+
+
+def case_task(config: Any, case: Case, scratch: Path, seed: int) -> Task:
+    """What a child does to measure a case."""
+    return Task(
+        loader=case.loader,
+        shards=str(_absolute(config.raw_shards if case.raw else config.shards)),
+        h5=_absolute(scratch / UINT8_FILE if case.uint8 else config.h5),
+        data=str(_absolute(scratch if case.uint8 else scratch / case.loader)),
+        peers_path=_absolute(config.peers_path),
+        device="cpu" if case.loader == FLOOR else case.device,
+        batch_size=config.batch_size,
+        threads=config.threads,
+        seed=seed,
+        own_jpeg=case.own_jpeg,
+        warmup_batches=config.warmup_batches,
+        seconds=config.seconds,
+        memory_s=config.memory_s,
+    )
+
+
+def look_task(config: Any) -> Task:
+    """What a child does to see what there is to measure."""
+    return Task(
+        action="look",
+        shards=str(_absolute(config.shards)),
+        h5=_absolute(config.h5),
+        raw_shards=_absolute(config.raw_shards),
+        csv=tuple(str(path.resolve()) for path in config.csv),
+        text_column=config.text_column,
+        peers_path=_absolute(config.peers_path),
+    )
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.resolve())
+
+
+def look(task: Any) -> dict[str, Any]:
+    """What runs on this machine, and what the shards hold; InputError where the files do not belong together."""
+    import importlib.util
+
+    from bench.peers import missing
+    from shards.digest import file_digest
+    from shards.manifest import read_manifest
+    from shards.schema import MANIFEST_NAME
+
+    check_pairs(
+        Path(task.shards),
+        raw_shards=Path(task.raw_shards) if task.raw_shards else None,
+        h5=Path(task.h5) if task.h5 else None,
+        csv=tuple(map(Path, task.csv)),
+        text_column=task.text_column,
+    )
+    import torch  # seconds, that a mistake need not wait for
+
+    manifest = read_manifest(Path(task.shards))
+    nvidia = importlib.util.find_spec("nvidia") is not None
+    return {
+        "digest": file_digest(Path(task.shards, MANIFEST_NAME))[:12],
+        "cuda": torch.cuda.is_available(),
+        "dali": nvidia and importlib.util.find_spec("nvidia.dali") is not None,
+        "films": manifest.rows("train"),
+        "block_rows": manifest.block_rows,
+        "codec": manifest.image.codec,
+        "missing": {name: missing(name) for name in PEERS},
+    }
 
 
 def check_pairs(

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from bench.processes import bench_guard
 from ingest.loss import loss, psnr
 from shards import tar
-from shards.cli import main_guard, parse, say
+from shards.cli import parse, say
 from shards.encodings import ENCODINGS, Pixels, decode, encode
 from shards.errors import InputError
 from shards.schema import CODEC_EXTENSIONS, ImageSpec, sample_key
@@ -214,7 +215,7 @@ def _lost(row: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print tables, write JSON."""
-    with main_guard("bench.encodings"):
+    with bench_guard("bench.encodings"):
         config = parse(EncodingsBenchConfig, argv, prog="python -m bench.encodings")
         from bench.machine import one_line
         from shards.atomic import check_writable, write_atomic

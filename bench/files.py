@@ -48,6 +48,8 @@ def _results(file: str, raw: Any, environment: Mapping[str, Any], depth: int) ->
         result = _result(file, kind, raw, environment)
         if result.cases or result.tables:
             yield result
+        for name, value in mapping(raw.get("together")).items() if depth else ():
+            yield from _results(f"{file}: {text(name)}", value, environment, depth - 1)
     elif depth:
         inside = raw.get("results") if raw.get("bench") == BUNDLE else raw
         for name, value in mapping(inside).items():

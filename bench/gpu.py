@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bench.processes import REPOSITORY, bench_guard, run_module
 from bench.recipe import RecipeConfig, run_recipe
-from shards.cli import main_guard, parse, say
+from shards.cli import parse, say
 from shards.errors import InputError
 
-_ROOT = Path(__file__).resolve().parent.parent
-_CARRIED = _ROOT / ".gpu"
+_CARRIED = REPOSITORY / ".gpu"
 Part = Literal["tests", "loader", "step", "together", "recipe"]
 
 
@@ -77,7 +77,7 @@ def run_gpu(config: GpuConfig) -> Path:
     from shards.atomic import check_writable, write_atomic
 
     machine = environment()
-    out = config.out or Path(os.environ.get("OUT", _ROOT / "bench" / "results"))
+    out = config.out or Path(os.environ.get("OUT", REPOSITORY / "bench" / "results"))
     check_writable(out, folder=True)
     name = str(machine["gpu"]) if config.device == "cuda" else "dry run"
     path = out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
@@ -151,7 +151,7 @@ def _tests(config: GpuConfig, _films: Films | None, _scratch: Path) -> dict[str,
     """Run the tests marked gpu; their summary and exit code. Shown as they run."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "tests"]
     try:
-        done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=config.minutes * 60)
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=config.minutes * 60)
     except subprocess.TimeoutExpired:
         return {"failed": f"not done after {config.minutes} minutes"}
     say(done.stdout)
@@ -160,7 +160,7 @@ def _tests(config: GpuConfig, _films: Films | None, _scratch: Path) -> dict[str,
 
 
 def _loader(config: GpuConfig, films: Films, scratch: Path) -> dict[str, Any]:
-    more = ["--h5", films.h5] if films.h5 else []
+    more = ["--no-together", *(["--h5", films.h5] if films.h5 else [])]
     return _bench(config, "bench.loader", films, scratch, more)
 
 
@@ -203,10 +203,7 @@ def _recipe(config: GpuConfig, films: Films, scratch: Path) -> dict[str, Any]:
 
 def _run(command: list[Any], minutes: float) -> int:
     """Run `python -m COMMAND`, shown as it runs; its exit code."""
-    try:
-        return subprocess.run([sys.executable, "-m", *map(str, command)], cwd=_ROOT, timeout=minutes * 60).returncode
-    except subprocess.TimeoutExpired:
-        return 124
+    return run_module(command, seconds=minutes * 60)
 
 
 _PARTS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -220,7 +217,7 @@ _PARTS: dict[str, Callable[..., dict[str, Any]]] = {
 
 def main(argv: list[str] | None = None) -> None:
     """Run the GPU tests and benches; exit code 1 where one failed."""
-    with main_guard("bench.gpu"):
+    with bench_guard("bench.gpu"):
         config = parse(GpuConfig, argv, prog="python -m bench.gpu")
         path = run_gpu(config)
         say(f"written to {path}")

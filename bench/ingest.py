@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.floor import Floor, measure_floor
-from bench.machine import Run, run_watched
+from bench.processes import Run, run_watched
 from bench.sizes import repeat_csv, store_repeated
 from bench.storage import evict
 from ingest.config import SourceConfig

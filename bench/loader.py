@@ -10,16 +10,17 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.case import FLOOR, UINT8_FILE, Task, run_child
-from bench.cases import FLOORS, Case, cases
+from bench.case import Task, run_child
+from bench.cases import FLOORS, Case, case_task, cases, convert, look_task
+from bench.processes import bench_guard, pinned
 from bench.storage import SlowFileSystem, SlowSettings, evict
 from bench.summary import Key, Rounds, summarise, table
-from shards.cli import main_guard, parse, say
+from shards.cli import parse, say
 from shards.errors import InputError
 
 
@@ -80,6 +81,9 @@ class LoaderBenchConfig:
     """And the share by which the latency varies."""
     readahead_kb: int = 1024
     """And what it fetches ahead for a file that is read in order."""
+    together: bool = True
+    """End with what the loader costs training, and a verdict: bench.together on the same shards, with the recipe on a
+    GPU and `tiny` on a CPU. Left out where --only picks cases, and with --cold."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "rounds", "warmup_batches"):
@@ -91,8 +95,7 @@ class LoaderBenchConfig:
             raise InputError(f"--cpus {min(unknown)}: this process may use {sorted(os.sched_getaffinity(0))}")
         if self.uint8 and not self.h5:
             raise InputError("--uint8 copies the HDF5 file; give it with --h5")
-        for _ in self.slow_settings():
-            pass
+        tuple(self.slow_settings())  # they check themselves
 
     def slow_settings(self) -> Iterator[SlowSettings | None]:
         """The file systems to measure on; None: as it is."""
@@ -109,35 +112,71 @@ class LoaderBenchConfig:
 
 def run_bench(config: LoaderBenchConfig) -> dict[str, Any]:
     """Measure everything; the result is what `--json` writes."""
-    with _pinned(config.cpus), ExitStack() as stack:
-        scratch = config.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shardclip-bench-")))
-        found = run_child(_look(config))
+    with pinned(config.cpus), ExitStack() as stack:
+        found = run_child(look_task(config))
         listed, absent = cases(config, found)
+        temporary = tempfile.TemporaryDirectory(prefix="shardclip-bench-", ignore_cleanup_errors=True)
+        scratch = (config.scratch or Path(stack.enter_context(temporary))) / found["digest"]  # of these films alone
+        scratch.mkdir(parents=True, exist_ok=True)
         notes: dict[Key, str] = {(name, None): why for name, why in absent.items()}
         rounds = _measure_all(config, listed, scratch, found["films"], notes)
         rounds |= {key: [] for key in notes if key not in rounds}
         result = _describe(config, found)
         result["cases"] = summarise(listed, rounds, notes)
+        profiled = {case.name: case_task(config, case, scratch, 0) for case in listed if case.name in FLOORS}
         if config.floor:
-            profiled = [case for case in listed if case.name in FLOORS]
-            result["profile"] = {
-                case.name: run_child(replace(_task(config, case, scratch, 0), action="profile")) for case in profiled
-            }
+            result["profile"] = {name: run_child(replace(task, action="profile")) for name, task in profiled.items()}
+        if config.together and not config.only and not config.cold:
+            result["together"] = {_at(slow): _together(config, slow) for slow in config.slow_settings()}
     return result
+
+
+def _together(config: LoaderBenchConfig, slow: SlowSettings | None) -> dict[str, Any]:
+    """What `bench.together` finds, or why it could not: the rounds before it took minutes."""
+    say(f"training on it, {_at(slow)}: live, replayed and resident batches in turn")
+    task = Task(
+        action="together",
+        shards=str(config.shards.resolve()),
+        batch_size=config.batch_size,
+        threads=config.threads,
+        rounds=config.rounds,
+        seconds=config.seconds,
+    )
+    try:
+        found = _run(task, slow, [config.shards])
+    except InputError as error:
+        return {"failed": str(error)}
+    return found if slow is None else found | {"settings": found["settings"] | {"latency_ms": slow.latency_ms}}
+
+
+def _at(slow: SlowSettings | None) -> str:
+    """Of a file system, in words."""
+    return "the file system as it is" if slow is None else f"{slow.latency_ms:g} ms a request"
+
+
+def _ms(slow: SlowSettings | None) -> float | None:
+    return None if slow is None else slow.latency_ms
+
+
+def _run(task: Task, slow: SlowSettings | None, places: list[Path]) -> dict[str, Any]:
+    if slow is None:
+        return run_child(task)
+    with SlowFileSystem(slow, places) as under:
+        return run_child(replace(task, slow=True), under.environment())
 
 
 def _measure_all(
     config: LoaderBenchConfig, listed: list[Case], scratch: Path, films: int, notes: dict[Key, str]
 ) -> dict[Key, Rounds]:
     """Rounds of every case and latency. A peer that fails gets a note and no second try; ours have to run."""
-    unfit = _convert(config, listed, scratch)
+    unfit = convert(config, listed, scratch)
     speeds = list(config.slow_settings())
-    rounds: dict[Key, Rounds] = {(case.name, _latency(slow)): [] for slow in speeds for case in listed}
+    rounds: dict[Key, Rounds] = {(case.name, _ms(slow)): [] for slow in speeds for case in listed}
     notes |= {key: unfit[key[0]] for key in rounds if key[0] in unfit}
     for number in range(config.rounds):
         for slow in speeds:
             for case in listed:
-                key = case.name, _latency(slow)
+                key = case.name, _ms(slow)
                 if key in notes:
                     continue
                 try:
@@ -154,78 +193,16 @@ def _measure_all(
     return rounds
 
 
-def _latency(slow: SlowSettings | None) -> float | None:
-    return None if slow is None else slow.latency_ms
-
-
 def _measure(
     config: LoaderBenchConfig, case: Case, scratch: Path, number: int, slow: SlowSettings | None, films: int
 ) -> dict[str, Any]:
-    task = _task(config, case, scratch, number)
+    task = case_task(config, case, scratch, number)
     places = case.places(config, scratch)
     share = evict(places) if config.cold else None
     if config.cold:
         task = replace(task, most_images=films)
-    if slow is None:
-        taken = run_child(task)
-    else:
-        with SlowFileSystem(slow, places) as under:
-            taken = run_child(replace(task, slow=True), under.environment())
+    taken = _run(task, slow, places)
     return taken if share is None else taken | {"resident_share": share}
-
-
-def _convert(config: LoaderBenchConfig, listed: list[Case], scratch: Path) -> dict[str, str]:
-    """Make what cases read that is not there; why, by name, where a peer cannot."""
-    unfit: dict[str, str] = {}
-    for case in listed:
-        folder = scratch if case.uint8 else scratch / case.loader
-        made = folder / UINT8_FILE if case.uint8 else folder
-        if not case.writes or made.exists():
-            continue
-        say(f"converting the films for {case.name}")
-        folder.mkdir(parents=True, exist_ok=True)
-        task = replace(_task(config, case, scratch, 0), action="write", h5=_absolute(config.h5))
-        try:
-            run_child(task)
-        except InputError as error:
-            if not case.peer:
-                raise
-            unfit[case.name] = f"its data could not be made: {error}"
-    return unfit
-
-
-def _task(config: LoaderBenchConfig, case: Case, scratch: Path, seed: int) -> Task:
-    return Task(
-        loader=case.loader,
-        shards=str(_absolute(config.raw_shards if case.raw else config.shards)),
-        h5=_absolute(scratch / UINT8_FILE if case.uint8 else config.h5),
-        data=str(_absolute(scratch if case.uint8 else scratch / case.loader)),
-        peers_path=_absolute(config.peers_path),
-        device="cpu" if case.loader == FLOOR else case.device,
-        batch_size=config.batch_size,
-        threads=config.threads,
-        seed=seed,
-        own_jpeg=case.own_jpeg,
-        warmup_batches=config.warmup_batches,
-        seconds=config.seconds,
-        memory_s=config.memory_s,
-    )
-
-
-def _look(config: LoaderBenchConfig) -> Task:
-    return Task(
-        action="look",
-        shards=str(_absolute(config.shards)),
-        h5=_absolute(config.h5),
-        raw_shards=_absolute(config.raw_shards),
-        csv=tuple(str(path.resolve()) for path in config.csv),
-        text_column=config.text_column,
-        peers_path=_absolute(config.peers_path),
-    )
-
-
-def _absolute(path: Path | None) -> str | None:
-    return None if path is None else str(path.resolve())
 
 
 def _describe(config: LoaderBenchConfig, found: dict[str, Any]) -> dict[str, Any]:
@@ -246,17 +223,6 @@ def _describe(config: LoaderBenchConfig, found: dict[str, Any]) -> dict[str, Any
     return {"bench": "loader", "environment": machine, "settings": settings}
 
 
-@contextmanager
-def _pinned(cpus: tuple[int, ...]) -> Iterator[None]:
-    """This process, and what it starts, on some CPUs only."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cpus or before)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measure, print a table, write JSON; with --tune, `bench.tune` instead."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -264,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         from bench import tune
 
         return tune.main([each for each in arguments if each != "--tune"])
-    with main_guard("bench.loader"):
+    with bench_guard("bench.loader"):
         config = parse(LoaderBenchConfig, argv, prog="python -m bench.loader")
         from shards.atomic import check_writable, write_atomic
 
@@ -274,6 +240,8 @@ def main(argv: list[str] | None = None) -> None:
 
         result = run_bench(config)
         say("\n".join(table(result)))
+        for at, found in result.get("together", {}).items():
+            say(f"On {at}: {found.get('verdict') or 'training was not measured: ' + found['failed']}")
         say(f"median of {config.rounds} rounds, batch {config.batch_size}, on {one_line(result['environment'])}")
         if config.json:
             write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())

@@ -1,20 +1,14 @@
-"""The machine: what a figure was measured on, to stand beside it; and what processes take of it, by the kernel's count:
-memory, CPU time and bytes read of one with all its descendants, and a command run to its end, watched from outside."""
+"""What a figure was measured on, to stand beside it."""
 
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-from shards.errors import InputError
 
 PACKAGES = (
     "torch",
@@ -39,6 +33,7 @@ _TELLING = re.compile(
 def environment(places: Mapping[str, Path] | None = None) -> dict[str, Any]:
     """Machine, versions, state of the repository, the file systems of `places`. No host name, no user, no path."""
     found = {name: file_system(path) for name, path in (places or {}).items()}
+    changes = _git("status", "--porcelain")
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
@@ -49,7 +44,7 @@ def environment(places: Mapping[str, Path] | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "uncommitted_changes": None if changes is None else bool(changes),
         **({"file_system": found} if found else {}),
     }
 
@@ -102,135 +97,3 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-_LOOK_EVERY_S, _SAMPLE_EVERY_S = 0.02, 0.2
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
-    """What a command took."""
-
-    seconds: float
-    cpu_s: float
-    """User and system time of the process and of all it waited for."""
-    marks: tuple[float, ...]
-    """Seconds after the start at which each of the things looked for was first there."""
-    peak: "Footprint"
-    """Of all processes together at the worst moment; zero where memory was not sampled."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Footprint:
-    """Memory of a process tree: proportional set size, in which a page that n processes share counts 1/n for each."""
-
-    total: int = 0
-    """Bytes."""
-    parent: int = 0
-    """Bytes of the process that was started."""
-    children: tuple[int, ...] = field(default=())
-    """Bytes of each of its descendants, largest first."""
-
-
-def run_watched(command: Sequence[str | Path], marks: Sequence[Callable[[], bool]] = (), *, memory: bool) -> Run:
-    """Run `python -m COMMAND`; `marks` are asked, in order, until they say yes. InputError where the command fails."""
-    seen: list[float] = []
-    peak, sampled = Footprint(), 0.0
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", *map(str, command)], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    try:
-        while True:
-            done, status, usage = os.wait4(process.pid, os.WNOHANG)
-            now = time.perf_counter()
-            if done:
-                break
-            while len(seen) < len(marks) and marks[len(seen)]():
-                seen.append(now - started)
-            if memory and now - sampled >= min(_SAMPLE_EVERY_S, (now - started) / 5):  # short runs too have some
-                peak, sampled = max(peak, footprint(process.pid), key=lambda found: found.total), now
-            time.sleep(_LOOK_EVERY_S)
-    except BaseException:
-        process.kill()
-        raise
-    process.returncode = os.waitstatus_to_exitcode(status)  # reaped here, for its usage
-    _check(process)
-    seen += [now - started] * (len(marks) - len(seen))
-    return Run(seconds=now - started, cpu_s=usage.ru_utime + usage.ru_stime, marks=tuple(seen), peak=peak)
-
-
-def _check(process: subprocess.Popen[bytes]) -> None:
-    assert process.stdout is not None
-    with process.stdout as stream:
-        said = stream.read().decode(errors="replace").strip().splitlines()
-    if process.returncode:
-        raise InputError(f"a measured run ended with exit code {process.returncode}: {said[-1] if said else 'silent'}")
-
-
-def footprint(pid: int) -> Footprint:
-    """Memory of a process and its descendants now."""
-    sizes = [_pss(each) for each in tree(pid)]
-    return Footprint(total=sum(sizes), parent=sizes[0], children=tuple(sorted(sizes[1:], reverse=True)))
-
-
-def tree(pid: int) -> Iterator[int]:
-    """A process and its descendants, as far as they are still there."""
-    yield pid
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            found = path.read_text().split()
-        except OSError:
-            continue
-        for child in found:
-            yield from tree(int(child))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Usage:
-    """What a process and its descendants have used so far; of those that ended, if they were waited for, bytes only."""
-
-    cpu_s: float
-    """User and system time."""
-    storage_bytes: int
-    """Fetched from storage, because the page cache did not have them (`read_bytes` of /proc/PID/io)."""
-    asked_bytes: int
-    """Asked for by read calls, of pipes too; what a mapped file is read by is not in it (`rchar`)."""
-
-
-def usage(pid: int) -> Usage:
-    """Of a process tree, now."""
-    processes = list(tree(pid))
-    counts = [_io(each) for each in processes]
-    return Usage(
-        cpu_s=sum(map(_cpu_ns, processes)) / 1e9,
-        storage_bytes=sum(each.get("read_bytes", 0) for each in counts),
-        asked_bytes=sum(each.get("rchar", 0) for each in counts),
-    )
-
-
-def _cpu_ns(pid: int) -> int:
-    """Of all threads of a process, those that ended included; 0 for a process that has gone."""
-    try:
-        return time.clock_gettime_ns((~pid << 3) | 2)  # clock_getcpuclockid(3), for which Python has no name
-    except OSError:
-        return 0
-
-
-def _io(pid: int) -> dict[str, int]:
-    try:
-        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
-    except OSError:
-        return {}
-    return {name: int(value) for name, value in (line.split(":") for line in lines)}
-
-
-def _pss(pid: int) -> int:
-    """Bytes; 0 for a process that has gone."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench.machine import Usage, footprint, usage
+from bench.processes import Usage, footprint, usage
 from bench.storage import Counts, counts_here
 
 _SAMPLE_EVERY_S = 0.1

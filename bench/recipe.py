@@ -3,16 +3,15 @@
 import json
 import statistics
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.processes import run_module
 from shards.errors import InputError
 from shards.manifest import read_manifest
 
-_ROOT = Path(__file__).resolve().parent.parent
 _WARM = 0.2
 """Share of the rows that are left out of the time of a step: compiling, first use of kernels, caches."""
 
@@ -104,14 +103,7 @@ def _train(config: RecipeConfig, out: Path) -> None:
         half = max(1, config.steps // 2)
         command += ["--stop-at", config.steps, "--save-every", half, "--log-every", max(1, min(10, half // 5))]
         command += ["--validate-every", config.steps if read_manifest(config.shards).rows("val") else 0]
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", *map(str, command)],
-            cwd=_ROOT,
-            timeout=config.minutes * 60,
-            stdout=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
-        raise InputError(f"the recipe was not done after {config.minutes} minutes") from None
-    if done.returncode:
-        raise InputError(f"train.main ended with exit code {done.returncode}; its message is in the log")
+    code = run_module(command, seconds=config.minutes * 60, stdout=subprocess.DEVNULL)
+    if code:
+        late = f" after {config.minutes:g} minutes, which is the limit" if code == 124 else ""
+        raise InputError(f"train.main ended with exit code {code}{late}; its message is in the log")

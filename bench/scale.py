@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from bench.case import Task, run_child
+from bench.processes import bench_guard
 from bench.simulate import write_set
 from pipeline.batch import World
 from pipeline.config import LoaderConfig, available_cpus, stream_count
 from pipeline.order import Layout, ShuffledOrder
 from pipeline.selection import RowBits
-from shards.cli import main_guard, parse, say
+from shards.cli import parse, say
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.schema import Manifest
@@ -242,7 +243,7 @@ def png_of(result: dict[str, Any]) -> bytes:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure as the command line says. Exit code 2 for a user's mistake."""
-    with main_guard("bench.scale"):
+    with bench_guard("bench.scale"):
         config = parse(ScaleConfig, argv, prog="python -m bench.scale")
         from shards.atomic import check_writable, write_atomic
 

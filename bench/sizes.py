@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.machine import run_watched
+from bench.processes import run_watched
 from shards.cli import say
 from shards.errors import InputError
 
@@ -210,3 +210,21 @@ def repeat_csv(path: Path, target: Path, times: int) -> Path:
     with open(target, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows * times])
     return target
+
+
+def write_uint8(source: Path, target: Path) -> None:
+    """The film dataset once more, contiguous, a quarter of the bytes. InputError where levels are not whole."""
+    import h5py
+    import numpy as np
+
+    from ingest.source import H5Source
+
+    with H5Source(source) as films, h5py.File(target, "w") as file:
+        shape = films.rows, films.height, films.width
+        out = file.create_dataset("cxr", shape, "u1")
+        for first in range(0, films.rows, 256):
+            levels = films.read(first, min(first + 256, films.rows))
+            grey = levels.astype(np.uint8)
+            if (grey != levels).any():
+                raise InputError(f"{source} is not in whole grey levels 0..255; measure without --uint8")
+            out[first : first + len(grey)] = grey

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from bench.kernels import FILMS, parts, read_films, thread_times
+from bench.kernels import parts, read_films, thread_times
 from pipeline.batch import World
 from pipeline.config import LoaderConfig, stream_count
-from pipeline.encoded import decide
+from pipeline.encoded import DECIDED, decide
 from pipeline.loader import make_order
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
@@ -90,16 +90,15 @@ def _rows(config: LoaderConfig, manifest: Manifest, seconds: float) -> float:
 
 
 def _plan(config: LoaderConfig, manifest: Manifest, seconds: float) -> float:
-    """Places of a batch's positions and what becomes of its films."""
-    order = make_order(config, manifest, stream_count(config, World()))
-    side, turn = np.zeros(config.batch_size, dtype=bool), itertools.count()
+    """Visits, and what becomes of their films, a stretch of them at a time as in `pipeline.encoded`."""
+    visits = make_order(config, manifest, stream_count(config, World())).visits(0, World())
 
     def plan() -> int:
-        first = next(turn) * config.batch_size % FILMS
-        positions = np.arange(first, first + config.batch_size)
-        order.locate(positions)
-        decide(config, manifest, positions, side)
-        return config.batch_size
+        films = 0
+        while films < DECIDED:
+            films += len(next(visits).rows)
+        decide(config, manifest, np.arange(films), np.zeros(films, dtype=bool))
+        return films
 
     return _least(plan, seconds)
 

@@ -149,6 +149,7 @@ def _start(samples: float) -> Callable[[Sequence[Result]], Figure | None]:
 def _recipe_cases(result: Result, *names: str) -> list[Case]:
     """The cases of these names of the recipe's step at its batch on the GPU."""
     of_recipe = GPU in result.machine and RECIPE in result.settings.get("preset", "")
+    of_recipe = of_recipe and "latency_ms" not in result.settings
     size = BATCH if result.settings.get("batch_size", str(BATCH)) == str(BATCH) else 0
     found = [case for case in result.cases if case.name in names and (case.batch_size or size) == BATCH]
     return found if of_recipe else []

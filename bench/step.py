@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from bench.processes import bench_guard
 from bench.step_cases import COMPILED, OURS, Pace, measure_size
-from shards.cli import main_guard, parse, say
+from shards.cli import parse, say
 from shards.errors import InputError
 
 
@@ -170,7 +171,9 @@ def loop_overhead(rounds: list[dict[str, Any]], device: str) -> dict[str, Any]:
 def verdict(result: dict[str, Any]) -> str:
     """The result in a sentence."""
     timed = [case for case in result["cases"] if "step_s" in case]
-    ours = max((case for case in timed if case["name"].startswith(OURS)), key=lambda case: case["images_per_s"])
+    ours = max(
+        (case for case in timed if case["name"].removesuffix(COMPILED) == OURS), key=lambda case: case["images_per_s"]
+    )
     told = (
         f"The fastest step is '{ours['name']}' at batch {ours['batch_size']}: {ours['step_s'] * 1e3:,.1f} ms, "
         f"{ours['images_per_s']:,.0f} films/s, {ours['mfu']:.0%} of {result['peak']['source']}"
@@ -217,7 +220,7 @@ def _or_dash(value: Any, show: Callable[[Any], str]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
-    with main_guard("bench.step"):
+    with bench_guard("bench.step"):
         config = parse(StepBenchConfig, argv, prog="python -m bench.step")
         from bench.machine import one_line
         from shards.atomic import check_writable, write_atomic

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from shards.cli import main_guard, parse, say
+from bench.processes import bench_guard
+from shards.cli import parse, say
 from shards.errors import InputError
 
 CASES = ("bare step", "resident", "replayed", "live", "loader alone")
@@ -161,7 +162,7 @@ def advice(findings: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]
 
 def first_change(findings: dict[str, Any], settings: dict[str, Any], cpus: int | None) -> str:
     """The one setting that promises most."""
-    if findings["wait_share"] > WAITING:
+    if findings["wait_share"] > WAITING and (cpus is not None or is_loader_bound(findings)):
         if settings["threads"] < findings["cpus"]:
             return f"--data.threads {findings['cpus']} (now {settings['threads']})"
         if settings["device"] == "cuda" and settings["backend"] == "cpu":
@@ -217,7 +218,7 @@ def table(result: dict[str, Any]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
-    with main_guard("bench.together"):
+    with bench_guard("bench.together"):
         config = parse(TogetherConfig, argv, prog="python -m bench.together")
         from bench.machine import one_line
         from shards.atomic import check_writable, write_atomic

@@ -21,13 +21,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.case import _forget_rows
+from bench.case import forget_rows
 from bench.compare import BETTER, judge
 from bench.kinds import METRICS
+from bench.processes import bench_guard
 from bench.search import Choice, Space, apply_choice, make_space, search
 from bench.storage import SlowFileSystem, SlowSettings, counts_here
 from pipeline.config import LoaderConfig
-from shards.cli import main_guard, parse, say
+from shards.cli import parse, say
 from shards.errors import InputError
 
 PROG = "python -m bench.loader --tune"
@@ -151,7 +152,7 @@ def _rater(config: TuneConfig, base: LoaderConfig) -> Callable[[Choice], float]:
     from pipeline.loader import build_loader
 
     if counts_here() is not None:
-        _forget_rows()
+        forget_rows()
     device = "cuda" if _cuda() else "cpu"
     orders = iter(range(1, 1 << 31))
 
@@ -262,7 +263,7 @@ def table(result: dict[str, Any]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Tune, say what each choice bought, write the settings."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with main_guard(PROG):
+    with bench_guard(PROG):
         config = parse(TuneConfig, arguments, prog=PROG)
         from shards.atomic import check_writable, write_atomic
 

@@ -79,9 +79,9 @@ class TimedStep:
         self._step = step
         self.inside_s = 0.0
 
-    def __call__(self, batch: Batch, lr: float) -> Any:
+    def __call__(self, *given: Any) -> Any:
         begin = time.perf_counter()
-        output = self._step(batch, lr)
+        output = self._step(*given)
         self.inside_s += time.perf_counter() - begin
         return output
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import assert_refused, run_module
 
-from bench.machine import footprint, run_watched, tree
+from bench.processes import footprint, run_watched, tree
 from bench.sizes import CHUNK_ROWS, SIDE, store_repeated, write_films, write_reports
 from bench.storage import MOST_RESIDENT, evict, resident_bytes
 from ingest.source import H5Source

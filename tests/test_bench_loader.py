@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,10 +16,12 @@ import pytest
 from conftest import REPOSITORY, assert_refused, run_module
 
 from bench.case import Task
-from bench.cases import Case
-from bench.loader import LoaderBenchConfig, run_bench
-from bench.machine import _TELLING, file_system, usage
+from bench.cases import Case, convert
+from bench.files import read_results
+from bench.loader import LoaderBenchConfig, main, run_bench
+from bench.machine import _TELLING, file_system
 from bench.peers import LOADERS, WRITERS, missing
+from bench.processes import tree, usage
 from bench.storage import Counts, SlowFileSystem, SlowSettings, evict, resident_bytes
 from bench.summary import summarise, table
 from shards.errors import InputError
@@ -159,7 +162,7 @@ def test_each_latency_is_compared_with_its_own_baseline() -> None:
     assert found["cpu", 0.0]["ratio_to_hdf5"] == 4 and found["cpu", 20.0]["ratio_to_hdf5"] == 30
 
 
-def fake_children(monkeypatch: pytest.MonkeyPatch, failing: str) -> list[str]:
+def fake_children(monkeypatch: pytest.MonkeyPatch, failing: str, shards: Path) -> list[str]:
     """`run_child` that measures nothing and fails for one loader; the loaders it was called for."""
     called: list[str] = []
 
@@ -167,8 +170,14 @@ def fake_children(monkeypatch: pytest.MonkeyPatch, failing: str) -> list[str]:
         assert environment is None
         if task.action == "look":
             absent = dict.fromkeys(("spdl", "streaming", "litdata", "ffcv"), "not installed")
-            return {"cuda": False, "dali": False, "films": 60, "block_rows": 1, "codec": "jpeg", "missing": absent}
+            return {
+                **{"cuda": False, "dali": False, "films": 60, "block_rows": 1, "codec": "jpeg"},
+                **{"missing": absent, "digest": "0"},
+            }
         called.append(task.loader)
+        if task.action == "together":
+            assert (task.rounds, task.shards) == (3, str(shards))
+            return {"verdict": "Step-bound: a sentence.", "settings": {}}
         if task.loader == failing:
             raise InputError("it broke")
         return rounds(100.0)[0]
@@ -180,14 +189,74 @@ def fake_children(monkeypatch: pytest.MonkeyPatch, failing: str) -> list[str]:
 def test_a_loader_of_others_that_fails_is_a_row_and_is_not_tried_again(
     monkeypatch: pytest.MonkeyPatch, shards_dir: Path
 ) -> None:
-    called = fake_children(monkeypatch, "webdataset")
-    found = {case["name"]: case for case in run_bench(LoaderBenchConfig(shards=shards_dir, rounds=3))["cases"]}
+    called = fake_children(monkeypatch, "webdataset", shards_dir)
+    result = run_bench(LoaderBenchConfig(shards=shards_dir, rounds=3))
+    found = {case["name"]: case for case in result["cases"]}
     assert found["webdataset"]["note"] == "failed: it broke" and "rounds" not in found["webdataset"]
     assert called.count("webdataset") == 1 and len(found["cpu"]["rounds"]) == 3
+    assert result["together"]["the file system as it is"]["verdict"].startswith("Step-bound")
+    assert "together" not in run_bench(LoaderBenchConfig(shards=shards_dir, rounds=1, only=("cpu",)))
+
+
+def test_a_run_says_what_the_loader_costs_training(
+    monkeypatch: pytest.MonkeyPatch, shards_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last words are the verdict, and a report shows it as a result of its own."""
+    fake_children(monkeypatch, "", shards_dir)
+    main(["--shards", str(shards_dir), "--rounds", "3", "--json", str(tmp_path / "x.json")])
+    assert "On the file system as it is: Step-bound: a sentence." in capsys.readouterr().out
+    content = json.loads((tmp_path / "x.json").read_bytes())
+    (together,) = content["together"].values()
+    together |= {"bench": "together", "cases": [{"name": "live", "rounds": [{"step_s": 0.1, "images_per_s": 640}]}]}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    loader, training = read_results(tmp_path / "x.json")
+    assert (loader.kind, training.kind) == ("loader", "together") and training.said == ("Step-bound: a sentence.",)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_run_that_is_ended_leaves_no_process_and_no_folder(number: int, shards_dir: Path, tmp_path: Path) -> None:
+    """Only after SIGKILL do folders stay: nobody is left to remove them."""
+    command = [sys.executable, "-m", "bench.loader", "--shards", str(shards_dir), "--only", "webdataset"]
+    run = subprocess.Popen(
+        [*command, "--seconds", "60"], cwd=REPOSITORY, env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(found := list(tree(run.pid))) < 3 and time.monotonic() < deadline:  # with a worker of the child's
+        time.sleep(0.05)
+    assert len(found) >= 3 and list(tmp_path.iterdir())
+    run.send_signal(number)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    assert said.decode().count("\n") <= 1 and "Traceback" not in said.decode()
+    while any(Path(f"/proc/{pid}").exists() for pid in found) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in found)
+    assert number == signal.SIGKILL or not list(tmp_path.iterdir())
+
+
+def test_films_that_were_converted_by_half_are_converted_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shards_dir: Path, source: tuple[Path, Path]
+) -> None:
+    """A folder for converted films that is kept holds whole ones only, and those of other shards apart."""
+    config = LoaderBenchConfig(shards=shards_dir, h5=source[0], uint8=True)
+    case = Case(name="hdf5 uint8", loader="hdf5", uint8=True)
+
+    def half(task: Task) -> dict[str, Any]:
+        Path(task.data, "cxr-uint8.h5").write_bytes(b"half")
+        raise InputError("interrupted")
+
+    monkeypatch.setattr("bench.cases.run_child", half)
+    with pytest.raises(InputError):
+        convert(config, [case], tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert convert(config, [case], tmp_path) == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["cxr-uint8.h5"]
 
 
 def test_ours_has_to_run(monkeypatch: pytest.MonkeyPatch, shards_dir: Path) -> None:
-    fake_children(monkeypatch, "cpu")
+    fake_children(monkeypatch, "cpu", shards_dir)
     with pytest.raises(InputError, match="it broke"):
         run_bench(LoaderBenchConfig(shards=shards_dir, rounds=1))
 
