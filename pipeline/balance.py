@@ -118,7 +118,7 @@ class BalancedOrder(ShuffledOrder):
 
     def _rows(self, epoch: int, block: int) -> Ints:
         chosen = super()._rows(epoch, block)
-        shard, number = (int(each) for each in self.layout.shard_of(np.array(block)))
+        shard, number = self.layout.place_of(block)
         begin = number * self.layout.block_rows
         end = min(begin + self.layout.block_rows, int(self.layout.rows[shard]))
         width = self._widths[self._classes.of(shard, begin, end)[chosen]]

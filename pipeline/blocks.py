@@ -9,7 +9,7 @@ waits keeps the time (`stall`): a read that hangs is named, and given up at a li
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,8 @@ from shards.schema import Manifest, ShardInfo
 CLOSE_WAIT_S = 10.0
 """Seconds that closing waits for reads under way; those that take longer are left behind, to close the files."""
 
-
+KEEPS_UP = 8
+"""Blocks for which there may be room before one more thread is woken for them, for each that is at work."""
 MOST_MEMORY = 256 << 20
 """Bytes that are read ahead unless more is asked for."""
 
@@ -62,13 +63,12 @@ class BlockReader:
         self._buffers = Buffers(memory)
         self._pending = 0
         self._waiting = self._ended = self._closed = self._failed = self._abandoned = False
-        self._running = threads
+        self._running, self._at_work = threads, 0
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
         """What the consumer waits on."""
         self._room = threading.Condition(self._lock)
-        """What threads wait on that may claim a visit. One is woken at a time: four that wake for one free buffer take
-        longer, and the interpreter from those that decode, than reading a short block does."""
+        """What threads wait on that may claim a visit. See `_wake_another`."""
         self._threads = [
             threading.Thread(target=self._work, name=f"shardclip-read-{number}", daemon=True)
             for number in range(threads)
@@ -108,11 +108,11 @@ class BlockReader:
         with self._lock:
             self._plan_until(1)
             slot = self._slots[0]
-            self._waiting = True
-            if not slot.claimed:
-                self._room.notify()
-            self._wait(slot)
-            self._waiting = False
+            if slot.result is None:
+                self._waiting = True
+                self._room.notify_all()
+                self._wait(slot)
+                self._waiting = False
             if isinstance(slot.result, BaseException):
                 raise slot.result
             if slot.result is None:
@@ -128,9 +128,10 @@ class BlockReader:
         """A visit out of turn, loaded by the caller's thread; release it too."""
         return self._loader.load(visit, _Pool(self, _Slot(visit, 0)))
 
-    def release(self, loaded: Loaded) -> None:
-        """Give the buffer of a visit back; its images are no longer valid."""
-        self._give(loaded.buffer)
+    def release(self, loaded: Sequence[Loaded]) -> None:
+        """Give the buffers of visits back; their images are no longer valid."""
+        if loaded:
+            self._give([each.buffer for each in loaded])
 
     def stop(self) -> None:
         """Begin to close: whoever waits in `get` is let go with an error."""
@@ -172,6 +173,7 @@ class BlockReader:
                 result = error
             with self._lock:
                 slot.result = result
+                self._at_work -= 1
                 self._failed |= isinstance(result, BaseException)
                 self._arrived.notify()
         with self._lock:
@@ -188,11 +190,17 @@ class BlockReader:
                 if slot is not None and self._admit(slot):
                     slot.claimed = True
                     self._pending += slot.estimate
-                    if self._has_room(slot.estimate):  # for another thread too
-                        self._room.notify()
+                    self._at_work += 1
+                    self._wake_another(slot.estimate)
                     return slot
                 self._room.wait()
             return None
+
+    def _wake_another(self, size: int) -> None:
+        """Where the threads at work do not keep up: then there is room for many blocks of this size, or the consumer
+        waits. One thread reads from the page cache what two cores decode; more of them would only take turns."""
+        if self._waiting or self._has_room(KEEPS_UP * self._at_work * size):
+            self._room.notify()
 
     def _admit(self, slot: _Slot) -> bool:
         wanted_now = self._waiting and slot is self._slots[0]
@@ -228,9 +236,10 @@ class BlockReader:
             slot.estimate = 0
             return self._buffers.take(size)
 
-    def _give(self, buffer: NDArray[np.uint8]) -> None:
+    def _give(self, buffers: Sequence[NDArray[np.uint8]]) -> None:
         with self._lock:
-            self._buffers.give(buffer)
+            for buffer in buffers:
+                self._buffers.give(buffer)
             self._room.notify()
 
     def _forget_estimate(self, slot: _Slot) -> None:
@@ -250,7 +259,7 @@ class _Pool:
         return self._reader._take(self._slot, size)
 
     def give(self, buffer: NDArray[np.uint8]) -> None:
-        self._reader._give(buffer)
+        self._reader._give([buffer])
 
 
 def block_bytes(manifest: Manifest, shard: ShardInfo) -> int:

@@ -12,33 +12,32 @@ class Buffers:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.total = 0
-        self._free: list[NDArray[np.uint8]] = []
-
-    @property
-    def used(self) -> int:
-        """Bytes in buffers that are out."""
-        return self.total - sum(buffer.nbytes for buffer in self._free)
+        self.total = self.used = 0
+        """Bytes in all buffers, and in those that are out."""
+        self._free: dict[int, list[NDArray[np.uint8]]] = {}
 
     def take(self, size: int) -> NDArray[np.uint8]:
         """A buffer of at least `size` bytes: the smallest free one that will do, else a new one."""
-        fitting = [buffer for buffer in self._free if buffer.nbytes >= size]
-        if fitting:
-            chosen = min(fitting, key=lambda buffer: buffer.nbytes)
-            self._free = [buffer for buffer in self._free if buffer is not chosen]
-            return chosen
-        fresh = np.empty(-(-size // ROUND) * ROUND, dtype=np.uint8)
-        self.total += fresh.nbytes
-        self._trim()
-        return fresh
+        fitting = min((bytes for bytes, free in self._free.items() if free and bytes >= size), default=None)
+        if fitting is None:
+            buffer = np.empty(-(-size // ROUND) * ROUND, dtype=np.uint8)
+            self.total += buffer.nbytes
+            self._trim()
+        else:
+            buffer = self._free[fitting].pop()
+        self.used += buffer.nbytes
+        return buffer
 
     def give(self, buffer: NDArray[np.uint8]) -> None:
         """Take a buffer back."""
-        self._free.append(buffer)
+        self.used -= buffer.nbytes
+        self._free.setdefault(buffer.nbytes, []).append(buffer)
         self._trim()
 
     def _trim(self) -> None:
         """Drop the smallest free buffers while there is more than the limit."""
-        self._free.sort(key=lambda buffer: -buffer.nbytes)
-        while self._free and self.total > self.limit:
-            self.total -= self._free.pop().nbytes
+        while self.total > self.limit and (
+            smallest := min((size for size in self._free if self._free[size]), default=0)
+        ):
+            self._free[smallest].pop()
+            self.total -= smallest

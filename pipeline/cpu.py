@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from pipeline.batch import Batch, World
 from pipeline.config import LoaderConfig, thread_count
 from pipeline.effects import apply
-from pipeline.encoded import Encoded, EncodedBatches
+from pipeline.encoded import Encoded, EncodedBatches, make_batch
 from pipeline.kernels import Crop, ImageKernel, Normalise
 from shards.schema import Manifest
 
-TASK_IMAGES = 8
-"""Images a task has: small enough to share a batch of 64 between eight threads, large enough to make queues cheap."""
+TASK_IMAGES = 16
+"""Images a task has at most: each task takes a turn at the interpreter's lock."""
 
 
 class _Slot:
@@ -34,7 +34,10 @@ class _Slot:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> None:
         self.images = torch.empty(shape, dtype=dtype, pin_memory=pinned)
         self.each = self.images.unbind()
+        self.channels_last = self.images.permute(0, 3, 1, 2)
         self.boxes: list[list[int]] = []
+        self.spans: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)
+        """(n, 2) address and bytes of each image of the batch."""
         self.encoded: Encoded | None = None
         self.error: BaseException | None = None
         self.done = threading.Event()
@@ -46,6 +49,7 @@ class _Slot:
         """Begin a batch of so many tasks."""
         self.encoded, self.error, self._open_tasks = encoded, None, tasks
         self.boxes = encoded.fate.boxes.tolist()
+        self.spans = np.stack([encoded.records["address"], encoded.records["size"]], axis=1)
         self.done.clear()
         if not tasks:
             self.done.set()
@@ -129,13 +133,16 @@ class CpuBackend:
             self._held = None
 
     def _batch(self, slot: _Slot, encoded: Encoded) -> Batch:
-        images = slot.images[: len(encoded.fate.boxes)].permute(0, 3, 1, 2).to(self._device, non_blocking=True)
-        tokens = torch.from_numpy(encoded.tokens).to(self._device, non_blocking=True)
-        labels = torch.from_numpy(encoded.labels).to(self._device, non_blocking=True)
+        images, count = slot.channels_last, len(encoded.fate.boxes)
+        if count < len(images):
+            images = images[:count]
+        if self._device.type == "cuda":
+            images = images.to(self._device, non_blocking=True)
+        batch = make_batch(images, encoded.records, encoded.position, self._device)
         if self._device.type == "cuda":
             slot.copied = torch.cuda.Event()
             slot.copied.record(torch.cuda.current_stream(self._device))
-        return encoded.batch(images, tokens, labels)
+        return batch
 
     def _feed(self) -> None:
         try:
@@ -171,14 +178,16 @@ class CpuBackend:
                 task.slot.finish_task(None)
 
     def _run(self, kernel: ImageKernel, task: _Task) -> None:
-        encoded, index, end = task.slot.encoded, task.first, task.first + task.count
+        slot, index, end = task.slot, task.first, task.first + task.count
+        encoded = slot.encoded
         assert encoded is not None
+        fate = encoded.fate
         while index < end:
-            films = kernel.decode_ahead(encoded.images[index:end]) or [self._pixels(kernel, encoded, index)]
-            kernel.resize(
-                [crop for number, film in enumerate(films) for crop in crops(task.slot, index + number, film)]
-            )
-            index += len(films)
+            if fate.effects is None:
+                index = kernel.run(slot.spans, fate.boxes, fate.flipped, slot.images, index, end)
+            if index < end:
+                kernel.resize(list(crops(slot, index, self._pixels(kernel, encoded, index))))
+                index += 1
 
     def _pixels(self, kernel: ImageKernel, encoded: Encoded, index: int) -> NDArray[np.uint8]:
         """A sample's pixels (H, W), of another one where it cannot be decoded; valid until the kernel's next."""

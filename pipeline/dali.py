@@ -21,7 +21,7 @@ import torch
 from pipeline.batch import Batch, World
 from pipeline.config import LoaderConfig, thread_count
 from pipeline.effects import for_graph, in_graph
-from pipeline.encoded import Encoded, EncodedBatches
+from pipeline.encoded import Encoded, EncodedBatches, make_batch
 from pipeline.trial import Trial
 from shards.errors import InputError
 from shards.schema import ImageSpec, Manifest, shard_name
@@ -166,10 +166,8 @@ class DaliBackend:
 
     def _batch(self, encoded: Encoded, images: torch.Tensor) -> Batch:
         dtype = getattr(torch, self._config.dtype)
-        return encoded.batch(
-            images.to(self._device, dtype).permute(0, 3, 1, 2),
-            torch.from_numpy(encoded.tokens).to(self._device, non_blocking=True),
-            torch.from_numpy(encoded.labels).to(self._device, non_blocking=True),
+        return make_batch(
+            images.to(self._device, dtype).permute(0, 3, 1, 2), encoded.records, encoded.position, self._device
         )
 
     def _source(self) -> tuple[Any, ...]:
@@ -216,7 +214,7 @@ class DaliBackend:
 
     def _undecodable(self, error: RuntimeError) -> InputError:
         """DALI fails a batch as a whole and does not say which sample: name the shards it came from."""
-        shards = np.unique(self._fed[0].samples[:, 0]).tolist() if self._fed else []
+        shards = np.unique(self._fed[0].records["shard"]).tolist() if self._fed else []
         names = ", ".join(shard_name(self._config.split, shard) for shard in shards)
         reason = next((line for line in str(error).splitlines() if line.startswith("Error")), "")[:160]
         return InputError(f"DALI cannot decode a batch of shards {names} ({reason}); --backend cpu names the image")

@@ -7,7 +7,6 @@ it comes, is laid out in a window over the positions to come, and a batch is cut
 visit and each batch, none for each visit in each batch.
 """
 
-import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +20,9 @@ from pipeline.config import LoaderConfig
 from pipeline.effects import draw
 from pipeline.mixture import MixedReader
 from pipeline.order import Visit
+from pipeline.records import Records, key_of, record_type
 from pipeline.visits import Loaded
-from shards.schema import Manifest, sample_key, shard_name
+from shards.schema import Manifest, shard_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,20 +45,10 @@ class Encoded:
     """First position of the global batch."""
     images: list[NDArray[np.uint8]]
     """n encoded images."""
+    records: Records
+    """(n,) what is known of them."""
     fate: Fate
     """Crops, flips and effects of each view."""
-    samples: NDArray[np.int64]
-    """(n, 2) shard, row."""
-    planned: NDArray[np.int64]
-    """(n,) row that the order names; not that of `samples` where it is bad."""
-    sources: NDArray[np.int64]
-    """(n, 2) source, row in it: the sample's opaque key."""
-    tokens: NDArray[np.int64]
-    """(n, context)."""
-    token_count: NDArray[np.int64]
-    """(n,)."""
-    labels: NDArray[np.float32]
-    """(n, labels)."""
     finished: list[Loaded]
     """Visits that end in this batch."""
 
@@ -67,20 +57,25 @@ class Encoded:
 
     def describe(self, index: int, split: str) -> str:
         """Shard and opaque key of a sample, for an error message."""
-        (shard, row), (source, source_row) = self.samples[index].tolist(), self.sources[index].tolist()
-        return f"shard {shard_name(split, shard)}: image {sample_key(source, source_row)} (row {row})"
+        record = self.records[index]
+        return f"shard {shard_name(split, int(record['shard']))}: image {key_of(record)} (row {record['row']})"
 
-    def batch(self, images: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor) -> Batch:
-        """The decoded batch, with these tensors on the device."""
-        return Batch(
-            images=images,
-            tokens=tokens,
-            labels=labels,
-            samples=torch.from_numpy(self.samples),
-            position=self.position,
-            text_length=int(self.token_count.max(initial=0)),
-            replaced=np.stack([self.samples[:, 0], self.planned], axis=1)[self.samples[:, 1] != self.planned],
-        )
+
+def make_batch(images: torch.Tensor, records: Records, position: int, device: torch.device) -> Batch:
+    """The batch of decoded images, with what belongs to it on the device."""
+    tokens, labels = torch.from_numpy(records["tokens"].astype(np.int64)), torch.from_numpy(records["labels"].copy())
+    if device.type != "cpu":  # a call that does nothing costs a turn at the interpreter's lock
+        tokens, labels = tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    changed = records["row"] != records["planned"]
+    return Batch(
+        images=images,
+        tokens=tokens,
+        labels=labels,
+        samples=torch.from_numpy(np.stack([records["shard"], records["row"]], axis=1)),
+        position=position,
+        text_length=int(records["token_count"].max(initial=0)),
+        replaced=np.stack([records["shard"], records["planned"]], axis=1)[changed],
+    )
 
 
 def decide(config: LoaderConfig, manifest: Manifest, positions: NDArray[np.int64], side: NDArray[np.bool_]) -> Fate:
@@ -121,7 +116,8 @@ class EncodedBatches:
         self._position = position
         self._end = samples if config.mode == "eval" else None
         self._live: list[Loaded] = []
-        self._window = _Columns(_WINDOW, manifest)
+        self._window = _Window(_WINDOW, manifest)
+        self._fates = _Fates(config, manifest, world)
 
     def __iter__(self) -> "EncodedBatches":
         return self
@@ -134,26 +130,15 @@ class EncodedBatches:
         self._position = end
         positions = rank_positions(begin, min(end, self._end or end), self._world)
         self._gather(begin, end)
-        columns = self._window.take(self._numbers(positions))
+        images, records = self._window.take(positions // self._world.size)
         finished = [loaded for loaded in self._live if loaded.visit.last < end]
         self._live = [loaded for loaded in self._live if loaded.visit.last >= end]
-        return Encoded(
-            position=begin,
-            images=columns.images,
-            fate=decide(self._config, self._manifest, positions, columns.side_words),
-            samples=columns.samples,
-            planned=columns.planned,
-            sources=columns.sources,
-            tokens=columns.tokens,
-            token_count=columns.token_count,
-            labels=columns.labels,
-            finished=finished,
-        )
+        fate = self._fates.of(positions, records["side_words"])
+        return Encoded(position=begin, images=images, records=records, fate=fate, finished=finished)
 
     def release(self, encoded: Encoded) -> None:
         """Give back what ended with this batch. In the batches' order: earlier ones may have used the same visits."""
-        for loaded in encoded.finished:
-            self._reader.release(loaded)
+        self._reader.release(encoded.finished)
         encoded.finished.clear()
 
     def replace(self, encoded: Encoded, index: int, error: Exception) -> NDArray[np.uint8]:
@@ -161,27 +146,21 @@ class EncodedBatches:
 
         InputError where no bad sample is tolerated. Several threads may call it, for different samples.
         """
-        shard, row = encoded.samples[index].tolist()
-        self._reader.retire(shard, row, f"cannot be decoded ({error})")
+        record = encoded.records[index]
+        shard = int(record["shard"])
+        self._reader.retire(shard, int(record["row"]), f"cannot be decoded ({error})")
         position = encoded.position + self._world.rank + index * self._world.size
-        block, within = divmod(int(encoded.planned[index]), self._manifest.block_rows)
+        block, within = divmod(int(record["planned"]), self._manifest.block_rows)
         visit = Visit(first=position, step=1, shard=shard, block=block, rows=np.array([within]))
         loaded = self._reader.load_one(visit)
-        columns = _Columns(1, self._manifest)
-        columns.put(loaded, np.array([0]))
-        image = columns.images[0].copy()
-        self._reader.release(loaded)
-        self._put(encoded, index, image, columns)
-        return image
-
-    def _put(self, encoded: Encoded, index: int, image: NDArray[np.uint8], columns: "_Columns") -> None:
-        """Overwrite a sample with the only one of `columns`. Its crops are its position's, as ever."""
-        position = np.array([encoded.position + self._world.rank + index * self._world.size])
-        encoded.images[index] = image
-        fate = decide(self._config, self._manifest, position, columns.side_words)
+        image, records = loaded.images[0].copy(), loaded.records
+        self._reader.release([loaded])
+        records["shard"], records["address"] = shard, image.ctypes.data
+        encoded.images[index], encoded.records[index] = image, records[0]
+        # its crops are its position's, as ever
+        fate = decide(self._config, self._manifest, np.array([position]), records["side_words"])
         encoded.fate.flipped[index :: len(encoded)] = fate.flipped
-        for name in ("samples", "sources", "tokens", "token_count", "labels"):
-            getattr(encoded, name)[index] = getattr(columns, name)[0]
+        return image
 
     def _gather(self, begin: int, end: int) -> None:
         """Take the visits that start before `end` and lay them out. None of them starts before `begin`."""
@@ -198,59 +177,81 @@ class EncodedBatches:
         count = len(self._window)
         while count <= span // self._world.size:
             count *= 2
-        self._window = _Columns(count, self._manifest)
+        self._window = _Window(count, self._manifest)
         for loaded in self._live:
             self._lay_out(loaded)
 
     def _lay_out(self, loaded: Loaded) -> None:
         visit = loaded.visit
         positions = visit.first + visit.step * np.arange(len(visit.rows), dtype=np.int64)
-        self._window.put(loaded, self._numbers(positions))
-
-    def _numbers(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers of this rank's samples at positions (n,), counted from position 0."""
-        return positions // self._world.size
+        self._window.put(loaded, positions // self._world.size)
 
 
 _WINDOW = 1024
 """Samples of this rank that the window has room for at first."""
-_ARRAYS = ("samples", "planned", "sources", "tokens", "token_count", "side_words", "labels")
 
 
-class _Columns:
-    """What is known of so many samples; sample number n stands at n modulo their count."""
+class _Window:
+    """This rank's samples to come, counted from position 0; number n stands at n modulo their count."""
 
     def __init__(self, count: int, manifest: Manifest) -> None:
         self.images: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * count
-        self.samples = np.empty((count, 2), dtype=np.int64)
-        self.planned = np.empty(count, dtype=np.int64)
-        self.sources = np.empty((count, 2), dtype=np.int64)
-        self.tokens = np.empty((count, manifest.tokenizer.context), dtype=np.int64)
-        self.token_count = np.empty(count, dtype=np.int64)
-        self.side_words = np.empty(count, dtype=bool)
-        self.labels = np.empty((count, len(manifest.labels)), dtype=np.float32)
+        self.records = np.zeros(count, dtype=record_type(manifest))
 
     def __len__(self) -> int:
         return len(self.images)
 
     def put(self, loaded: Loaded, numbers: NDArray[np.int64]) -> None:
-        """Lay out the rows of a visit, whose samples have these numbers."""
-        into, rows = numbers % len(self), loaded.rows
+        """Lay out the samples of a visit, which have these numbers."""
+        into = numbers % len(self)
         for place, image in zip(into.tolist(), loaded.images, strict=True):
             self.images[place] = image
-        self.samples[into, 0] = loaded.visit.shard
-        self.samples[into, 1] = loaded.shard_rows
-        self.planned[into] = loaded.planned
-        self.sources[into, 0] = rows.source
-        self.sources[into, 1] = rows.source_row
-        for name in ("tokens", "token_count", "side_words", "labels"):
-            getattr(self, name)[into] = getattr(rows, name)
+        loaded.records["shard"] = loaded.visit.shard
+        self.records[into] = loaded.records
 
-    def take(self, numbers: NDArray[np.int64]) -> "_Columns":
-        """A copy of the samples with these numbers."""
+    def take(self, numbers: NDArray[np.int64]) -> tuple[list[NDArray[np.uint8]], Records]:
+        """Images and a copy of the records of the samples with these numbers."""
         places = numbers % len(self)
-        taken = copy.copy(self)
-        taken.images = [self.images[place] for place in places.tolist()]
-        for name in _ARRAYS:
-            setattr(taken, name, getattr(self, name)[places])
-        return taken
+        return [self.images[place] for place in places.tolist()], self.records[places]
+
+
+DECIDED = 1024
+"""Positions whose fate is decided in one go: numpy is asked as often for one batch as for many."""
+
+
+class _Fates:
+    """What becomes of a rank's positions in training, decided for a stretch of them ahead."""
+
+    def __init__(self, config: LoaderConfig, manifest: Manifest, world: World) -> None:
+        self._config, self._manifest, self._step = config, manifest, world.size
+        self._first = self._count = 0
+        self._ahead = decide(config, manifest, np.empty(0, dtype=np.int64), np.empty(0, dtype=bool))
+
+    def of(self, positions: NDArray[np.int64], side: NDArray[np.bool_]) -> Fate:
+        """As `decide`; positions `step` apart."""
+        if self._config.mode == "eval":
+            return decide(self._config, self._manifest, positions, side)
+        count = len(positions)
+        at = (int(positions[0]) - self._first) // self._step
+        if not 0 <= at <= self._count - count:
+            self._decide(int(positions[0]), max(count, DECIDED // count * count))
+            at = 0
+        ahead, views = self._ahead, self._config.views
+
+        def cut(values: NDArray) -> NDArray:
+            return values.reshape(views, self._count, *values.shape[1:])[:, at : at + count].reshape(
+                -1, *values.shape[1:]
+            )
+
+        flipped = cut(ahead.flipped)
+        return Fate(
+            boxes=cut(ahead.boxes),
+            flipped=guard_flips(flipped, np.tile(side, views)) if self._config.flip_guard else flipped.copy(),
+            effects=None if ahead.effects is None else cut(ahead.effects),
+        )
+
+    def _decide(self, first: int, count: int) -> None:
+        self._first, self._count = first, count
+        self._ahead = decide(
+            self._config, self._manifest, first + self._step * np.arange(count), np.zeros(count, dtype=bool)
+        )

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.read import OpenShard, ReadStats
+from pipeline.records import Records, block_records
 from pipeline.stall import Busy
 from shards.errors import InputError
-from shards.reader import Rows, ShardReader
+from shards.reader import ShardReader
 from shards.schema import Manifest, ShardInfo
 
 MAX_OPEN_SHARDS = 256
@@ -65,7 +66,7 @@ class OpenShards:
         self.stats, self.busy, self.copies = ReadStats(), Busy(), copies
         self._root, self._manifest, self._shards = root, manifest, shards
         self._open: OrderedDict[tuple[int, bool], _Entry] = OrderedDict()
-        self._rows: OrderedDict[tuple[int, int], Rows] = OrderedDict()
+        self._rows: OrderedDict[tuple[int, int], Records] = OrderedDict()
         self._lock = threading.Lock()
 
     def name(self, number: int) -> str:
@@ -95,16 +96,17 @@ class OpenShards:
                     entry.shard.close_stale()
                 self._close_unused()
 
-    def rows(self, shard: OpenShard, number: int, block: int) -> Rows:
-        """The rows of a block of a shard in use, from those kept if they are there."""
+    def records(self, shard: OpenShard, number: int, block: int) -> Records:
+        """The records of a block of a shard in use, from those kept if they are there."""
         with self._lock:
-            rows = self._rows.pop((number, block), None)
-        rows = shard.read_rows(block) if rows is None else rows
+            records = self._rows.pop((number, block), None)
+        if records is None:
+            records = block_records(shard.read_rows(block), self._manifest, block * self._manifest.block_rows)
         with self._lock:
-            self._rows[number, block] = rows
+            self._rows[number, block] = records
             while len(self._rows) * self._manifest.block_rows > ROWS_KEPT:
                 self._rows.popitem(last=False)
-        return rows
+        return records
 
     def distrust(self, number: int, why: InputError) -> None:
         """Read a shard from the shared folder from now on."""

@@ -34,13 +34,13 @@ from ingest.source import H5Source
 from pipeline.batch import Batch, World
 from pipeline.config import LoaderConfig, thread_count
 from pipeline.effects import apply
-from pipeline.encoded import decide, rank_positions
+from pipeline.encoded import decide, make_batch, rank_positions
 from pipeline.kernels import Normalise
-from pipeline.order import Order, Places
-from pipeline.visits import pick_rows
+from pipeline.order import Order
+from pipeline.records import Records, block_records
 from shards.encodings import ENCODINGS, decode, encode
 from shards.errors import InputError
-from shards.reader import Rows, ShardReader
+from shards.reader import ShardReader
 from shards.schema import Manifest
 
 CHECKED_FILMS = 24
@@ -92,8 +92,7 @@ class _Plan:
     """One batch before its images."""
 
     position: int
-    samples: NDArray[np.int64]
-    rows: Rows
+    records: Records
 
 
 class Hdf5Backend:
@@ -131,19 +130,12 @@ class Hdf5Backend:
         except InputError as error:  # arrives wrapped in the worker's traceback
             raise InputError(str(error).strip().splitlines()[-1].removeprefix("shards.errors.InputError: ")) from None
         plan = self._plans.popleft()
-        if not len(plan.samples):
+        if not len(plan.records):
             images = torch.empty(0, 3, self._config.image_size, self._config.image_size)
         elif self._tuned:
             images = images.permute(0, 3, 1, 2)
         images = images.to(self._device, getattr(torch, self._config.dtype), non_blocking=True)
-        return Batch(
-            images=images,
-            tokens=torch.from_numpy(plan.rows.tokens.astype(np.int64)).to(self._device, non_blocking=True),
-            labels=torch.from_numpy(plan.rows.labels).to(self._device, non_blocking=True),
-            samples=torch.from_numpy(plan.samples),
-            position=plan.position,
-            text_length=int(plan.rows.token_count.max(initial=0)),
-        )
+        return make_batch(images, plan.records, plan.position, self._device)
 
     def close(self) -> None:
         """Stop the workers."""
@@ -157,16 +149,13 @@ class Hdf5Backend:
             stop = position + self._config.batch_size
             positions = rank_positions(position, min(stop, end or stop), self._world)
             places = self._order.locate(positions)
-            rows = self._rows(places)
-            fate = decide(self._config, self._manifest, positions, rows.side_words)
-            self._plans.append(_Plan(position, np.stack([places.shard, places.row], axis=1), rows))
+            records = self._table[self._first_row[places.shard] + places.row]
+            fate = decide(self._config, self._manifest, positions, records["side_words"])
+            self._plans.append(_Plan(position, records))
             effects = [None] * len(fate.boxes) if fate.effects is None else list(fate.effects)
-            row = rows.source_row.tolist() * self._config.images_a_sample
+            row = records["source_row"].tolist() * self._config.images_a_sample
             yield list(zip(row, fate.boxes.tolist(), fate.flipped.tolist(), effects, strict=True))
             position = stop
-
-    def _rows(self, places: Places) -> Rows:
-        return pick_rows(self._table, self._first_row[places.shard] + places.row)
 
 
 def check_file(config: LoaderConfig, manifest: Manifest) -> None:
@@ -184,7 +173,7 @@ def check_file(config: LoaderConfig, manifest: Manifest) -> None:
         raise InputError(f"{config.h5} has shape {found}, the shards were made from {expected}; give the right file")
 
 
-def check_films(config: LoaderConfig, manifest: Manifest, table: Rows) -> None:
+def check_films(config: LoaderConfig, manifest: Manifest, table: Records) -> None:
     """InputError where films of the HDF5 file, some of all the split's, are not those that the shards hold.
 
     Encoded as ingest does it, a film has the digest that its row says. Where it has not, another version of the encoder
@@ -193,21 +182,21 @@ def check_films(config: LoaderConfig, manifest: Manifest, table: Rows) -> None:
     assert config.h5 is not None
     chosen = np.unique(np.linspace(0, len(table) - 1, CHECKED_FILMS).astype(int))
     with H5Source(config.h5, config.h5_dataset) as source:
-        for row in chosen[np.argsort(table.source_row[chosen])].tolist():
-            number = int(table.source_row[row])
+        for row in chosen[np.argsort(table["source_row"][chosen])].tolist():
+            number = int(table["source_row"][row])
             film = source.read(number, number + 1)[0]
             grey = film.astype(np.uint8)
             if (grey != film).any():
                 raise InputError(f"row {number} of {config.h5} is not in whole grey levels 0..255; use --backend cpu")
             encoded = encode(grey, manifest.image)
-            if xxh3_64_intdigest(encoded) != table.xxh3[row] and not _alike(encoded, config, manifest, table, row):
+            if xxh3_64_intdigest(encoded) != table["xxh3"][row] and not _alike(encoded, config, manifest, table, row):
                 raise InputError(
                     f"row {number} of {config.h5} is not the film that the shards have from that row; give the file "
                     "they were made from, or use --backend cpu"
                 )
 
 
-def _alike(encoded: bytes, config: LoaderConfig, manifest: Manifest, table: Rows, row: int) -> bool:
+def _alike(encoded: bytes, config: LoaderConfig, manifest: Manifest, table: Records, row: int) -> bool:
     """Whether an encoded film looks like what the shards have in a row of the split."""
     first = 0
     for info in manifest.splits[config.split]:
@@ -215,20 +204,23 @@ def _alike(encoded: bytes, config: LoaderConfig, manifest: Manifest, table: Rows
             break
         first += info.rows
     with ShardReader(Path(config.shards), manifest, info) as reader:
-        stored = os.pread(reader.fd, int(table.size[row]), int(table.offset[row]))
-    if xxh3_64_intdigest(stored) != table.xxh3[row]:
+        stored = os.pread(reader.fd, int(table["size"][row]), int(table["offset"][row]))
+    if xxh3_64_intdigest(stored) != table["xxh3"][row]:
         return True  # the shard is damaged, not the file another one: not what is asked here
     difference = decode(stored, manifest.image).astype(np.float32) - decode(encoded, manifest.image)
     return float(np.abs(difference).mean()) <= (0 if ENCODINGS[manifest.image.codec].lossless else ALIKE_LEVELS)
 
 
-def read_split(config: LoaderConfig, manifest: Manifest) -> Rows:
+def read_split(config: LoaderConfig, manifest: Manifest) -> Records:
     """All rows of the split in order, in memory, as a lab's CSV would be."""
     blocks = []
-    for info in manifest.splits[config.split]:
+    for number, info in enumerate(manifest.splits[config.split]):
         with ShardReader(Path(config.shards), manifest, info) as reader:
-            blocks += [reader.read_rows(block) for block in range(reader.blocks)]
-    return Rows(**{name: np.concatenate([getattr(rows, name) for rows in blocks]) for name in Rows.__slots__})
+            for block in range(reader.blocks):
+                records = block_records(reader.read_rows(block), manifest, block * manifest.block_rows)
+                records["shard"], records["planned"] = number, records["row"]
+                blocks.append(records)
+    return np.concatenate(blocks)
 
 
 def _stack(images: list[torch.Tensor]) -> torch.Tensor:

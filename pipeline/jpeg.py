@@ -333,8 +333,15 @@ def _transform(coefficients, stride, quant, scratch, target, step):
 
 
 @njit(nogil=True)
-def _decode_one(source, size, quant, header, places, rows, columns, stuffed, coefficients, scratch, target, step):
-    """Coded pixels -> rows x columns blocks of pixels, `step` bytes between rows of pixels; whether they are sound."""
+def _decode_one(source, size, rows, columns, target, step, scratch, quant, header, places, stuffed, coefficients):
+    """The coded pixels of a film -> rows x columns blocks of pixels; whether they are sound.
+
+    source, size: address and bytes of the coded pixels. quant: (64,) int32. header: codes, pairs, long_codes, symbols
+    of a `Header`. places: (PLACES,) where in `coefficients` each of the first block's lies, DUMMY's for what lies
+    nowhere. Space to work in: stuffed (size + SLACK,) uint8; coefficients (65 * columns, up to whole LANES,) int16;
+    scratch SCRATCH bytes. `target`, an address, has room for whole LANES of blocks in each row of blocks, `step` bytes
+    between rows of pixels.
+    """
     stride = len(coefficients) // (DUMMY + 1)
     begin = stuffed.ctypes.data
     end = begin + _unstuff(source, size, begin)
@@ -351,32 +358,13 @@ def _decode_one(source, size, quant, header, places, rows, columns, stuffed, coe
     return end == place - int64(count >> uint64(3))
 
 
-def _decode(films, quant, header, places, rows, columns, stuffed, coefficients, scratch, target, step):
-    """Films with one header to pixels, one film after the other; how many are sound, up to the first that is not.
-
-    films: (n, 2) int64, address and bytes of the coded pixels. scratch, target: addresses; the others arrays. quant:
-    (64,) int32. header: codes, pairs, long_codes, symbols of a `Header`. places: (PLACES,) where in `coefficients` each
-    of the first block's lies, DUMMY's for what lies nowhere. Space to work in: stuffed (largest size + SLACK,) uint8;
-    coefficients (65 * columns, up to whole LANES,) int16; scratch SCRATCH bytes. `target` has room for whole LANES of
-    blocks in each of a film's rows of blocks.
-    """
-    for number in range(len(films)):
-        source, size = films[number, 0], films[number, 1]
-        place = target + number * 8 * rows * step
-        if not _decode_one(
-            source, size, quant, header, places, rows, columns, stuffed, coefficients, scratch, place, step
-        ):
-            return number
-    return len(films)
-
-
 @cache
-def decode_function() -> Callable[..., int]:
-    """`_decode`, compiled. Seconds the first time on a machine, 0.1 s from the cache on disk."""
+def decode_function() -> Callable[..., bool]:
+    """`_decode_one`, compiled. Seconds the first time on a machine, 0.1 s from the cache on disk."""
     flat = [types.Array(kind, 1, "C") for kind in (types.int32, types.uint64, types.uint8, types.int16)]
     header = types.Tuple([types.uint32[:, ::1], types.uint64[::1], types.int64[:, :, ::1], types.uint32[:, ::1]])
     size = types.intp
     return compiled(
-        _decode,
-        types.intp(types.int64[:, ::1], flat[0], header, flat[1], size, size, flat[2], flat[3], size, size, size),
+        _decode_one.py_func,
+        types.boolean(*[size] * 7, flat[0], header, *flat[1:]),
     )

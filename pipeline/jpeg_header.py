@@ -40,6 +40,19 @@ class Header:
     """(2, 256) entries in the order of their codes."""
 
 
+NO_HEADER = Header(
+    content=b"",
+    height=0,
+    width=0,
+    quant=np.zeros(64, dtype=np.int32),
+    codes=np.zeros((2, 1 << LOOK), dtype=np.uint32),
+    pairs=np.zeros(1 << LOOK, dtype=np.uint64),
+    long_codes=np.zeros((2, 17, 2), dtype=np.int64),
+    symbols=np.zeros((2, 256), dtype=np.uint32),
+)
+"""Of images that have none, for what is compiled for both."""
+
+
 def parse_header(image: bytes) -> Header | None:
     """The header of a JPEG; None for one of another kind and for what is none."""
     try:

@@ -7,7 +7,6 @@ same result to the bit: compiled (`jpeg` and `resize`), and by libjpeg-turbo and
 missing or cannot compile. On one core of an EPYC 9xx5, a 320 px q95 film of 22 KB: 125 and 38 us against 200 and 300.
 """
 
-import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -18,15 +17,12 @@ import simplejpeg
 import torch
 from numpy.typing import NDArray
 
-from pipeline.jpeg_header import Header, parse_header
+from pipeline.jpeg_header import NO_HEADER, Header, parse_header
 from pipeline.weights import axis
 from shards.encodings import decode
 from shards.schema import ImageSpec
 
 _resize = torch.ops.aten._upsample_bicubic2d_aa
-AHEAD = 4
-"""Films that go through the compiled code at once: for each return to Python a thread waits for its turn among all
-threads of the process. More would not stay in a core's cache between decoding and resize."""
 MOST_HEADERS = 8
 """Headers that a decoder reads, 10 ms each."""
 SMALLEST = 16
@@ -96,11 +92,12 @@ class CompiledResize:
     ) -> None:
         from pipeline.resize import DTYPES, scratch_bytes
 
-        self._function, self._size, self._shape = function, size, (spec.height, spec.width)
-        self._dtype_number, self._dtype = DTYPES[dtype], getattr(torch, dtype)
+        self._function, self.size, self._shape = function, size, (spec.height, spec.width)
+        self.dtype = getattr(torch, dtype)
         self._table = normalise.table()
         self._scratch = np.empty(scratch_bytes(spec.height, spec.width, size), dtype=np.uint8)
-        self._memory = self._scratch.ctypes.data, self._table.ctypes.data
+        self.space = self._scratch.ctypes.data, self._table.ctypes.data, DTYPES[dtype]
+        """What compiled code takes: address to work at, address of gains and biases, number of the output's dtype."""
 
     def run(self, crops: Sequence[Crop]) -> None:
         """See `Resize`."""
@@ -108,7 +105,7 @@ class CompiledResize:
         # for the same at once, one of them gets what the cache has not kept.
         alive: list[object] = []
         numbers = np.array([self._numbers(crop, alive) for crop in crops], dtype=np.int64)
-        self._function(numbers, self._size, *self._memory, self._dtype_number)
+        self._function(numbers, self.size, *self.space)
         del alive
 
     def _numbers(self, crop: Crop, alive: list[object]) -> tuple[int, ...]:
@@ -117,7 +114,7 @@ class CompiledResize:
         height, width = self._shape
         assert pixels.shape == self._shape and pixels.dtype == np.uint8 and pixels.strides[1] == 1
         assert 0 <= y < y + h <= height and 0 <= x < x + w <= width
-        assert out.shape == (self._size, self._size, 3) and out.dtype == self._dtype and out.is_contiguous()
+        assert out.shape == (self.size, self.size, 3) and out.dtype == self.dtype and out.is_contiguous()
         step = pixels.strides[0]
         source = pixels.ctypes.data + y * step + x
         if padded := min(h, w) < SMALLEST:
@@ -125,7 +122,7 @@ class CompiledResize:
             room[:h, :w] = pixels[y : y + h, x : x + w]
             alive.append(room)
             source, step = room.ctypes.data, room.strides[0]
-        along_x, along_y = axis(w, self._size), axis(h, self._size)
+        along_x, along_y = axis(w, self.size), axis(h, self.size)
         alive += along_x, along_y
         return source, step, h, w, padded, flipped, *along_x.address, *along_y.address, out.data_ptr()
 
@@ -145,10 +142,6 @@ class TurboDecode:
         self._shape = spec.height, spec.width
         self._pixels = np.empty((*self._shape, 1), dtype=np.uint8)
 
-    def run_ahead(self, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:  # noqa: ARG002
-        """See `CompiledDecode`: one buffer, so one at a time."""
-        return []
-
     def run(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """A JPEG -> (H, W), valid until the next. ValueError where it is none or of another size."""
         pixels = simplejpeg.decode_jpeg(image, "GRAY", buffer=self._pixels)
@@ -165,12 +158,13 @@ class CompiledDecode:
     than it saves: after MOST_HEADERS of them, libjpeg-turbo gets whatever has not the last one.
     """
 
-    def __init__(self, function: Callable[..., int], spec: ImageSpec) -> None:
+    def __init__(self, function: Callable[..., bool], spec: ImageSpec) -> None:
         from pipeline.jpeg import DUMMY, LANES, PLACES, SCRATCH, SLACK
         from pipeline.jpeg_header import ZIGZAG
 
         self._function, self._shape, self._turbo = function, (spec.height, spec.width), TurboDecode(spec)
-        self._header: Header | None = None
+        self.header: Header | None = None
+        """The films', once it is known."""
         self._headers = 0
         rows, columns = -(-spec.height // 8), -(-spec.width // 8)
         stride = -(-columns // LANES) * LANES
@@ -182,7 +176,6 @@ class CompiledDecode:
         self._scratch = np.empty(SCRATCH, dtype=np.uint8)
         self._pixels = np.empty((8 * rows, 8 * stride), dtype=np.uint8)
         self._film = self._pixels[: spec.height, : spec.width]
-        self._films = np.empty((AHEAD, *self._pixels.shape), dtype=np.uint8)
 
     def run(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """See `TurboDecode`."""
@@ -191,40 +184,28 @@ class CompiledDecode:
             return self._turbo.run(image)
         return self._film if self._decode(image, header) else self._turbo.run(image)
 
-    def run_ahead(self, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-        """The pixels (H, W) of the first images, as many as go in one go: at most AHEAD, maybe none.
+    @property
+    def space(self) -> tuple[int, ...]:
+        """What compiled code takes: rows and columns of blocks, addresses of pixels, bytes between their rows, address
+        to work at."""
+        return *self._blocks, self._pixels.ctypes.data, self._pixels.strides[0], self._scratch.ctypes.data
 
-        Valid until the next `run_ahead`. Whatever is wrong with the first one that is left out, `run` finds.
-        """
-        header, count = self._header, 0
-        if header is None:
-            return []
-        images = images[:AHEAD]
-        while count < len(images) and images[count][: len(header.content)].tobytes() == header.content:
-            count += 1
-        count = self._decode_many(images[:count], header, self._films)
-        return list(self._films[:count, : self._shape[0], : self._shape[1]])
+    def arrays(self, header: Header) -> tuple[object, ...]:
+        """And these: quantisation, codes, places of coefficients, space for coded pixels and for coefficients."""
+        tables = header.codes, header.pairs, header.long_codes, header.symbols
+        return header.quant, tables, self._places, self._stuffed, self._coefficients
 
     def _decode(self, image: NDArray[np.uint8], header: Header) -> bool:
         """A JPEG with this header -> `_film`; whether it is sound."""
-        return self._decode_many([image], header, self._pixels) == 1
-
-    def _decode_many(self, images: Sequence[NDArray[np.uint8]], header: Header, into: NDArray[np.uint8]) -> int:
-        """JPEGs with this header -> `into`, one after the other; how many are sound, up to the first that is not."""
         begin = len(header.content)
-        films = np.array([(image.ctypes.data + begin, len(image) - begin) for image in images], dtype=np.int64)
-        largest = max((len(image) for image in images), default=begin) - begin
-        if len(self._stuffed) < largest + self._slack:
-            self._stuffed = np.empty(2 * largest + self._slack, dtype=np.uint8)
-        tables = header.codes, header.pairs, header.long_codes, header.symbols
-        return self._function(
-            films.reshape(-1, 2), header.quant, tables, self._places, *self._blocks, self._stuffed, self._coefficients,
-            self._scratch.ctypes.data, into.ctypes.data, into.strides[-2],
-        )  # fmt: skip
+        size = len(image) - begin
+        if len(self._stuffed) < size + self._slack:
+            self._stuffed = np.empty(2 * size + self._slack, dtype=np.uint8)
+        return self._function(image.ctypes.data + begin, size, *self.space, *self.arrays(header))
 
     def _known(self, image: NDArray[np.uint8]) -> Header | None:
         """The image's header, if it is the last one, or one that may be read and that libjpeg-turbo reads alike."""
-        header = self._header
+        header = self.header
         if header is not None and image[: len(header.content)].tobytes() == header.content:
             return header
         if self._headers == MOST_HEADERS:
@@ -235,18 +216,70 @@ class CompiledDecode:
             return None
         if not self._decode(image, header) or not np.array_equal(self._film, self._turbo.run(image)):
             return None
-        self._header = header
+        self.header = header
         return header
 
 
+class Films:
+    """Both in one compiled call for many films, with the memory of a `CompiledResize` and of a `CompiledDecode`."""
+
+    def __init__(
+        self, function: Callable[..., int], spec: ImageSpec, resize: CompiledResize, decode: CompiledDecode
+    ) -> None:
+        self._function, self._decode, self._size, self._dtype = function, decode, resize.size, resize.dtype
+        raw = spec.codec == "raw"
+        self._blank = NO_HEADER if raw else None
+        numbers = [raw, spec.height, spec.width, resize.size, *decode.space, *resize.space]
+        self._fixed = np.array(numbers, dtype=np.int64)
+        self._axes = np.zeros((max(spec.height, spec.width) + 1, 3), dtype=np.int64)
+        self._alive: list[object] = []
+
+    def run(
+        self,
+        spans: NDArray[np.int64],
+        boxes: NDArray[np.int64],
+        flipped: NDArray[np.bool_],
+        out: torch.Tensor,
+        first: int,
+        end: int,
+    ) -> int:
+        """See `ImageKernel.run`."""
+        header = self._blank or self._decode.header
+        if header is None:
+            return first
+        assert out.shape[1:] == (self._size, self._size, 3) and out.dtype == self._dtype and out.is_contiguous()
+        assert len(spans) <= len(boxes) == len(flipped) <= len(out)
+        return self._function(
+            spans,
+            boxes,
+            flipped,
+            first,
+            end,
+            out.data_ptr(),
+            self._fixed,
+            self._axes,
+            np.frombuffer(header.content, dtype=np.uint8),
+            *self._decode.arrays(header),
+        )
+
+    def learn(self, box: list[int]) -> None:
+        """Take crops of this size from now on, if they are not too small."""
+        for length in box[2:]:
+            if length >= SMALLEST and not self._axes[length, 0]:
+                table = axis(length, self._size)
+                self._alive.append(table)
+                self._axes[length] = table.address
+
+
 @cache
-def compiled_functions() -> tuple[Callable[..., None], Callable[..., int]] | None:
-    """The functions of `resize` and `jpeg`, compiled or from the cache on disk; a warning and None where impossible."""
+def compiled_functions() -> tuple[Callable[..., None], Callable[..., bool], Callable[..., int]] | None:
+    """The functions of `resize`, `jpeg` and `films`, compiled or from the cache on disk; else a warning and None."""
     try:
+        from pipeline.films import films_function
         from pipeline.jpeg import decode_function
         from pipeline.resize import resize_function
 
-        return resize_function(), decode_function()
+        return resize_function(), decode_function(), films_function()
     except Exception as error:  # numba is missing, or anything that its compiler says
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         warnings.warn(f"the compiled kernels do not work here ({reason}); slower ones are used", stacklevel=2)
@@ -254,7 +287,7 @@ def compiled_functions() -> tuple[Callable[..., None], Callable[..., int]] | Non
 
 
 class ImageKernel:
-    """Turns one image at a time; holds the scratch space of one thread."""
+    """Turns encoded images into those of a batch; holds the scratch space of one thread."""
 
     def __init__(
         self, spec: ImageSpec, *, size: int, normalise: Normalise, dtype: str = "float32", own_jpeg: bool = True
@@ -263,29 +296,33 @@ class ImageKernel:
         self._resize = make_resize(spec, size=size, normalise=normalise, dtype=dtype)
         functions = compiled_functions()
         self._jpeg = CompiledDecode(functions[1], spec) if functions and own_jpeg else TurboDecode(spec)
+        self._films: Films | None = None
+        if functions and isinstance(self._resize, CompiledResize) and own_jpeg and spec.codec in ("jpeg", "raw"):
+            decode = self._jpeg if isinstance(self._jpeg, CompiledDecode) else CompiledDecode(functions[1], spec)
+            self._films = Films(functions[2], spec, self._resize, decode)
 
-    def run(self, images: Sequence[NDArray[np.uint8]], fates: Sequence[tuple[list[int], bool, torch.Tensor]]) -> None:
-        """Encoded images -> where they go, each cropped and flipped. ValueError where one cannot be decoded."""
-        done = 0
-        while done < len(images):
-            films = self.decode_ahead(images[done:]) or [self.decode(images[done])]
-            self.resize([(film, *fates[done + number]) for number, film in enumerate(films)])
-            done += len(films)
+    def run(
+        self,
+        spans: NDArray[np.int64],
+        boxes: NDArray[np.int64],
+        flipped: NDArray[np.bool_],
+        out: torch.Tensor,
+        first: int,
+        end: int,
+    ) -> int:
+        """Encoded images number first .. end - 1 -> where they go; number of the first that has to go one by one.
+
+        spans: (n, 2) address and bytes of each; what is there has to stay. boxes: (views * n, 4) crops y, x, h, w, of
+        view v of image i at v * n + i; flipped: (views * n,) too. out: (views * n or more, size, size, 3).
+        """
+        return first if self._films is None else self._films.run(spans, boxes, flipped, out, first, end)
 
     def resize(self, crops: Sequence[Crop]) -> None:
         """See `Resize.run`."""
         self._resize.run(crops)
-
-    def decode_ahead(self, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-        """The pixels (H, W) of the first images, as many as go in one go; none where each has to be decoded by itself.
-
-        Valid until the next call. What cannot be decoded is left out, with all that follows it: `decode` says why.
-        """
-        if self._spec.codec == "raw":
-            whole = self._spec.height * self._spec.width
-            sound = itertools.takewhile(lambda image: len(image) == whole, images[:AHEAD])
-            return [image.reshape(self._spec.height, self._spec.width) for image in sound]
-        return self._jpeg.run_ahead(images) if self._spec.codec == "jpeg" else []
+        if self._films is not None:
+            for _, box, _, _ in crops:
+                self._films.learn(box)
 
     def decode(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """One encoded image -> its pixels (H, W), valid until the next; those of `raw` are the bytes themselves.

@@ -151,9 +151,10 @@ class MixedReader:
         loaded = reader.get()
         return replace(loaded, visit=replace(loaded.visit, shard=loaded.visit.shard + first_shard))
 
-    def release(self, loaded: Loaded) -> None:
-        """Give the buffer of a visit back; its images are no longer valid."""
-        self._of(loaded.visit.shard)[1].release(loaded)
+    def release(self, loaded: Sequence[Loaded]) -> None:
+        """Give the buffers of visits back; their images are no longer valid."""
+        for each in loaded:
+            self._of(each.visit.shard)[1].release([each])
 
     def retire(self, shard: int, row: int, why: str) -> None:
         """See `VisitLoader.retire`."""

@@ -124,9 +124,9 @@ class OpenShard:
         self._stats.add(retries=1)
         self.read_into(image, offset)
 
-    def is_sound(self, image: NDArray[np.uint8], rows: Rows, row: int) -> bool:
+    def is_sound(self, image: NDArray[np.uint8], xxh3: int) -> bool:
         """Whether an image's bytes are those that ingest wrote."""
-        return xxh3_64_intdigest(image.data) == int(rows.xxh3[row])
+        return xxh3_64_intdigest(image.data) == xxh3
 
     def close_stale(self) -> None:
         """Close the files that were opened anew. Nobody may be reading."""

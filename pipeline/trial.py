@@ -23,13 +23,13 @@ class Trial:
     def run(self, encoded: Encoded) -> None:
         """Try each image of a batch that was not tried before."""
         for index in range(len(encoded)):
-            while not self._is_known(*encoded.samples[index].tolist()):
+            while not self._is_known(*_place(encoded, index)):
                 try:
                     self._kernel.decode(encoded.images[index])
                 except ValueError as error:
                     self._batches.replace(encoded, index, error)
                 else:
-                    self._remember(*encoded.samples[index].tolist())
+                    self._remember(*_place(encoded, index))
 
     def _is_known(self, shard: int, row: int) -> bool:
         bits = self._tried.get(shard)
@@ -38,3 +38,9 @@ class Trial:
     def _remember(self, shard: int, row: int) -> None:
         bits = self._tried.setdefault(shard, np.zeros(self._shards[shard].rows // 8 + 1, dtype=np.uint8))
         bits[row >> 3] |= 1 << (row & 7)
+
+
+def _place(encoded: Encoded, index: int) -> tuple[int, int]:
+    """Shard and row of a sample."""
+    record = encoded.records[index]
+    return int(record["shard"]), int(record["row"])

@@ -5,7 +5,7 @@ are bad must not depend on the node.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -15,8 +15,8 @@ from pipeline.handles import OpenShards
 from pipeline.order import Visit
 from pipeline.quarantine import BadSample, Quarantine
 from pipeline.read import OpenShard
+from pipeline.records import Records, key_of
 from shards.errors import InputError
-from shards.reader import Rows
 from shards.schema import Manifest
 
 Ints = NDArray[np.int64]
@@ -42,12 +42,8 @@ class Loaded:
     visit: Visit
     images: list[NDArray[np.uint8]]
     """n encoded images."""
-    rows: Rows
-    """Their rows."""
-    shard_rows: Ints
-    """(n,) their rows in the shard."""
-    planned: Ints
-    """(n,) the rows in the shard that the order names; another stands in `shard_rows` where that one is bad."""
+    records: Records
+    """(n,) what is known of them."""
     buffer: NDArray[np.uint8]
 
 
@@ -68,8 +64,8 @@ class VisitLoader:
     def retire(self, number: int, row: int, why: str) -> None:
         """Note that a row of a shard is bad although its bytes are sound. InputError where none is tolerated."""
         block, within = divmod(row, self._block_rows)
-        rows = self._at(number, lambda shard: self.shards.rows(shard, number, block))
-        self._condemn(number, pick_rows(rows, np.array([within])), np.array([row]), [0], why)
+        records = self._at(number, lambda shard: self.shards.records(shard, number, block))
+        self._condemn(number, records[[within]], [0], why)
 
     def _at(self, number: int, action: Callable[[OpenShard], Result]) -> Result:
         """What `action` returns of a shard's copy on the node; of the shared folder's, where there is no sound one."""
@@ -83,55 +79,49 @@ class VisitLoader:
             return action(shard)
 
     def _load(self, visit: Visit, shard: OpenShard, pool: Pool) -> Loaded:
-        block, first = self.shards.rows(shard, visit.shard, visit.block), visit.block * self._block_rows
+        block, first = self.shards.records(shard, visit.shard, visit.block), visit.block * self._block_rows
         while True:
             places = self.quarantine.replace(
                 visit.shard, first, visit.rows, lambda: self._candidates(visit.shard, visit.block)
             )
-            rows = pick_rows(block, places)
-            buffer, images = read_images(shard, rows, pool)
-            damaged = [row for row, image in enumerate(images) if not is_sound(shard, image, rows, row)]
+            records = block[places]
+            records["planned"] = visit.rows + first
+            buffer, images = read_images(shard, records, pool)
+            expected = zip(images, records["xxh3"].tolist(), records["offset"].tolist(), strict=True)
+            damaged = [index for index, each in enumerate(expected) if not is_sound(shard, *each)]
             if not damaged:
                 break
             pool.give(buffer)
             if shard.staged:  # of no weight: the shared folder is asked next
                 raise InputError("an image of it is damaged")
-            self._condemn(visit.shard, rows, first + places, damaged, "is damaged: its xxh3 differs")
+            self._condemn(visit.shard, records, damaged, "is damaged: its xxh3 differs")
         self.shards.stats.add(blocks=1)
-        return Loaded(
-            visit=visit, images=images, rows=rows, shard_rows=first + places, planned=first + visit.rows, buffer=buffer
-        )
+        return Loaded(visit=visit, images=images, records=records, buffer=buffer)
 
-    def _condemn(self, number: int, rows: Rows, shard_rows: Ints, wrong: list[int], why: str) -> None:
+    def _condemn(self, number: int, records: Records, wrong: list[int], why: str) -> None:
         """Note samples as bad, the one of the lowest row first, which is the one that an error names."""
-        keys = rows.keys()
-        for index in sorted(wrong, key=lambda index: int(shard_rows[index])):
-            row, offset = int(shard_rows[index]), int(rows.offset[index])
-            self.quarantine.condemn(BadSample(shard=number, row=row, key=keys[index], offset=offset, why=why))
+        for record in sorted(records[wrong], key=lambda record: int(record["row"])):
+            row, offset = int(record["row"]), int(record["offset"])
+            self.quarantine.condemn(BadSample(shard=number, row=row, key=key_of(record), offset=offset, why=why))
 
 
-def read_images(shard: OpenShard, rows: Rows, pool: Pool) -> tuple[NDArray[np.uint8], list[NDArray[np.uint8]]]:
-    """A buffer from the pool and the images of rows as views of it, read in one go."""
-    begin, end = int(rows.offset.min()), int((rows.offset + rows.size).max())
+def read_images(shard: OpenShard, records: Records, pool: Pool) -> tuple[NDArray[np.uint8], list[NDArray[np.uint8]]]:
+    """A buffer from the pool and the images of records as views of it, read in one go; they get their addresses."""
+    starts, sizes = records["offset"].tolist(), records["size"].tolist()
+    begin, end = min(starts), max(map(int.__add__, starts, sizes))
     buffer = pool.take(end - begin)
     try:
         shard.read_into(buffer[: end - begin], begin)
     except BaseException:
         pool.give(buffer)
         raise
-    starts = (rows.offset - begin).tolist()
-    return buffer, [buffer[at : at + size] for at, size in zip(starts, rows.size.tolist(), strict=True)]
+    records["address"] = records["offset"] + (buffer.ctypes.data - begin)
+    return buffer, [buffer[at - begin : at - begin + size] for at, size in zip(starts, sizes, strict=True)]
 
 
-def is_sound(shard: OpenShard, image: NDArray[np.uint8], rows: Rows, row: int) -> bool:
+def is_sound(shard: OpenShard, image: NDArray[np.uint8], xxh3: int, offset: int) -> bool:
     """Whether an image is what ingest wrote; one that is not gets a second reading, past the page cache."""
-    if shard.is_sound(image, rows, row):
+    if shard.is_sound(image, xxh3):
         return True
-    shard.reread(image, int(rows.offset[row]))
-    return shard.is_sound(image, rows, row)
-
-
-def pick_rows(rows: Rows, chosen: Ints) -> Rows:
-    """The chosen rows, in the order of `chosen`."""
-    fields = {name: getattr(rows, name)[chosen] for name in Rows.__slots__}
-    return replace(rows, **fields)
+    shard.reread(image, offset)
+    return shard.is_sound(image, xxh3)

@@ -5,6 +5,8 @@ finaliser passes BigCrush on a counter. Chosen over NumPy's generators because t
 releases (NEP 19), and the order of a data set must not.
 """
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +22,14 @@ def _word(value: int | np.integer | NDArray) -> NDArray[np.uint64]:
     return np.asarray(value).astype(np.uint64)
 
 
+def _mix_number(number: int) -> int:
+    """`_mix` of a number to which the golden ratio was added."""
+    z = (number + int(_GOLDEN)) & _MASK
+    z = (z ^ (z >> 30)) * int(_MIX_1) & _MASK
+    z = (z ^ (z >> 27)) * int(_MIX_2) & _MASK
+    return z ^ (z >> 31)
+
+
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * _MIX_1
     z = (z ^ (z >> np.uint64(27))) * _MIX_2
@@ -31,9 +41,14 @@ def hash64(seed: int, *words: int | NDArray) -> NDArray[np.uint64]:
 
     Words are absorbed one by one, so hash64(s, a, b) and hash64(s, b, a) differ. Negative integers wrap modulo 2^64.
     """
+    scalars = list(itertools.takewhile(lambda word: isinstance(word, int | np.integer), words))
+    # In Python's integers as long as there is no array: numpy takes ten times as long for a single number.
+    number = _mix_number(int(seed))
+    for word in scalars:
+        number = _mix_number(number ^ (int(word) & _MASK))
+    state = _word(number)
     with np.errstate(over="ignore"):
-        state = _mix(_word(seed) + _GOLDEN)
-        for word in words:
+        for word in words[len(scalars) :]:
             state = _mix((state ^ _word(word)) + _GOLDEN)
     return state
 

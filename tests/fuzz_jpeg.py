@@ -101,7 +101,7 @@ class Fuzz:
         image = self.walled("film", film) if len(film) else film
         begin = len(self.headers[number].content)
         if film[:begin].tobytes() == self.headers[number].content:
-            decoder._header = self._tables(self.headers[number])
+            decoder.header = self._tables(self.headers[number])
         elif (header := parse_header(film.tobytes())) and (header.height, header.width) == SIZE:
             begin = len(header.content)
             decoder._stuffed = self._room(decoder, len(film) - begin)

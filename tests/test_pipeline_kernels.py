@@ -20,6 +20,7 @@ import torch
 from conftest import REPOSITORY, made_up_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import types
 from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
@@ -27,6 +28,7 @@ from torchvision.transforms.v2 import functional as transforms
 from pipeline import kernels
 from pipeline.augment import crop_boxes, flips
 from pipeline.batch import World
+from pipeline.compiled import compiled as compile_function
 from pipeline.config import CLIP_MEAN, CLIP_STD, LoaderConfig
 from pipeline.kernels import (
     CompiledDecode,
@@ -371,20 +373,73 @@ def test_raw_pixels_are_not_copied() -> None:
         warnings.simplefilter("error")
         kernel = kernels.ImageKernel(spec, size=224, normalise=NORMALISE)
         assert np.shares_memory(kernel.decode(stored), stored)
-        kernel.run([stored], [([0, 0, 320, 320], False, torch.empty(224, 224, 3))])
+        kernel.resize([(kernel.decode(stored), [0, 0, 320, 320], False, torch.empty(224, 224, 3))])
 
 
-def test_the_bench_measures_the_floor_and_says_where_the_time_goes(shards_dir: Path) -> None:
-    from bench.loader import LoaderBenchConfig, run_bench, table
+def one_by_one(kernel: ImageKernel, films: list[np.ndarray], boxes: np.ndarray, flipped: np.ndarray) -> torch.Tensor:
+    """(views * n, 224, 224, 3) of films, each of which is decoded and resized on its own."""
+    out = torch.full((len(boxes), 224, 224, 3), torch.nan)
+    for number, film in enumerate(films):
+        pixels = kernel.decode(film).copy()
+        for image in range(number, len(boxes), len(films)):
+            kernel.resize([(pixels, boxes[image].tolist(), bool(flipped[image]), out[image])])
+    return out
 
-    config = LoaderBenchConfig(
-        shards=shards_dir, floor=True, rounds=1, seconds=0.2, warmup_batches=1, batch_size=16, threads=2
-    )
-    result = run_bench(config)
-    cases = {case["name"]: case for case in result["cases"]}
-    assert {"cpu", "cpu libjpeg-turbo", "cpu floor"} <= set(cases)
-    assert cases["cpu"]["share_of_floor"] == cases["cpu"]["images_per_s"] / cases["cpu floor"]["images_per_s"]
-    profile = result["profile"]["cpu"]
-    assert {"decode_us", "resize_normalise_us", "feed_us", "main_us", "read_us"} <= set(profile)
-    assert all(spent >= 0 for spent in profile.values()) and profile["decode_us"] > 0
-    assert any("resize + normalise" in line for line in table(result))
+
+def spans_of(films: list[np.ndarray]) -> np.ndarray:
+    return np.array([(film.ctypes.data, len(film)) for film in films], dtype=np.int64)
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "raw"])
+def test_many_films_in_one_call_become_what_each_becomes_alone(codec: str) -> None:
+    pixels = made_up_images(6)
+    films = [jpeg(each, quality=95) if codec == "jpeg" else each.ravel() for each in pixels]
+    boxes = crop_boxes(3, np.arange(12), height=320, width=320, scale=(0.9, 1.0))
+    flipped = flips(3, np.arange(12), probability=0.5)
+    kernel, spans = ImageKernel(ImageSpec(codec=codec), size=224, normalise=NORMALISE), spans_of(films)
+    out = torch.full((12, 224, 224, 3), torch.nan)
+    assert kernel.run(spans, boxes, flipped, out, 0, 6) == 0  # it knows neither the header nor a crop's length
+    expected = one_by_one(kernel, films, boxes, flipped)
+    assert kernel.run(spans, boxes, flipped, out, 2, 5) == 5
+    assert torch.equal(out[2:5], expected[2:5]) and torch.equal(out[8:11], expected[8:11])
+    assert out[[0, 1, 5, 6, 7, 11]].isnan().all()
+    assert kernel.run(spans, boxes, flipped, out, 0, 6) == 6 and torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("kind", ["cut", "damaged", "another header", "too large", "tiny crop", "box outside", "new"])
+def test_a_film_that_is_not_like_the_others_stops_the_call(kind: str) -> None:
+    """Nothing of it is written, and the next call may go on behind it."""
+    films = [jpeg(each, quality=95) for each in made_up_images(4)]
+    boxes, flipped = np.array([[4, 4, 300, 310]] * 4, dtype=np.int64), np.zeros(4, dtype=bool)
+    kernel = ImageKernel(ImageSpec(), size=224, normalise=NORMALISE)
+    expected = one_by_one(kernel, films, boxes, flipped)
+    if kind == "cut":
+        films[2] = films[2][:300].copy()
+    elif kind == "damaged":
+        films[2] = films[2].copy()
+        films[2][-1] = 0  # no end-of-image marker
+    elif kind == "another header":
+        films[2] = jpeg(made_up_images(4)[2], quality=94)
+    elif kind == "too large":
+        films[2] = np.concatenate([films[2], np.zeros(1 << 20, dtype=np.uint8)])
+    else:
+        boxes[2] = {"tiny crop": (0, 0, 300, 9), "box outside": (30, 4, 300, 310), "new": (0, 0, 301, 310)}[kind]
+    out = torch.full((4, 224, 224, 3), torch.nan)
+    assert kernel.run(spans_of(films), boxes, flipped, out, 0, 4) == 2
+    assert torch.equal(out[:2], expected[:2]) and out[2:].isnan().all()
+    assert kernel.run(spans_of(films), boxes, flipped, out, 3, 4) == 4 and torch.equal(out[3], expected[3])
+
+
+def test_numbas_cache_tells_functions_apart_by_what_they_close_over() -> None:
+    """`films` relies on it: its function is made of other files too, at which that cache does not look."""
+
+    def make(stamp: int):  # type: ignore[no-untyped-def]
+        def add(number):  # type: ignore[no-untyped-def]
+            return number + stamp
+
+        return add
+
+    for stamp in (1, 2, 1):
+        function = compile_function(make(stamp), types.int64(types.int64))
+        assert function(5) == 5 + stamp
+    assert function.stats.cache_hits  # type: ignore[attr-defined]

@@ -197,7 +197,7 @@ def test_read_ahead_stays_within_its_memory(shards_dir: Path) -> None:
         loaded = reader.get()
         assert loaded.visit.rows.tolist() == expected.rows.tolist()
         assert reader.buffer_bytes <= limit
-        reader.release(loaded)
+        reader.release([loaded])
     reader.close()
 
 
