@@ -10,6 +10,7 @@ import errno
 import fcntl
 import mmap
 import os
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +22,8 @@ from shards.atomic import atomic_file
 ALIGNMENT = 4096
 """Addresses, offsets and sizes of direct transfers are multiples of it: of the logical block of any disk."""
 _PIECE = 4 << 20
-"""Bytes written at once; two such buffers a file."""
+_AHEAD = 3
+"""Bytes written at once, and so many buffers of them that wait: the thread has to wait for the interpreter, too."""
 
 _spare: list[mmap.mmap] = []
 """Buffers of files that are finished, for the next: memory that is new costs as much as the cache."""
@@ -35,7 +37,7 @@ def atomic_stream(path: Path, *, durable: bool = True) -> Iterator["StreamWriter
 
 
 class StreamWriter:
-    """Appends to an open file: fills one buffer while a thread writes the other.
+    """Appends to an open file: fills a buffer while a thread writes those before.
 
     An error of the disk is raised by a later `write`, or by `finish`, without which the file is not whole.
     """
@@ -44,10 +46,9 @@ class StreamWriter:
         """`handle`: descriptor of an empty file, opened for writing; stays the caller's."""
         self.handle = handle
         _set_direct(handle, True)
-        self._buffer, self._other = _take(), _take()
-        self._filled = 0
+        self._buffer, self._filled = _take(), 0
         self._thread = ThreadPoolExecutor(1)
-        self._pending: Future[None] | None = None
+        self._pending: deque[tuple[Future[None], mmap.mmap]] = deque()
 
     def write(self, content: bytes | memoryview) -> int:
         """Append; returns the number of bytes."""
@@ -58,26 +59,29 @@ class StreamWriter:
             self._filled += len(piece)
             rest = rest[len(piece) :]
             if self._filled == _PIECE:
-                self._hand_over()
+                self._pending.append((self._thread.submit(_write_buffer, self.handle, self._buffer), self._buffer))
+                self._buffer, self._filled = self._next(), 0
         return len(content)
 
     def finish(self) -> None:
         """Write what is left; the descriptor then is an ordinary one."""
-        self._wait()
+        while self._pending:
+            _spare.append(self._oldest())
         whole = self._filled - self._filled % ALIGNMENT
         with memoryview(self._buffer) as view:
             _write_all(self.handle, view[:whole])
             _set_direct(self.handle, False)
             _write_all(self.handle, view[whole : self._filled])
+        _spare.append(self._buffer)
 
-    def _hand_over(self) -> None:
-        self._wait()
-        self._pending = self._thread.submit(_write_buffer, self.handle, self._buffer)
-        self._buffer, self._other, self._filled = self._other, self._buffer, 0
+    def _next(self) -> mmap.mmap:
+        return _take() if len(self._pending) < _AHEAD else self._oldest()
 
-    def _wait(self) -> None:
-        if self._pending is not None:
-            self._pending.result()
+    def _oldest(self) -> mmap.mmap:
+        """The buffer that was handed over first, once it is written."""
+        future, buffer = self._pending.popleft()
+        future.result()
+        return buffer
 
     def __enter__(self) -> Self:
         return self
@@ -88,7 +92,6 @@ class StreamWriter:
         self._thread.shutdown()
         if kind is None:
             self.finish()
-        _spare.extend((self._buffer, self._other))
 
 
 def _take() -> mmap.mmap:
