@@ -200,7 +200,10 @@ def _read_source(table: dict[str, Any], path: Path, number: int) -> SourceConfig
         try:
             values[name] = _convert(hints[name], value, path.parent)
         except (TypeError, ValueError):
-            raise InputError(f"source {number} of {path}: {name} = {value!r} is not what it should be") from None
+            wanted = re.sub(r"<class '|'>|typing\.|pathlib\.", "", str(hints[name]))
+            raise InputError(
+                f"source {number} of {path}: {name} = {value!r} is not what it should be, {wanted}"
+            ) from None
     return SourceConfig(**values)
 
 
@@ -219,7 +222,9 @@ def _convert(hint: Any, value: Any, folder: Path) -> Any:
             raise ValueError(value)
         return value
     if hint is Path:
-        return folder / str(value)
+        if not isinstance(value, str) or not value or "\0" in value:
+            raise ValueError(value)
+        return folder / value
     if hint is bool and isinstance(value, bool):
         return value
     if hint is float and isinstance(value, int):

@@ -94,6 +94,8 @@ def _open_image(file: BinaryIO) -> Image.Image | Fault:
     with Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             return Fault.TOO_LARGE
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's JPEG with a preview in it
+            return Fault.FRAMES
         return to_colour(ImageOps.exif_transpose(image))
 
 

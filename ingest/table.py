@@ -1,5 +1,6 @@
 """What the CSV files of one source say about its rows: reports, labels, patients, splits, image files."""
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +80,7 @@ def read_table(config: SourceConfig) -> SourceTable:
         namespace=config.group_namespace,
         splits=_splits(config, columns, rows),
         names=columns[config.path_column].to_pylist() if config.images else [],
-        folder=config.images.resolve() if config.images else None,
+        folder=Path(os.path.realpath(config.images)) if config.images else None,
     )
 
 

@@ -43,7 +43,9 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
 
     The temporary name is fixed for a path (unless inside `writing_as`), so what a killed process left is overwritten by
     the next try. `durable=False` does not wait for the disk: for work files that prove themselves by a digest.
+    OSError where `path` is a device or a pipe: renamed over, `/dev/null` would be gone for everybody.
     """
+    check_replaceable(path)
     temporary = path.with_name(TEMPORARY_PREFIX + _writer.get() + path.name)
     try:
         with open(temporary, "wb", buffering=_BUFFER) as file:
@@ -69,6 +71,12 @@ def write_atomic(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def check_replaceable(path: Path) -> None:
+    """OSError where a file cannot take the place of what is there: a device, a pipe, or a stream of this process."""
+    if path.parent == Path("/dev") or (path.exists() and not (path.is_file() or path.is_dir())):
+        raise OSError(errno.EEXIST, "it is a device or a pipe", str(path))
+
+
 def check_writable(path: Path, *, folder: bool = False) -> None:
     """Before long work whose result goes to the file `path`, or into the `folder`, which is made. OSError if it cannot.
 
@@ -78,6 +86,8 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
         path.mkdir(parents=True, exist_ok=True)
     elif path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    else:
+        check_replaceable(path)
     probe = (path if folder else path.parent) / f"{TEMPORARY_PREFIX}probe-{os.getpid()}"
     try:
         os.close(os.open(probe, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))

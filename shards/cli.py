@@ -9,6 +9,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
@@ -37,6 +38,12 @@ def say(text: str = "") -> None:
     """Write one line to stdout at once, so that logs of several processes keep their order."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def check_outside(path: Path, root: Path, flag: str) -> None:
+    """InputError where a result would go into a data set: over one of its files, or beside them."""
+    if path.resolve().is_relative_to(root.resolve()):
+        raise InputError(f"{flag} {path} lies in the data set {root}; give a place outside of it")
 
 
 def parse(

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tyro.conf import Positional
 
 from shards.atomic import check_writable, write_atomic
-from shards.cli import say
+from shards.cli import check_outside, say
 from shards.counter import hash64
 from shards.errors import InputError
 from shards.manifest import read_manifest
@@ -72,6 +72,7 @@ def run(config: PreviewConfig) -> None:
     manifest = read_manifest(config.root)
     if config.split not in manifest.splits:
         raise InputError(f"no split {config.split!r} in {config.root}; it has {', '.join(manifest.splits)}")
+    check_outside(config.out, config.root, "--out")
     check_writable(config.out)
     rows = choose_rows(manifest.rows(config.split), config.count, config.seed)
     buffer = io.BytesIO()

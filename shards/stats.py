@@ -10,8 +10,8 @@ import numpy as np
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from shards.atomic import write_atomic
-from shards.cli import say
+from shards.atomic import check_writable, write_atomic
+from shards.cli import check_outside, say
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.scan import scan
@@ -54,6 +54,9 @@ class Stats:
 def run(config: StatsConfig) -> None:
     """Print the page, and write the JSON if asked."""
     manifest = read_manifest(config.root)
+    if config.json is not None:
+        check_outside(config.json, config.root, "--json")
+        check_writable(config.json)
     stats = gather(config.root, manifest)
     for line in page(stats):
         say(line)

@@ -160,6 +160,11 @@ class TestImageFolder:
         assert (film[80:240] == images[0][:160]).all() and not film[:80].any() and not film[240:].any()
 
     def test_bad_files_are_faults(self, folder: Path, tmp_path: Path) -> None:
+        film = Image.open(folder / "grey.png")
+        for name, frames in (("TIFF", Fault.FRAMES), ("PNG", Fault.FRAMES), ("WEBP", Fault.FRAMES), ("MPO", None)):
+            film.save(tmp_path / "two", format=name, save_all=True, append_images=[film.rotate(90)])
+            found = read_film(tmp_path / "two", 320)
+            assert found is frames if frames else not isinstance(found, Fault), name
         assert read_film(folder / "text.png", 320) is Fault.UNREADABLE
         assert read_film(folder / "cut.png", 320) is Fault.UNREADABLE
         assert read_film(folder / "nothing.png", 320) is Fault.MISSING
@@ -399,7 +404,13 @@ class TestLabelsAndSplits:
         [
             ("source = 1", "[[source]] tables"),
             ("[[source]]\nh6 = 1", "no setting 'h6'"),
-            ("[[source]]\nh5 = 1\nsplit = 'all'", "split = 'all'"),
+            (
+                "[[source]]\nsplit = 'all'",
+                "split = 'all' is not what it should be, Literal['train', 'val', 'test'] | None",
+            ),
+            ("[[source]]\nh5 = 1", "h5 = 1 is not what it should be, tuple[Path, ...]"),
+            ('[[source]]\nimages = ""', "images = ''"),
+            ('[[source]]\nimages = "a\\u0000"', "images = 'a"),
             ("[[source]]\nvalue_range = [1]", "value_range"),
             ("[[source]]\nallow_blank = 1", "allow_blank"),
             ("[[source", "is not TOML"),
