@@ -98,7 +98,6 @@ class Layout:
         self.selected = selected
         self.first_block = np.concatenate([[0], np.cumsum(-(-self.rows // block_rows))])
         self.blocks = int(self.first_block[-1])
-        self._first_block, self._shard_rows = self.first_block.tolist(), list(shard_rows)
         self._counts: Ints | None = None
         if selected is not None:
             self._counts = np.concatenate(
@@ -113,9 +112,9 @@ class Layout:
         return shard, block - self.first_block[shard]
 
     def place_of(self, block: int) -> tuple[int, int]:
-        """`shard_of` of one block, in a tenth of the time."""
-        shard = bisect.bisect_right(self._first_block, block) - 1
-        return shard, block - self._first_block[shard]
+        """`shard_of` of one block, in less time."""
+        shard = bisect.bisect_right(self.first_block, block) - 1
+        return shard, block - int(self.first_block[shard])
 
     def length(self, block: Ints) -> Ints:
         """Selected rows of blocks (n,)."""
@@ -132,7 +131,7 @@ class Layout:
         """The selected rows of a block, (n,) ascending, counted from the block's first."""
         shard, within = self.place_of(block)
         begin = within * self.block_rows
-        end = min(begin + self.block_rows, self._shard_rows[shard])
+        end = min(begin + self.block_rows, int(self.rows[shard]))
         if self.selected is None:
             return np.arange(end - begin)
         return np.flatnonzero(self.selected.of(shard, begin, end))
