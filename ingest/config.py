@@ -200,17 +200,21 @@ def _read_source(table: dict[str, Any], path: Path, number: int) -> SourceConfig
         try:
             values[name] = _convert(hints[name], value, path.parent)
         except (TypeError, ValueError):
-            wanted = re.sub(r"<class '|'>|typing\.|pathlib\.", "", str(hints[name]))
-            raise InputError(
-                f"source {number} of {path}: {name} = {value!r} is not what it should be, {wanted}"
-            ) from None
+            wanted = re.sub(r"<class '|'>|typing\.|pathlib\.", "", str(_inner(hints[name])))
+            raise InputError(f"source {number} of {path}: {name} = {value!r} should be {wanted}") from None
     return SourceConfig(**values)
+
+
+def _inner(hint: Any) -> Any:
+    """A field's type, None left out: a TOML file leaves the setting out instead."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    return hint
 
 
 def _convert(hint: Any, value: Any, folder: Path) -> Any:
     """A TOML value as a field's type; ValueError or TypeError where it is another."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    hint = _inner(hint)
     if typing.get_origin(hint) is tuple:
         kinds = typing.get_args(hint)
         values = value if isinstance(value, list) else [value]

@@ -32,11 +32,13 @@ _PREAMBLE = re.compile(
     r"^(?:Value error |Invalid choice |Unrecognized options |Missing argument )?(?:Error parsing \w+: )?"
 )
 """What stands before what is wrong, and says less."""
+_CONTROLS = {number: f"\\x{number:02x}" for number in (*range(32), *range(127, 160)) if chr(number) not in "\n\t"}
+"""Names and reports out of files may hold what would steer a terminal."""
 
 
 def say(text: str = "") -> None:
     """Write one line to stdout at once, so that logs of several processes keep their order."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(text.translate(_CONTROLS) + "\n")
     sys.stdout.flush()
 
 
@@ -109,7 +111,7 @@ def main_guard(prog: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        sys.stderr.write(f"{prog}: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"{prog}: {' '.join(str(error).split()).translate(_CONTROLS)}\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")

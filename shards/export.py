@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from shards.atomic import TEMPORARY_PREFIX, atomic_file, sync_folder
-from shards.cli import say
+from shards.cli import check_outside, say
 from shards.errors import InputError
 from shards.manifest import read_manifest, write_manifest
 from shards.query import Query, parse_query
@@ -225,8 +225,7 @@ def _copy_rejects(path: Path, into: BinaryIO) -> None:
 
 
 def _check_out(root: Path, out: Path) -> None:
-    if out.resolve().is_relative_to(root.resolve()):
-        raise InputError(f"--out {out} lies in {root}; choose a folder outside")
+    check_outside(out, root, "--out")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out} is there already and not an empty folder; choose another")
 

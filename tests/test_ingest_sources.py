@@ -406,9 +406,9 @@ class TestLabelsAndSplits:
             ("[[source]]\nh6 = 1", "no setting 'h6'"),
             (
                 "[[source]]\nsplit = 'all'",
-                "split = 'all' is not what it should be, Literal['train', 'val', 'test'] | None",
+                "split = 'all' should be Literal['train', 'val', 'test']",
             ),
-            ("[[source]]\nh5 = 1", "h5 = 1 is not what it should be, tuple[Path, ...]"),
+            ("[[source]]\nh5 = 1", "h5 = 1 should be tuple[Path, ...]"),
             ('[[source]]\nimages = ""', "images = ''"),
             ('[[source]]\nimages = "a\\u0000"', "images = 'a"),
             ("[[source]]\nvalue_range = [1]", "value_range"),

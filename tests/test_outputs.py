@@ -1,5 +1,6 @@
 """Outputs that cannot be: one line and exit code 2, before the work where that is long. By real mounts."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from conftest import REPOSITORY, assert_refused, run_module
 
 from ingest.config import IngestConfig, SourceConfig
 from shards.atomic import check_writable, write_atomic
-from shards.cli import main_guard, parse
+from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from shards.export import ExportConfig
 
@@ -119,6 +120,31 @@ def test_a_bug_keeps_its_traceback() -> None:
         with pytest.raises(OSError) as found, main_guard("p"):
             raise error
         assert found.value is error
+
+
+@pytest.mark.parametrize("command", ["stats --json {}/train-000000.tar", "preview --out {}/p.png"])
+def test_a_result_into_the_set_itself(shards_dir: Path, command: str) -> None:
+    name, *flags = command.format(shards_dir).split()
+    before = {path.name: path.stat().st_mtime_ns for path in shards_dir.iterdir()}
+    assert_refused(run_module("shards", name, shards_dir, *flags), flags[0], "lies in the data set")
+    assert {path.name: path.stat().st_mtime_ns for path in shards_dir.iterdir()} == before
+
+
+def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/no-such-device")):  # as root a rename would take /dev/null away
+        for write in (check_writable, lambda path: write_atomic(path, b"x")):
+            with pytest.raises(OSError, match="it is a device or a pipe"):
+                write(path)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_nothing_said_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names out of a file from elsewhere may hold anything."""
+    say("a\x1b[2Jb\rc\x9bd\té\n")
+    with pytest.raises(SystemExit), main_guard("x"):
+        raise InputError("no\x1b]0;label\x07")
+    assert capsys.readouterr() == ("a\\x1b[2Jb\\x0dc\\x9bd\té\n\n", "x: no\\x1b]0;label\\x07\n")
 
 
 def test_check_writable_leaves_nothing(tmp_path: Path) -> None:
