@@ -16,7 +16,7 @@ from conftest import REPOSITORY, made_up_images, write_csv, write_h5
 from soak_train import SMALL
 
 from shards.verify import verify
-from train.lead_time import UNKNOWN_S, lead_time
+from train.lead_time import UNKNOWN_S, lead_time, main
 
 SCRIPTS = sorted(REPOSITORY.glob("*/slurm/*.sbatch"))
 SRUN = """#!/usr/bin/env bash
@@ -199,8 +199,12 @@ def test_training_says_what_it_lacks(job: dict[str, str], tmp_path: Path) -> Non
     assert done.returncode == 2 and "--out RUN" in done.stderr
 
 
-def test_the_lead_time_follows_what_was_measured() -> None:
+def test_the_lead_time_follows_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"step": step, "step_ms": 50} for step in range(10)]
     assert lead_time([]) == lead_time(rows) == UNKNOWN_S
     rows += [{"step": 10, "step_ms": 50, "save_s": 4.0}, {"step": 11, "save_s": 6.0, "validate_s": 20.0}]
     assert lead_time(rows) == pytest.approx(2 * (2 * 6 + 20 + 0.05) + 20)
+    damaged = b'\xff\xfe{"save_s": 1}\n[1]\n{"step": 2, "save_s": 5.0}\n{"save_s": "x"}\n{"step": 3, "sav'
+    (tmp_path / "metrics.jsonl").write_bytes(damaged)
+    main([str(tmp_path)])
+    assert capsys.readouterr().out == "40\n"

@@ -20,7 +20,12 @@ from train.checkpoint import (
     read_checkpoint,
     verify_checkpoint,
 )
+from train.config import OptimConfig, TrainConfig
+from train.optim import build_optimizer
+from train.ranks import Ranks
+from train.resume import check_optimizer, check_progress, check_weights
 from train.saving import CheckpointWriter, LeaseLost, Shelf
+from train.state import Learner, Progress, capture, restore
 
 
 def payload(step: int) -> dict:
@@ -258,3 +263,57 @@ def test_what_reads_back_wrong_gets_no_name(shelf: Shelf, tmp_path: Path, monkey
     with pytest.raises(InputError, match="read back, it was not what had been written"):
         writer.close()
     assert steps(tmp_path) == [1] and not list(tmp_path.rglob(".tmp-*"))
+
+
+def learner() -> Learner:
+    """One layer and its optimizer, an update old."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(model, OptimConfig(optimizer="sgd"))
+    return Learner(model=model, optimizer=optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False))
+
+
+def check_and_restore(payload: dict) -> Progress:
+    """What a run does with a checkpoint."""
+    fresh = learner()
+    check_progress(payload)
+    check_weights(payload["model"], fresh.model)
+    check_optimizer(payload["optimizer"], fresh.optimizer)
+    return restore(payload, fresh, Ranks())
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("schedule",), None),
+        (("schedule",), {}),
+        (("schedule", "plateau"), {"patience": {"worst": 1}, "cuts": 0}),
+        (("skipped",), "x"),
+        (("step",), -1),
+        (("position",), 2**70),
+        (("order_digest",), "x"),
+        (("rng",), [torch.zeros(3, dtype=torch.uint8)]),
+        (("rng",), [1]),
+        (("fingerprint",), {1: 2}),
+        (("bad_samples",), [1]),
+        (("bad_samples",), [{"shard": 1}]),
+        (("model", "weight"), torch.zeros(3)),
+        (("model", "weight"), 3),
+        (("optimizer",), {}),
+        (("optimizer", "param_groups"), []),
+        (("optimizer", "param_groups"), [{"params": [0], "betas": 1}, {"params": [1]}]),
+        (("optimizer", "state"), {0: "x"}),
+        (("optimizer", "state"), {0: {"momentum_buffer": torch.zeros(7)}}),
+        (("optimizer", "state"), {9: {"momentum_buffer": torch.zeros(2)}}),
+    ],
+)
+def test_a_whole_file_of_wrong_content_is_refused(place: tuple[str, ...], value: object) -> None:
+    """With a digest that is right: in one line, by what is wrong with it."""
+    config, progress = TrainConfig(shards=Path(), out=Path()), Progress(step=5, position=40)
+    payload = capture(config, {"seed": 0}, progress, learner(), [], Ranks())
+    assert check_and_restore(payload) == progress
+    part = payload
+    for name in place[:-1]:
+        part = part[name]
+    part[place[-1]] = value
+    with pytest.raises(InputError):
+        check_and_restore(payload)

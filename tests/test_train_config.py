@@ -75,6 +75,16 @@ def test_mistakes_are_named(arguments: tuple[str, ...], words: str) -> None:
         ({"resume": "yes"}, "yes"),
         ({"steps": "ten"}, "x.json"),
         ({"out": None}, "x.json"),
+        ({"steps": True}, "steps is 'True'"),
+        ({"batch_size": 8.5}, "batch_size is '8.5'"),
+        ({"data": {"where": [1]}}, "where is"),
+        ({"data": {"mean": ["a", "b", "c"]}}, "mean is 'a'"),
+        ({"data": {"image_size": "64"}}, "image_size is '64'"),
+        ({"data": None}, "DataConfig has to be a table"),
+        ({"model": {"widths": [16]}}, "widths is"),
+        ({"model": {"embed_dim": 10**11}}, "--model.embed-dim 100000000000 does not lie between"),
+        ({"model": {"text_layers": 10**8}}, "--model.text-layers 100000000 does not lie between"),
+        ({"optim": {"lr": 10**400}}, "lr is '1000"),
     ],
 )
 def test_a_config_file_is_checked(tmp_path: Path, change: dict, words: str) -> None:
@@ -82,6 +92,15 @@ def test_a_config_file_is_checked(tmp_path: Path, change: dict, words: str) -> N
     (tmp_path / "x.json").write_text(json.dumps(fields | change))
     with pytest.raises(InputError, match=words):
         read_config(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "[" * 100_000, ""])
+def test_a_config_file_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(InputError, match=r"x\.json is not a config"):
+        read_config(tmp_path / "x.json")
+    with pytest.raises(InputError, match="/dev/zero is not a config"):
+        read_config(Path("/dev/zero"))
 
 
 def test_every_data_setting_reaches_the_loader() -> None:

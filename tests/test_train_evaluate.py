@@ -13,7 +13,7 @@ from sklearn.metrics import average_precision_score, f1_score, matthews_corrcoef
 from pipeline.config import LoaderConfig
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
-from train.checkpoint import encode
+from train.checkpoint import encode, read_checkpoint
 from train.commandline import to_fields
 from train.config import DataConfig, TrainConfig, loader_config
 from train.ensemble import average, find_checkpoints, model_of, read_member
@@ -353,6 +353,18 @@ def test_mistakes_are_one_line(run: Path, shards_dir: Path, tmp_path: Path, caps
     broken = {name: torch.full_like(value, torch.nan) for name, value in weights(0).items()}
     nan = write_checkpoint(tmp_path / "nan.pt", shards_dir, 1, model=broken)
     assert "not finite" in refused("--checkpoint", str(nan), *shards)
+    for change, words in (
+        ({"config": 3}, "its config is missing, or not what a run writes"),
+        ({"config": {"steps": "x"}}, "settings that this version does not know (steps is 'x'"),
+        ({"model": {"logit_scale": 3}}, "holds another model"),
+    ):
+        payload = read_checkpoint(nan) | change
+        (tmp_path / "hostile.pt").write_bytes(encode(payload))
+        assert words in refused("--checkpoint", str(tmp_path / "hostile.pt"), *shards)
+    payload = read_checkpoint(nan)
+    payload["config"]["model"] |= {"embed_dim": 60_000, "text_width": 60_000}  # 80 GB, were it built
+    (tmp_path / "hostile.pt").write_bytes(encode(payload))
+    assert "holds another model" in refused("--checkpoint", str(tmp_path / "hostile.pt"), *shards)
     assert "loss on val" in refused(*good, "--top", "1", "--where", "split == 'test'")
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from shards.errors import InputError
-from train.checkpoint import encode
+from train.checkpoint import encode, read_checkpoint
 from train.commandline import to_fields
 from train.config import DataConfig, TrainConfig
 from train.export import ExportConfig, export, main
@@ -173,6 +173,17 @@ def test_an_export_that_differs_is_not_left(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("train.export.json.dumps", lambda *a, **k: true(*a, **k).replace('gelu": true', 'gelu": false'))
     with pytest.raises(InputError, match="embeddings differ by"):
         export(ExportConfig(checkpoint=tmp_path / "run", to="open_clip", out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_no_numbers_stay_here(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "best.pt"
+    run_of(path.parent, CLIP_SMALL)
+    payload = read_checkpoint(path)
+    payload["model"]["logit_scale"].fill_(torch.nan)
+    path.write_bytes(encode(payload))
+    with pytest.raises(InputError, match="a weight is no number"):
+        export(ExportConfig(checkpoint=path, to="safetensors", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

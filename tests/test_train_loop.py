@@ -17,6 +17,7 @@ from train.main import main
 from train.model import build_model
 from train.objective import Contrastive
 from train.ranks import Ranks
+from train.step import Step
 from train.validate import validation_loss
 
 SMALL = (
@@ -172,3 +173,16 @@ def test_parts_that_no_rank_can_make_are_refused() -> None:
     check_parts(8, 2, 4)
     with pytest.raises(InputError, match="--accumulate 4 does not divide the 2 samples that each of 4 ranks"):
         check_parts(8, 4, 4)
+
+
+def test_too_little_memory_is_one_line(
+    shards_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def step(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nA second line")
+
+    monkeypatch.setattr(Step, "__call__", step)
+    with pytest.raises(SystemExit, match="2"):
+        train(shards_dir, tmp_path / "run")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.); try --accumulate" in line

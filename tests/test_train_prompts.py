@@ -90,6 +90,8 @@ def test_a_file_of_ones_own_goes_first(tmp_path: Path) -> None:
         ('[Edema]\npositive = ["a"]\nnegative = []', "`negative`"),
         ('[Edema]\npositive = ["a", " "]\nnegative = ["b"]', "`positive`"),
         ('[Edema]\npositive = [1]\nnegative = ["b"]', "`positive`"),
+        ("a=" + "[" * 100_000, "not TOML"),
+        ("#" * (1 << 20) + "\n", "no file of at most"),
     ],
 )
 def test_a_bad_file_says_where(content: str, words: str, tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as stop:
         main([*SMALL, *arguments])
     assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
+    told = ("warning", "going on after")
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(told)]
     assert len(lines) == 1, lines
     return lines[0]
 
@@ -255,6 +256,10 @@ def test_mistakes_are_one_line(
     assert "is at step 60 already" in refused(
         capsys, *shards, "--out", str(alone), "--resume", "auto", "--stop-at", "20"
     )
+    assert "optimizer state is not of this optimizer" in refused(
+        capsys, *shards, "--out", str(alone), "--resume", "auto", "--force", "--optim.optimizer", "sgd"
+    )
+    assert "is a data set's folder" in refused(capsys, *shards, "--out", str(shards_dir), "--resume", "auto")
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").touch()
     assert "cannot write" in refused(capsys, *shards, "--out", str(tmp_path / "file" / "run"))

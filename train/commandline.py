@@ -22,6 +22,8 @@ from train.config import TrainConfig
 from train.presets import PRESETS
 
 Config = TypeVar("Config")
+MAX_BYTES = 1 << 20
+"""Of a config file; those that runs write have some 5,000."""
 
 
 def parse_config(prog: str, argv: Sequence[str] | None = None) -> TrainConfig:
@@ -59,10 +61,12 @@ def preset(name: str) -> TrainConfig:
 def read_config(path: Path) -> TrainConfig:
     """A resolved config back from the JSON that `config_json` wrote. InputError names the file and the setting."""
     try:
+        if path.stat().st_size > MAX_BYTES or not path.is_file():
+            raise ValueError(f"no file of at most {MAX_BYTES:,} bytes")
         return from_fields(TrainConfig, json.loads(path.read_bytes()))
     except OSError as error:
         raise InputError(f"cannot read the config {path} ({error.strerror})") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a config of this program ({error})") from None
 
 
@@ -76,24 +80,33 @@ def to_fields(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def from_fields(kind: type[Config], fields: dict[str, Any]) -> Config:
-    """The dataclass from plain values. ValueError for an unknown setting, so that a typing error cannot pass."""
+def from_fields(kind: type[Config], fields: Any) -> Config:
+    """The dataclass from plain values. ValueError for an unknown setting, so that a typing error cannot pass, and for a
+    value of another type, which would fail somewhere later or count as something else."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{kind.__name__} has to be a table of settings")
     hints = typing.get_type_hints(kind)
     unknown = [name for name in fields if name not in hints]
     if unknown:
         raise ValueError(f"{kind.__name__} has no setting {unknown[0]!r}")
-    return kind(**{name: _decode(hints[name], value) for name, value in fields.items()})
+    return kind(**{name: _decode(name, hints[name], value) for name, value in fields.items()})
 
 
-def _decode(hint: Any, value: Any) -> Any:
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        if value is None:
-            return None
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+def _decode(name: str, hint: Any, value: Any) -> Any:
+    """The value of a setting from its plain form. ValueError where its type hint does not take it."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):  # of one type and None
+        return None if value is None else _decode(name, options[0], value)
     if dataclasses.is_dataclass(hint):
         return from_fields(typing.cast(type, hint), value)
-    if typing.get_origin(hint) is tuple:
-        return tuple(value)
-    if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
-        raise ValueError(f"{value!r} is none of {', '.join(map(str, typing.get_args(hint)))}")
-    return Path(value) if hint is Path else value
+    if origin is tuple and isinstance(value, list):
+        kinds = options[:1] * len(value) if options[-1] is ... else options
+        if len(kinds) == len(value):
+            return tuple(_decode(name, *pair) for pair in zip(kinds, value, strict=True))
+    if value in options if origin is typing.Literal else type(value) is hint:
+        return value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and type(value) is int and abs(value) < 2**63:
+        return value
+    raise ValueError(f"{name} is {str(value)[:60]!r}, which is none of its values")

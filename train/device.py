@@ -1,6 +1,7 @@
 """Where and how the arithmetic runs: device, precision, threads."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,18 @@ class Precision:
     def scaler(self) -> torch.amp.GradScaler:
         """Scales the loss for fp16, whose small gradients would vanish; does nothing otherwise."""
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
+
+
+@contextlib.contextmanager
+def memory_named(advice: str) -> Iterator[None]:
+    """Turn what torch says of memory that is not there into an InputError with this advice."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        reason = " ".join(str(error).split("\n")[0].split())[:160]
+        raise InputError(f"out of memory ({reason}); {advice}") from None
 
 
 def choose_device(name: str, ranks: Ranks) -> torch.device:

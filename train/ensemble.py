@@ -20,8 +20,9 @@ from shards.schema import Manifest
 from train.checkpoint import DamagedCheckpoint, list_checkpoints, newest_good, read_checkpoint
 from train.commandline import from_fields
 from train.config import TrainConfig, loader_config
-from train.model import build_model
+from train.model import ClipModel, build_model
 from train.prompts import Wording
+from train.resume import check_fields, check_weights
 from train.rundir import RunFolder
 from train.state import placeholder_config
 from train.zeroshot import Predicted, predict
@@ -82,23 +83,24 @@ def run_folder(path: Path) -> Path:
 def read_member(path: Path, weights: Weights = "auto") -> Member:
     """A checkpoint's weights and settings; auto: the averaged weights where it has any. InputError for others."""
     payload = read_checkpoint(path)
+    check_fields(payload, ("step", "config", "fingerprint", "model"))
     name = ("ema" if "ema" in payload else "model") if weights == "auto" else weights
-    if name not in payload:
-        raise InputError(f"{path} holds no averaged weights; leave --weights {weights} out, or train with EMA")
+    if not isinstance(payload.get(name), dict):
+        raise InputError(f"{path} holds no averaged weights; give --weights model, or train with --ema")
     return Member(
         path=path,
         step=payload["step"],
         weights=name,
         settings=_settings(path, payload),
         state=payload[name],
-        tokenizer=payload["fingerprint"]["tokenizer"],
+        tokenizer=payload["fingerprint"].get("tokenizer", ""),
     )
 
 
 def _settings(path: Path, payload: dict[str, Any]) -> TrainConfig:
     try:
         return from_fields(TrainConfig, placeholder_config(payload["config"]))
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise InputError(f"{path} has settings that this version does not know ({error})") from None
 
 
@@ -136,8 +138,19 @@ def model_of(member: Member, manifest: Manifest) -> nn.Module:
     spec = manifest.tokenizer
     if member.tokenizer != spec.digest:
         raise InputError(f"{member.path} was trained on tokens of another tokenizer than these shards have")
-    trained, size = member.settings, member.settings.data.image_size
-    model = build_model(trained.model, vocab_size=spec.vocab_size, context=spec.context, image_size=size)
+    return build_member(member, vocab_size=spec.vocab_size, context=spec.context)
+
+
+def build_member(member: Member, *, vocab_size: int, context: int) -> ClipModel:
+    """The model that a checkpoint's settings describe, with its weights. InputError where these are of another one."""
+    settings = member.settings
+    sizes = {"vocab_size": vocab_size, "context": context, "image_size": settings.data.image_size}
+    try:
+        with torch.device("meta"):  # what a file asks for may be larger than any memory
+            check_weights(member.state, build_model(settings.model, **sizes))
+    except InputError as error:
+        raise InputError(f"{member.path}: {error}") from None
+    model = build_model(settings.model, **sizes)
     model.load_state_dict(member.state)
     return model
 

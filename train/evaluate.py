@@ -24,7 +24,7 @@ from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.schema import Manifest
-from train.device import choose_device
+from train.device import choose_device, memory_named
 from train.ensemble import Predictor, Weights, find_checkpoints, run_folder
 from train.identity import read_identity
 from train.intervals import ROUNDS, patients_of
@@ -241,7 +241,7 @@ def _draw(path: Path, result: Evaluation, probabilities: Floats, truth: Floats) 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line says. Exit code 2 for a user's mistake."""
-    with main_guard(PROG):
+    with main_guard(PROG), memory_named("try a smaller --batch-size, or --device cpu"):
         config = parse(EvaluateConfig, argv, prog=PROG)
         say(table(evaluate(config), config.resamples))
 

@@ -20,8 +20,9 @@ from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from train.commandline import to_fields
 from train.config import TrainConfig
-from train.ensemble import Member, Weights, find_checkpoints, read_member
-from train.model import ClipModel, ModelConfig, build_model
+from train.ensemble import Member, Weights, build_member, find_checkpoints, read_member
+from train.model import ClipModel, ModelConfig
+from train.nonfinite import all_finite
 from train.towers import CausalTextTower, Headed
 
 PROG = "train.export"
@@ -92,18 +93,22 @@ def export(config: ExportConfig) -> Path:
     return config.out
 
 
+_LENGTHS = ("token_embedding.weight", "positional_embedding")
+"""Of the text tower: as long as its vocabulary, and as its context."""
+
+
 def rebuild(member: Member) -> Trained:
     """The model of a checkpoint, without the shards it was trained on: its weights tell vocabulary and context."""
-    state, settings = member.state, member.settings
-    text = "text." if "text.token_embedding.weight" in state else "text.trunk."
+    text = "text." if "text.token_embedding.weight" in member.state else "text.trunk."
     try:
-        vocab_size, context = len(state[f"{text}token_embedding.weight"]), len(state[f"{text}positional_embedding"])
-        model = build_model(settings.model, vocab_size=vocab_size, context=context, image_size=settings.data.image_size)
-        model.load_state_dict(state)
-    except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"{member.path} does not hold the model that its settings describe ({reason})") from None
-    return Trained(model=model.eval(), settings=settings, step=member.step, context=context, vocab_size=vocab_size)
+        vocab_size, context = (len(member.state[f"{text}{name}"]) for name in _LENGTHS)
+    except (KeyError, TypeError):
+        raise InputError(f"{member.path} does not hold the text tower of a run") from None
+    model = build_member(member, vocab_size=vocab_size, context=context)
+    if not all_finite(model):
+        raise InputError(f"{member.path}: a weight is no number, its training ran away; export an earlier checkpoint")
+    settings, step = member.settings, member.step
+    return Trained(model=model.eval(), settings=settings, step=step, context=context, vocab_size=vocab_size)
 
 
 def writer(name: str) -> Callable[[Trained, Path], None]:

@@ -10,7 +10,7 @@ from pipeline.loader import Loader, build_loader, make_layout
 from shards.errors import InputError
 from shards.lock import Lease
 from shards.manifest import read_manifest
-from shards.schema import Manifest
+from shards.schema import MANIFEST_NAME, Manifest
 from train.accumulate import check_parts
 from train.config import TrainConfig, loader_config
 from train.device import Precision, choose_device, choose_precision, pin_threads
@@ -20,7 +20,7 @@ from train.model import build_model
 from train.optim import build_optimizer
 from train.pretrained import load_pretrained
 from train.ranks import Ranks, tell
-from train.resume import check_model
+from train.resume import check_optimizer, check_weights
 from train.rundir import RunFolder
 from train.state import Learner, fingerprint
 from train.tracking import check_installed
@@ -73,6 +73,8 @@ class Job(Setting):
 def build_setting(config: TrainConfig, ranks: Ranks) -> Setting:
     """Check a config against the machine and the data. InputError for a mistake of the user's."""
     check_installed(config.watch)
+    if (config.out / MANIFEST_NAME).exists():
+        raise InputError(f"--out {config.out} is a data set's folder; a run needs one of its own")
     precision = choose_precision(config.precision, choose_device(config.device, ranks))
     pin_threads(config.threads, ranks)
     check_parts(config.batch_size, ranks.size, config.accumulate)
@@ -98,7 +100,8 @@ def build_job(setting: Setting, checkpoint: dict[str, Any] | None, lease: Lease 
     config, ranks, precision = setting.config, setting.ranks, setting.precision
     learner = _build_learner(config, setting.manifest, precision, ranks, fresh=checkpoint is None)
     if checkpoint is not None:
-        check_model(checkpoint, learner.model)
+        check_weights(checkpoint["model"], learner.model)
+        check_optimizer(checkpoint["optimizer"], learner.optimizer)
     loader = build_loader(
         loader_config(config, split="train", mode="train"),
         ranks.world(precision.device),

@@ -4,6 +4,7 @@ A signal that comes at the worst moment finds a validation just begun and a save
 validation, and two saves, as RUN/metrics.jsonl has measured them lately, twice over. Used by slurm/train.sbatch.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,8 +46,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print a whole number of seconds."""
     with main_guard(PROG):
         path = parse(LeadConfig, argv, prog=PROG).run / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        say(str(round(lead_time([json.loads(line) for line in lines if line.endswith("}")]))))
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        say(str(round(lead_time([row for line in lines for row in _row(line)]))))
+
+
+def _row(line: bytes) -> list[dict]:
+    """The row of a line, none where it is none; without train.metrics, which takes seconds to load torch."""
+    with contextlib.suppress(ValueError, RecursionError):
+        row = json.loads(line)
+        return [row] if isinstance(row, dict) else []
+    return []
 
 
 if __name__ == "__main__":

@@ -85,7 +85,10 @@ class Loop:
         """Weights and progress to start with; those of a fresh model survive the warm-up."""
         size, context = self._config.data.image_size, self._job.manifest.tokenizer.context
         self._step.warm_up(nothing_batch(2 * self._config.accumulate, size, context, self._job.precision.device))
-        return restore(self._job.checkpoint, self._job.learner, self._ranks) if self._job.checkpoint else Progress()
+        if self._job.checkpoint is None:
+            return Progress()
+        payload, learner = self._job.checkpoint, self._job.learner
+        return together(self._ranks, "train.main", lambda: restore(payload, learner, self._ranks))
 
     def _one_step(self) -> bool:
         """Train on one batch and do what is due after it; whether to stop."""

@@ -8,6 +8,7 @@ from shards.lock import Lease
 from train.alive import watching
 from train.commandline import parse_config
 from train.config import TrainConfig
+from train.device import memory_named
 from train.job import build_job, build_setting, prepare_folder
 from train.lease import WAIT_S, leased
 from train.loop import run
@@ -16,11 +17,12 @@ from train.ranks import Ranks, joined, together
 from train.resume import agree_on_checkpoint
 
 PROG = "train.main"
+LESS = "try --accumulate 2 or 4, --activation-checkpointing, or a smaller --batch-size"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says. Exit code 0 at the end and after an orderly stop, 2 for a user's mistake."""
-    with main_guard(PROG), joined() as ranks, StopRequest().listening() as stop:
+    with main_guard(PROG), joined() as ranks, memory_named(LESS), StopRequest().listening() as stop:
         config = together(ranks, PROG, lambda: parse_config(PROG, argv))
         setting = together(ranks, PROG, lambda: build_setting(config, ranks))
         with _folder(config, ranks) as lease:

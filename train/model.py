@@ -23,6 +23,8 @@ from train.towers import (
 )
 
 TOWERS = ("tiny", "clip-vit")
+MOST, MOST_LAYERS = 1 << 16, 1000
+"""Largest sizes, several times those of any model that was trained; a slip of the finger would fill the memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +73,7 @@ class ModelConfig:
                 f"--model.tower is {self.tower}: choose one of {', '.join(TOWERS)}, or a name that timm knows"
             )
         self._check_sizes()
-        if not all(width > 0 and width % groups(width) == 0 for width in self.widths):
+        if not all(0 < width <= MOST and width % groups(width) == 0 for width in self.widths):
             raise InputError(
                 f"--model.widths {' '.join(map(str, self.widths))}: each has to lie in 1..31 or to be a multiple of 16"
             )
@@ -84,8 +86,11 @@ class ModelConfig:
 
     def _check_sizes(self) -> None:
         for name in _SIZES:
-            if getattr(self, name) < 1:
-                raise InputError(f"--model.{name.replace('_', '-')} {getattr(self, name)} is not at least 1")
+            most = MOST_LAYERS if name.endswith("layers") else MOST
+            if not 1 <= getattr(self, name) <= most:
+                raise InputError(
+                    f"--model.{name.replace('_', '-')} {getattr(self, name)} does not lie between 1 and {most:,}"
+                )
         for tower in ("text", "image"):
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
             if width % heads:

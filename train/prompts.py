@@ -21,6 +21,7 @@ from shards.errors import InputError
 Style = Literal["reports", "chexzero", "listed"]
 NORMAL = "No Finding"
 """What CheXpert and NIH call the absence of all other findings."""
+MAX_BYTES = 1 << 20
 SHIPPED = Path(__file__).with_name("chexpert.toml")
 
 
@@ -46,11 +47,13 @@ ALIASES = {"Effusion": "Pleural Effusion", "Infiltration": "Infiltrate", "Hernia
 def read_prompts(path: Path) -> dict[str, Prompt]:
     """Label -> prompts from a TOML file, a table a label with lists `positive` and `negative`. InputError says what is
     wrong with it."""
+    if path.exists() and (not path.is_file() or path.stat().st_size > MAX_BYTES):
+        raise InputError(f"the prompts {path} are no file of at most {MAX_BYTES:,} bytes")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the prompts {path} ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not TOML ({error})") from None
     if not tables:
         raise InputError(f"{path} holds no prompts; it takes a table a label, as {SHIPPED} has them")

@@ -1,12 +1,15 @@
 """Which checkpoint a run goes on from: the newest that is whole, ours and of the same settings; one for all ranks."""
 
 import time
+from collections.abc import Collection
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from pipeline.quarantine import BadSample
 from shards.errors import InputError
 from train.checkpoint import DamagedCheckpoint, checkpoint_name, newest_good, read_checkpoint
 from train.config import TrainConfig
@@ -19,9 +22,10 @@ SHOWN_AFTER_S = 90.0
 FIELDS: dict[str, type | tuple[type, ...]] = {
     **{"step": int, "position": int, "order_digest": str, "bad_samples": list, "config": dict, "fingerprint": dict},
     **{"model": dict, "optimizer": dict, "scaler": dict, "rng": list, "device_rng": list},
-    **{"best_loss": (float, type(None)), "best_step": (int, type(None))},
+    **{"best_loss": (float, type(None)), "best_step": (int, type(None)), "skipped": int, "schedule": dict},
 }
 """What every payload holds; others may stand beside them."""
+_BAD_SAMPLE = {field.name for field in fields(BadSample)}
 
 
 def agree_on_checkpoint(
@@ -61,7 +65,7 @@ def find_checkpoint(
         return None
 
     def check(payload: dict[str, Any]) -> None:
-        check_fields(payload)
+        check_progress(payload)
         if not config.force:
             check_same(payload["fingerprint"], prints)
 
@@ -81,15 +85,28 @@ def find_checkpoint(
     return payload
 
 
-def check_fields(payload: dict[str, Any]) -> None:
+def check_progress(payload: dict[str, Any]) -> None:
     """DamagedCheckpoint where a payload is not of the kind that `train.state.capture` makes."""
-    wrong = [name for name, kind in FIELDS.items() if not isinstance(payload.get(name, ...), kind)]
-    if not wrong and not (payload["step"] >= 0 <= payload["position"] < 2**62 and _is_digest(payload["order_digest"])):
-        wrong = ["step, position or order_digest"]
-    if not wrong and not all(isinstance(rng, torch.Tensor) and rng.dtype == torch.uint8 for rng in payload["rng"]):
-        wrong = ["rng"]
-    if wrong:
-        raise DamagedCheckpoint(f"a checkpoint is refused: its {wrong[0]} is missing, or not what a run writes")
+    check_fields(payload)
+    fine = {
+        "step, position or order_digest": payload["step"] >= 0 <= payload["position"] < 2**62
+        and _is_digest(payload["order_digest"]),
+        "rng": all(isinstance(rng, torch.Tensor) and rng.dtype == torch.uint8 for rng in payload["rng"]),
+        "fingerprint": all(isinstance(name, str) for name in payload["fingerprint"]),
+        "bad_samples": all(isinstance(bad, dict) and set(bad) == _BAD_SAMPLE for bad in payload["bad_samples"]),
+    }
+    if wrong := [name for name in fine if not fine[name]]:
+        raise _damaged(wrong[0])
+
+
+def check_fields(payload: dict[str, Any], names: Collection[str] = FIELDS) -> None:
+    """DamagedCheckpoint where one of these fields is missing, or of another type."""
+    if wrong := [name for name in names if not isinstance(payload.get(name, ...), FIELDS[name])]:
+        raise _damaged(wrong[0])
+
+
+def _damaged(name: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"a checkpoint is refused: its {name} is missing, or not what a run writes")
 
 
 def check_same(then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -101,9 +118,9 @@ def check_same(then: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def check_model(payload: dict[str, Any], model: nn.Module) -> None:
-    """InputError where a payload's weights are not those of this model, by name, shape and type."""
-    ours, theirs = model.state_dict(), payload["model"]
+def check_weights(theirs: dict[str, Any], model: nn.Module) -> None:
+    """InputError where a checkpoint's weights are not those of this model, by name, shape and type."""
+    ours = model.state_dict()
     if missing := [name for name in ours if not isinstance(theirs.get(name), torch.Tensor)]:
         raise InputError(f"the checkpoint holds another model: it lacks {missing[0]} ({len(missing)} in all)")
     if unknown := [name for name in theirs if name not in ours]:
@@ -113,6 +130,31 @@ def check_model(payload: dict[str, Any], model: nn.Module) -> None:
             raise InputError(
                 f"the checkpoint holds another model: {name} is {_kind(theirs[name])} there, {_kind(tensor)} here"
             )
+
+
+def check_optimizer(theirs: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """InputError where a checkpoint's optimizer state is not of this optimizer and these weights."""
+    try:
+        groups, state = theirs["param_groups"], theirs["state"]
+        same = list(map(_traits, groups)) == list(map(_traits, optimizer.state_dict()["param_groups"]))
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        fits = all(
+            value.shape in (torch.Size(), weights[number].shape)
+            for number, values in state.items()
+            for value in values.values()
+        )
+    except (KeyError, TypeError, AttributeError, IndexError):
+        same = fits = False
+    if not (same and fits):
+        raise InputError(
+            "the checkpoint's optimizer state is not of this optimizer; --force does not help: give it the same "
+            "--optim.optimizer, or start anew from its weights (--vision-weights, --text-weights) in another --out"
+        )
+
+
+def _traits(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells AdamW's groups from SGD's, and how many weights a group has."""
+    return "betas" in group, "momentum" in group, group["params"]
 
 
 def _kind(tensor: torch.Tensor) -> str:

@@ -13,6 +13,7 @@ from pipeline.config import stream_count
 from pipeline.loader import Loader, resolve_backend
 from pipeline.quarantine import check_count
 from pipeline.selection import Selection
+from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.schema import Manifest
 from train.commandline import to_fields
@@ -182,7 +183,18 @@ def capture(
 
 
 def restore(payload: dict[str, Any], learner: Learner, ranks: Ranks) -> Progress:
-    """Put a payload back in place; returns the progress. The fingerprint has been checked."""
+    """Put a payload back in place; returns the progress. Fingerprint, weights and optimizer have been checked.
+
+    InputError where something else in it is not what `capture` writes.
+    """
+    try:
+        return _restore(payload, learner, ranks)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"the checkpoint is not what a run writes ({type(error).__name__}: {reason})") from None
+
+
+def _restore(payload: dict[str, Any], learner: Learner, ranks: Ranks) -> Progress:
     learner.model.load_state_dict(payload["model"])
     if learner.ema is not None:
         learner.ema.load_state_dict(payload.get("ema", payload["model"]))  # --force may have turned it on
@@ -192,6 +204,7 @@ def restore(payload: dict[str, Any], learner: Learner, ranks: Ranks) -> Progress
         torch.set_rng_state(payload["rng"][ranks.rank])
         if torch.cuda.is_available() and payload["device_rng"][ranks.rank] is not None:
             torch.cuda.set_rng_state(payload["device_rng"][ranks.rank])
+    patience, plateau = payload["schedule"]["patience"], payload["schedule"]["plateau"]
     return Progress(
         step=payload["step"],
         position=payload["position"],
@@ -199,13 +212,9 @@ def restore(payload: dict[str, Any], learner: Learner, ranks: Ranks) -> Progress
         best_loss=payload["best_loss"],
         best_step=payload["best_step"],
         skipped=payload["skipped"],
-        patience=Patience(**payload["schedule"]["patience"]),
-        plateau=_plateau(payload["schedule"]["plateau"]),
+        patience=Patience(**patience),
+        plateau=Plateau(patience=Patience(**plateau["patience"]), cuts=plateau["cuts"]),
     )
-
-
-def _plateau(fields: dict[str, Any]) -> Plateau:
-    return Plateau(patience=Patience(**fields["patience"]), cuts=fields["cuts"])
 
 
 def to_host(tree: Any) -> Any:

@@ -52,9 +52,9 @@ def to_toml(backend: str, data: dict[str, Any], comments: list[str]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file() or path.stat().st_size > MAX_BYTES:
+        raise InputError(f"--loader-config {path} is no file of at most {MAX_BYTES:,} bytes")
     try:
-        if not path.is_file() or path.stat().st_size > MAX_BYTES:
-            raise InputError(f"--loader-config {path} is no file of at most {MAX_BYTES:,} bytes")
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read --loader-config {path} ({error.strerror})") from None
