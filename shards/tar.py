@@ -17,36 +17,27 @@ def header(name: str, size: int) -> bytes:
     encoded = name.encode("ascii")
     if not 0 < len(encoded) <= MAX_NAME or "/" in name or not 0 <= size <= MAX_SIZE:
         raise ValueError(f"a tar member cannot be called {name!r} with {size} bytes")
-    block = bytearray(_TEMPLATE)
-    block[: len(encoded)] = encoded
-    block[124:136] = b"%011o\0" % size
-    # The checksum counts its own field as spaces, as the template has it.
-    block[148:156] = b"%06o\0 " % (_TEMPLATE_SUM + sum(encoded) + sum(block[124:136]))
-    return bytes(block)
+    digits = b"%011o\0" % size
+    # The checksum counts its own field as spaces.
+    checksum = b"%06o\0 " % (_CONSTANT_SUM + sum(encoded) + sum(digits))
+    return b"".join((encoded.ljust(MAX_NAME, b"\0"), _BEFORE_SIZE, digits, _BEFORE_CHECKSUM, checksum, _REST))
 
 
-def _template() -> bytes:
-    """A header with a name of nothing and, for a size, zero bytes."""
-    fields = [
-        bytes(100),  # name
-        b"0000644\0",  # mode
-        b"0000000\0",  # uid
-        b"0000000\0",  # gid
-        bytes(12),  # size
-        b"%011o\0" % 0,  # mtime
-        b" " * 8,  # checksum, counted as spaces
+_BEFORE_SIZE = b"0000644\0" + b"0000000\0" + b"0000000\0"
+"""Mode, owner, group."""
+_BEFORE_CHECKSUM = b"%011o\0" % 0
+"""Time of change."""
+_REST = b"".join(
+    (
         b"0",  # regular file
         bytes(100),  # link name
         b"ustar\0" + b"00",
         bytes(32 + 32),  # owner and group names
         bytes(8 + 8),  # device numbers: none
         bytes(155 + 12),  # prefix, padding
-    ]
-    return b"".join(fields)
-
-
-_TEMPLATE = _template()
-_TEMPLATE_SUM = sum(_TEMPLATE)
+    )
+)
+_CONSTANT_SUM = sum(_BEFORE_SIZE) + sum(_BEFORE_CHECKSUM) + sum(b" " * 8) + sum(_REST)
 
 
 def padding(size: int) -> bytes:

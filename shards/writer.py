@@ -32,6 +32,7 @@ from shards.schema import (
 )
 from shards.stream import atomic_stream
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 _TABLE_ROWS = 1024
 """About as many rows are held as Python objects, 2.7 KB each."""
 
@@ -64,8 +65,7 @@ class Sample:
 
 def sample_json(labels: dict[str, float | None], row: int, source: int) -> bytes:
     """Content of KEY.json: labels (null for unknown), source, row. Sorted keys, no spaces, UTF-8."""
-    record = {"labels": labels, "row": row, "source": source}
-    return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return _ENCODER.encode({"labels": labels, "row": row, "source": source}).encode()
 
 
 def text_bytes(text: str) -> bytes:
