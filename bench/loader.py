@@ -95,6 +95,8 @@ class LoaderBenchConfig:
             raise InputError(f"--cpus {min(unknown)}: this process may use {sorted(os.sched_getaffinity(0))}")
         if self.uint8 and not self.h5:
             raise InputError("--uint8 copies the HDF5 file; give it with --h5")
+        if self.jitter and not any(self.latency_ms):
+            raise InputError(f"--jitter {self.jitter} is a share of --latency-ms; give that too")
         tuple(self.slow_settings())  # they check themselves
 
     def slow_settings(self) -> Iterator[SlowSettings | None]:
@@ -105,7 +107,7 @@ class LoaderBenchConfig:
             yield SlowSettings(
                 latency_ms=latency,
                 bandwidth_mb=self.bandwidth_mb,
-                jitter=self.jitter,
+                jitter=self.jitter if latency else 0.0,
                 readahead_kb=self.readahead_kb,
             )
 

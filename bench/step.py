@@ -57,6 +57,8 @@ class StepBenchConfig:
         for name in ("batch_size", "rounds"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is not a positive number")
+        if self.largest_batch < 0:
+            raise InputError(f"--largest-batch {self.largest_batch} is below 0")
         if not 0 < self.seconds < math.inf:
             raise InputError(f"--seconds {self.seconds} is not a positive number")
 

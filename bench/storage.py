@@ -128,6 +128,8 @@ class SlowSettings:
             raise InputError(f"--bandwidth-mb {self.bandwidth_mb} has to be above 0")
         if not 0 <= self.jitter <= 1 or self.readahead_kb < 0:
             raise InputError(f"--jitter {self.jitter} has to lie in [0, 1], --readahead-kb {self.readahead_kb} above 0")
+        if self.jitter and not self.latency_ms:
+            raise InputError(f"--jitter {self.jitter} is a share of --latency-ms, which is 0; give that too")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

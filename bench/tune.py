@@ -19,7 +19,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from bench.case import forget_rows
 from bench.compare import BETTER, judge
@@ -63,7 +65,7 @@ class TuneConfig:
     """Put the shards out of the page cache before each trial; see bench/storage.py."""
     seed: int = 0
     """Seed of the search; the trials read the set in other orders each."""
-    slow: SlowSettings = field(default_factory=SlowSettings)
+    slow: Annotated[SlowSettings, tyro.conf.arg(name="")] = field(default_factory=SlowSettings)
     """A slow file system under it, to see what would be chosen there."""
 
     def __post_init__(self) -> None:

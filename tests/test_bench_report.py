@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from conftest import REPOSITORY, assert_refused, run_module
+from scipy.stats import mannwhitneyu
 
 from bench.compare import BETTER, FEW, MACHINE, SAME, WORSE, compare_all, judge
 from bench.files import UnreadableError, bundle, distinct, read_results
@@ -136,6 +137,30 @@ def test_what_slows_the_reference_as_well_is_the_machine(tmp_path: Path) -> None
     assert (
         verdict(tmp_path, {**OLD, "hdf5": scaled(1.5, OLD["hdf5"])}) == SAME
     )  # a baseline got better, ours is as it was
+
+
+def test_loaders_of_others_are_no_regression_of_ours(tmp_path: Path) -> None:
+    older, newer = (loader_json({**OLD, "ffcv": scaled(by, OLD["cpu"])}, day=day) for day, by in ((1, 1.0), (2, 0.5)))
+    for content in (older, newer):
+        content["cases"][-1]["peer"] = True
+    (pair,), _ = compare_all(results_of(tmp_path, older, newer), 0.05)
+    assert not pair.regressions and MACHINE in {change.verdict for change in pair.changes if change.case == "ffcv"}
+
+
+def test_many_rounds_take_no_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file from anywhere may have two thousand; the exact test of so many takes minutes and gigabytes."""
+    asked: list[tuple[int, str]] = []
+
+    def test(after: list[float], before: list[float], alternative: str, method: str) -> Any:
+        asked.append((len(after), method))
+        return mannwhitneyu(after, before, alternative=alternative, method="auto")
+
+    monkeypatch.setattr("scipy.stats.mannwhitneyu", test)
+    rng = np.random.default_rng(0)
+    for rounds in (5, 2000):
+        before, after = rng.lognormal(7, 0.02, rounds), rng.lognormal(6.9, 0.02, rounds)
+        assert judge(before.tolist(), after.tolist(), METRICS["images_per_s"], 0.05)[0] == WORSE
+    assert asked == [(5, "exact"), (2000, "asymptotic")]
 
 
 def test_the_rule_seldom_cries_wolf() -> None:
