@@ -15,7 +15,17 @@ BACKENDS = ("auto", "cpu", "dali", "hdf5", "hdf5-tuned")
 MODES = ("train", "eval")
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULT_STREAMS = 48
-MAX_IMAGE_SIZE, MAX_READ_THREADS = 8192, 256
+MOST = {
+    "batch_size": 1 << 20,
+    "streams": 1 << 20,
+    "threads": 1024,
+    "memory_mb": 1 << 24,
+    "read_threads": 256,
+    "ahead": 256,
+    "image_size": 8192,
+    "views": 64,
+}
+"""Largest values: beyond them a slip of the finger would allocate, or start, for ever."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,14 +104,10 @@ class LoaderConfig:
         _one_of("backend", self.backend, BACKENDS)
         _one_of("mode", self.mode, MODES)
         _one_of("dtype", self.dtype, DTYPES)
-        for name in ("batch_size", "streams", "threads", "memory_mb", "read_threads", "ahead", "image_size", "views"):
+        for name, most in MOST.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; it has to be at least 1")
-        if self.image_size > MAX_IMAGE_SIZE:
-            raise InputError(f"image_size is {self.image_size}; {MAX_IMAGE_SIZE} is the most")
-        if self.read_threads > MAX_READ_THREADS:
-            raise InputError(f"read_threads is {self.read_threads}; {MAX_READ_THREADS} is the most")
+            if value is not None and not 1 <= value <= most:
+                raise InputError(f"{name} is {value}; it has to be at least 1 and at most {most:,}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise InputError(f"crop scale {self.scale} is not a range within (0, 1]")
         if not 0 <= self.flip <= 1 or not all(0 < value < math.inf for value in self.std):

@@ -15,14 +15,15 @@ from collections import deque
 from typing import Any
 
 import numpy as np
-import simplejpeg
 import torch
 
 from pipeline.batch import Batch, World
 from pipeline.config import LoaderConfig, thread_count
 from pipeline.effects import for_graph, in_graph
 from pipeline.encoded import Encoded, EncodedBatches, make_batch
+from pipeline.kernels import check_jpeg
 from pipeline.trial import Trial
+from shards.encodings import check_header, decode
 from shards.errors import InputError
 from shards.schema import ImageSpec, Manifest, shard_name
 
@@ -221,26 +222,15 @@ class DaliBackend:
 
 
 def check_headers(encoded: Encoded, spec: ImageSpec, split: str) -> None:
-    """InputError where an image is not what the data set says: inside DALI it would cost the batch its name."""
+    """InputError where an image is not what the data set says: inside DALI it would cost the batch its name, and a
+    larger one would be cropped as if it were of the right size."""
     for index, image in enumerate(encoded.images):
-        if spec.codec != "jpeg":
-            _check_other(encoded, index, spec, split)
-            continue
         try:
-            height, width, *_ = simplejpeg.decode_jpeg_header(image)
+            if spec.codec == "jpeg":
+                check_jpeg(image, (spec.height, spec.width))
+            elif spec.codec == "raw":
+                decode(image.data, spec)
+            else:
+                check_header(image.data, spec)
         except ValueError as error:
-            raise InputError(f"{encoded.describe(index, split)} is not a JPEG ({error}); ingest again") from None
-        if (height, width) != (spec.height, spec.width):
-            raise InputError(
-                f"{encoded.describe(index, split)} is {height}x{width}, the manifest says {spec.height}x{spec.width}; "
-                "ingest again"
-            )
-
-
-def _check_other(encoded: Encoded, index: int, spec: ImageSpec, split: str) -> None:
-    """Bare pixels must have the right number; DALI itself says of the other codecs what is wrong."""
-    size = len(encoded.images[index])
-    if spec.codec == "raw" and size != spec.height * spec.width:
-        raise InputError(
-            f"{encoded.describe(index, split)} has {size:,} bytes, not {spec.height} x {spec.width}; ingest again"
-        )
+            raise InputError(f"{encoded.describe(index, split)} cannot be decoded ({error}); ingest again") from None

@@ -144,10 +144,17 @@ class TurboDecode:
 
     def run(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """A JPEG -> (H, W), valid until the next. ValueError where it is none or of another size."""
-        pixels = simplejpeg.decode_jpeg(image, "GRAY", buffer=self._pixels)
-        if pixels.shape[:2] != self._shape:
-            raise ValueError(f"the image is {pixels.shape[0]}x{pixels.shape[1]}, not {self._shape[0]}x{self._shape[1]}")
-        return pixels[..., 0]
+        check_jpeg(image, self._shape)
+        return simplejpeg.decode_jpeg(image, "GRAY", buffer=self._pixels)[..., 0]
+
+
+def check_jpeg(image: NDArray[np.uint8], shape: tuple[int, int]) -> None:
+    """ValueError where the header shows an image of another size, or one whose grey levels are a matter of taste."""
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
+    if (height, width) != shape:
+        raise ValueError(f"the image is {height}x{width}, not {shape[0]}x{shape[1]}")
+    if colours in ("CMYK", "YCCK"):
+        raise ValueError(f"the image is {colours}")
 
 
 class CompiledDecode:

@@ -15,6 +15,10 @@ from PIL import Image
 
 from shards.schema import ImageSpec
 
+_PILLOW = {"png": "PNG", "webp": "WEBP", "jpeg2k": "JPEG2000"}
+"""Codec -> Pillow's name of it."""
+_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
+"""Pillow's kinds of images of 8 bits; it cuts off what others have more."""
 Pixels = NDArray[np.uint8]
 """(H, W) grey levels."""
 
@@ -37,13 +41,15 @@ def encode(pixels: Pixels, spec: ImageSpec) -> bytes:
 
 def decode(content: bytes | memoryview, spec: ImageSpec) -> Pixels:
     """Bytes to (H, W) grey levels. ValueError where they are damaged or of another size."""
-    try:
-        pixels = ENCODINGS[spec.codec].decode(content, spec)
-    except (OSError, SyntaxError) as error:  # Pillow's ways to say that bytes are damaged
-        raise ValueError(f"not a {spec.codec} image ({error})") from None
+    pixels = ENCODINGS[spec.codec].decode(content, spec)
     if pixels.shape != (spec.height, spec.width):
         raise ValueError(f"an image of {pixels.shape[0]} x {pixels.shape[1]}, not {spec.height} x {spec.width}")
     return pixels
+
+
+def check_header(content: bytes | memoryview, spec: ImageSpec) -> None:
+    """ValueError where the header alone, in a codec of Pillow's, shows what `decode` would refuse."""
+    _open(content, _PILLOW[spec.codec], spec).close()
 
 
 def _encode_jpeg(pixels: Pixels, spec: ImageSpec) -> bytes:
@@ -60,11 +66,27 @@ def _pillow(name: str, **options: object) -> Encoding:
     def encode_image(pixels: Pixels, spec: ImageSpec) -> bytes:  # noqa: ARG001
         return _save(pixels, name, **options)
 
-    def decode_image(content: bytes | memoryview, spec: ImageSpec) -> Pixels:  # noqa: ARG001
-        with Image.open(io.BytesIO(content), formats=(name,)) as image:
-            return np.asarray(image.convert("L"))
+    def decode_image(content: bytes | memoryview, spec: ImageSpec) -> Pixels:
+        with _open(content, name, spec) as image:
+            try:
+                return np.asarray(image.convert("L"))
+            except Exception as error:  # of all the kinds that Pillow's decoders raise
+                raise ValueError(f"not a whole {name} image ({' '.join(str(error).split())[:80]})") from None
 
     return Encoding(encode=encode_image, decode=decode_image, lossless=True)
+
+
+def _open(content: bytes | memoryview, name: str, spec: ImageSpec) -> Image.Image:
+    """An image of which the header alone was read. ValueError where it is none of 8 bits, or of another size."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=(name,))
+    except Exception:  # of many kinds, and their texts hold addresses in memory
+        raise ValueError(f"not a {name} image") from None
+    if image.size != (spec.width, spec.height):
+        raise ValueError(f"an image of {image.height} x {image.width}, not {spec.height} x {spec.width}")
+    if image.mode not in _MODES:
+        raise ValueError(f"a {name} image of kind {image.mode}, not of 8 bits")
+    return image
 
 
 def _save(pixels: Pixels, name: str, **options: object) -> bytes:
@@ -86,10 +108,10 @@ def _decode_raw(content: bytes | memoryview, spec: ImageSpec) -> Pixels:
 ENCODINGS = {
     "jpeg": Encoding(encode=_encode_jpeg, decode=_decode_jpeg, lossless=False),
     # Films seldom repeat themselves: looking for runs only is 5 times as fast as looking for matches, and 5 % smaller.
-    "png": _pillow("PNG", compress_type=zlib.Z_RLE),
+    "png": _pillow(_PILLOW["png"], compress_type=zlib.Z_RLE),
     # Quality is effort here: 50 takes half as long again for the same bytes, method 6 a hundred times for 5 % less.
-    "webp": _pillow("WEBP", lossless=True, quality=25, method=4),
-    "jpeg2k": _pillow("JPEG2000", irreversible=False),
+    "webp": _pillow(_PILLOW["webp"], lossless=True, quality=25, method=4),
+    "jpeg2k": _pillow(_PILLOW["jpeg2k"], irreversible=False),
     "raw": Encoding(encode=_encode_raw, decode=_decode_raw, lossless=True),
 }
 """Codec -> its pair; the keys are those of `schema.CODEC_EXTENSIONS`."""

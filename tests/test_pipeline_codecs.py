@@ -1,14 +1,20 @@
 """Lossless shards through the loader: every codec and backend hands out what the pixels themselves would give."""
 
+import io
+import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import made_up_images, write_csv, write_h5
+from PIL import Image
 
 from ingest.config import IngestConfig
 from ingest.run import ingest
+from pipeline import visits
 from pipeline.batch import World
 from pipeline.config import LoaderConfig
 from pipeline.loader import build_loader
@@ -28,10 +34,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def sets(source: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("sets")
-    for codec in LOSSLESS:
+    for codec in ENCODINGS:
         config = IngestConfig(to_shards=folder / codec, h5=(source[0],), csv=(source[1],), workers=1, encoding=codec)
         ingest(config)
-    return {codec: folder / codec for codec in LOSSLESS}
+    return {codec: folder / codec for codec in ENCODINGS}
 
 
 def images(root: Path, backend: str, h5: Path | None = None) -> torch.Tensor:
@@ -63,3 +69,87 @@ def test_a_raw_image_of_another_size_is_named(sets: dict[str, Path], tmp_path: P
     for backend in ("cpu", "dali"):
         with pytest.raises(InputError, match="train-000000: image 00-"):
             images(root, backend)
+
+
+@pytest.fixture
+def swap(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    """Puts bytes in the place of each shard's row 2, as if ingest had written them: the digest is right."""
+    read, bytes_ = visits.read_images, [np.empty(0, dtype=np.uint8)]
+
+    def swapped(*arguments: object) -> tuple[np.ndarray, list[np.ndarray]]:
+        buffer, images = read(*arguments)  # type: ignore[arg-type]
+        for index in np.flatnonzero(arguments[1]["row"] == 2).tolist():  # type: ignore[index]
+            images[index] = bytes_[0]
+            arguments[1]["address"][index] = bytes_[0].ctypes.data  # type: ignore[index]
+            arguments[1]["size"][index] = len(bytes_[0])  # type: ignore[index]
+        return buffer, images
+
+    def put(content: bytes) -> None:
+        bytes_[0] = np.frombuffer(content, dtype=np.uint8)
+
+    monkeypatch.setattr(visits, "read_images", swapped)
+    monkeypatch.setattr(visits, "is_sound", lambda *_: True)
+    return put
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of 60,000 x 60,000 pixels, it says."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(1000)))]
+    chunks = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in [*parts, (b"IEND", b"")]
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+FILM = Image.fromarray(made_up_images(1)[0])
+STRANGE = {
+    "png of 16 bits": ("png", saved(Image.fromarray(np.asarray(FILM, np.uint16) * 257), "PNG")),
+    "larger png": ("png", saved(FILM.resize((400, 400)), "PNG")),
+    "smaller png": ("png", saved(FILM.resize((160, 160)), "PNG")),
+    "png bomb": ("png", bomb()),
+    "jpeg for png": ("png", saved(FILM, "JPEG")),
+    "smaller webp": ("webp", saved(FILM.resize((160, 160)), "WEBP")),
+    "smaller jpeg2k": ("jpeg2k", saved(FILM.resize((160, 160)), "JPEG2000")),
+    "CMYK jpeg": ("jpeg", saved(FILM.convert("CMYK"), "JPEG")),
+    "huge jpeg": ("jpeg", saved(FILM, "JPEG").replace(struct.pack(">HH", 320, 320), b"\xff\xdc" * 2, 1)),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+@pytest.mark.parametrize("kind", STRANGE)
+def test_what_is_no_film_of_the_set_is_named(
+    sets: dict[str, Path], swap: Callable[[bytes], None], kind: str, backend: str
+) -> None:
+    """A larger PNG was cropped by DALI as if it were a film, one of 16 bits was white on the CPU; smaller ones and
+    bombs ended in tracebacks."""
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    codec, content = STRANGE[kind]
+    swap(content)
+    with pytest.raises(InputError, match=r"train-000000: image 00-\d+ .*cannot be decoded") as error:
+        images(sets[codec], backend)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_the_reason_why_a_sample_is_bad_is_the_same_in_every_run(
+    sets: dict[str, Path], swap: Callable[[bytes], None], backend: str
+) -> None:
+    """It goes into checkpoints. Pillow's had an address in memory."""
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    swap(bytes(500))
+    config = LoaderConfig(shards=sets["png"], backend=backend, batch_size=24, threads=1, max_bad=1)
+    found = []
+    for _ in range(2):
+        with build_loader(config, World()) as loader:
+            next(loader)
+            found.append(loader.bad_samples())
+    assert [bad["why"] for bad in found[0]] == ["cannot be decoded (not a PNG image)"] and found[0] == found[1]

@@ -39,6 +39,9 @@ def config(shards: Path = Path("nowhere"), **settings: object) -> LoaderConfig:
         ({"std": (1.0, INF, 1.0)}, "std (1.0, inf, 1.0)"),
         ({"mean": (0.0, 0.0, INF)}, "mean (0.0, 0.0, inf)"),
         ({"image_size": 10**8}, "image_size is 100000000"),
+        ({"ahead": 10**9}, "ahead is 1000000000; it has to be at least 1 and at most 256"),
+        ({"threads": 10**6}, "threads is 1000000"),
+        ({"streams": 10**9}, "streams is 1000000000"),
         ({"backend": "hdf5"}, "--h5"),
     ],
 )
