@@ -64,7 +64,7 @@ class H5Films:
         part, start = self._parts[number], int(self._starts[number])
         step = max(READ_ROWS // part.chunk_rows, 1) * part.chunk_rows
         for row in range(first - start, end - start, step):
-            yield from part.read_uint8(row, min(row + step, end - start), self._range)
+            yield from part.films(row, min(row + step, end - start), self._range)
 
     def stored(self, first: int, end: int) -> NDArray[np.int64]:
         """(end - first,) bytes of films first..end, which lie in one file: compressed or not, its mean."""

@@ -5,6 +5,7 @@ plug-in. All are refused before a pixel is read.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -62,12 +63,22 @@ class H5Source:
                 f"rows {first} to {end} of {self._name} cannot be read ({reason}); restore the file"
             ) from None
 
+    def films(
+        self, first: int, end: int, value_range: tuple[float, float] | None = None
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Rows first..end as (H, W) grey levels: exactly, or scaled from `value_range`. They are read at once, and made
+        one by one, for each stays in the CPU's cache then. InputError names the first bad row.
+        """
+        for row, film in enumerate(self.read(first, end), first):
+            yield (
+                to_uint8(film, row, self._name)
+                if value_range is None
+                else scale_to_uint8(film, value_range, row, self._name)
+            )
+
     def read_uint8(self, first: int, end: int, value_range: tuple[float, float] | None = None) -> NDArray[np.uint8]:
-        """Rows first..end as grey levels: exactly, or scaled from `value_range`. InputError names the first bad row."""
-        images = self.read(first, end)
-        if value_range is None:
-            return to_uint8(images, first, self._name)
-        return scale_to_uint8(images, value_range, first, self._name)
+        """Rows first..end as `films` gives them, (end - first, H, W)."""
+        return np.stack(list(self.films(first, end, value_range)))
 
     def close(self) -> None:
         """Close the file."""
@@ -82,31 +93,27 @@ class H5Source:
         self.close()
 
 
-def to_uint8(images: NDArray, first_row: int, name: str) -> NDArray[np.uint8]:
-    """(n, H, W) to uint8, exactly. InputError names the first row with another value, be it NaN."""
-    if images.dtype == np.uint8:
-        return images
-    exact, same = np.empty(images.shape, dtype=np.uint8), np.empty(images.shape[1:], dtype=bool)
+def to_uint8(film: NDArray, row: int, name: str) -> NDArray[np.uint8]:
+    """(H, W) to uint8, exactly. InputError names the row where a value is another one, be it NaN."""
+    if film.dtype == np.uint8:
+        return film
     with np.errstate(invalid="ignore"):
-        for number, (film, levels) in enumerate(zip(images, exact, strict=True)):  # each stays in the CPU's cache
-            np.copyto(levels, film, casting="unsafe")
-            if not np.equal(levels, film, out=same).all():
-                raise InputError(
-                    f"row {first_row + number} of {name} has values from {film.min():g} to {film.max():g}, not all "
-                    "whole numbers 0..255; say with --value-range LO HI which values are black and white"
-                )
+        exact = film.astype(np.uint8)
+    if not np.equal(exact, film).all():
+        raise InputError(
+            f"row {row} of {name} has values from {film.min():g} to {film.max():g}, not all whole numbers 0..255; "
+            "say with --value-range LO HI which values are black and white"
+        )
     return exact
 
 
-def scale_to_uint8(images: NDArray, value_range: tuple[float, float], first_row: int, name: str) -> NDArray[np.uint8]:
-    """(n, H, W) to uint8: LO becomes 0, HI 255, rounded, clipped. InputError for NaN and infinity."""
+def scale_to_uint8(film: NDArray, value_range: tuple[float, float], row: int, name: str) -> NDArray[np.uint8]:
+    """(H, W) to uint8: LO becomes 0, HI 255, rounded, clipped. InputError for NaN and infinity."""
     low, high = value_range
-    unknown = ~np.isfinite(images).all(axis=(1, 2))
-    if unknown.any():
-        row = first_row + int(unknown.argmax())
+    if not np.isfinite(film).all():
         raise InputError(f"row {row} of {name} has pixels that are no number (NaN or infinite); mend or drop it")
     with np.errstate(over="ignore"):
-        scaled = (images.astype(np.float64) - low) * (255 / (high - low))
+        scaled = (film.astype(np.float64) - low) * (255 / (high - low))
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
