@@ -54,7 +54,7 @@ class SourceConfig:
     group_column: str | None = None
     """Column of patients: nobody's films are in two splits."""
     group_regex: str | None = None
-    """Takes the patient out of that column (`p\\d+` out of a path): the first group, or the whole match."""
+    """Takes the patient out of that column: first group or whole match; `/p(\\d+)/s` for paths of MIMIC-CXR."""
     group_namespace: str | None = None
     """Sources of a list that give the same name here have the same patients: equal ids are one person. Without it the
     patients of a source are its own."""
@@ -72,6 +72,8 @@ class SourceConfig:
         if self.split and self.split_column:
             raise InputError("--split and --split-column contradict each other; give one")
         self._check_kind()
+        if self.group_column in (*self.label_columns, self.label_list_column or ""):
+            raise InputError(f"--group-column {self.group_column!r} is a label column too, which would show who it is")
         if self.section is not None and not self.section.strip():
             raise InputError("--section is empty; name the section that is the text, or leave it out")
         if not self.label_list_separator:

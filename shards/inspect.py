@@ -12,8 +12,11 @@ from shards.cli import say
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
-from shards.scan import read_image, scan
+from shards.scan import read_block, read_image, scan
 from shards.schema import LABEL_PREFIX, Manifest, table_schema
+
+_KEYS_AT_ONCE = 10_000
+"""Keys read at once: 140 KB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,11 +61,14 @@ def _describe_split(manifest: Manifest, split: str) -> str:
 def show_sample(root: Path, key: str) -> Iterator[str]:
     """Lines about one sample, its report among them: for the terminal of somebody who may read it."""
     manifest = read_manifest(root)
-    for block in scan(root, manifest, table_schema(manifest.tokenizer.context, manifest.labels).names):
+    for block in scan(root, manifest, ["key"], rows=_KEYS_AT_ONCE):
         found = pc.index(block.table["key"], key).as_py()
         if found >= 0:
-            (row,) = block.table.slice(found, 1).to_pylist()
-            yield from _describe_row(block.reader, manifest, block.first + found, row)
+            number = block.first + found
+            columns = table_schema(manifest.tokenizer.context, manifest.labels).names
+            table = read_block(block.reader, number // manifest.block_rows, columns)
+            (row,) = table.slice(number % manifest.block_rows, 1).to_pylist()
+            yield from _describe_row(block.reader, manifest, number, row)
             return
     raise InputError(f"no sample {key!r} in {root}; keys look like 00-0000000123")
 

@@ -5,8 +5,6 @@ every page's place and length to the manifest. Pages carry checksums, images the
 """
 
 import os
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
@@ -16,14 +14,11 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from xxhash import xxh3_128_hexdigest
 
 from shards.errors import InputError
-from shards.pages import unpacked_bytes
-from shards.partial import PartialFile
-from shards.schema import LABEL_PREFIX, MAX_BLOCK_TEXT_BYTES, FileInfo, Manifest, ShardInfo, sample_key, table_schema
+from shards.schema import LABEL_PREFIX, MAX_BLOCK_TEXT_BYTES, FileInfo, Manifest, ShardInfo, sample_key
+from shards.table import ShardTable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,12 +57,6 @@ class Rows:
 TRAINING_COLUMNS = ("source", "row", "offset", "size", "xxh3", "tokens", "token_count", "side_words", "group")
 
 
-_MAX_FOOTER_BYTES = 32 << 20
-"""A footer takes about 100 bytes a column and block."""
-_ENCODINGS = frozenset({"PLAIN", "RLE"})
-"""Of columns and of which values are there. Dictionaries and deltas let a small file hold any amount of text."""
-_SLACK_BYTES = 4096
-"""Page headers and the like in a column of a block."""
 _SAMPLE_BYTES = 64 << 10
 """What a sample has in the tar beside image and report: headers, padding, labels."""
 
@@ -85,17 +74,16 @@ class ShardReader:
         self.path = Path(root) / f"{info.name}.tar"
         check_file(self.path, info.tar)
         try:
-            self._file = PartialFile(path, info.parquet.bytes)
-            self._parquet = _open_table(self._file, path, manifest, info)
+            self._table = ShardTable(path, manifest, info)
+        except OSError as error:
+            raise self._cannot_open(error) from None
+        try:
             # Not blocking: the file may have become a pipe since it was checked, whose opening might never end.
             self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             """File descriptor of the tar."""
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
-            raise InputError(f"shard {info.name}: cannot open it ({reason}); restore its files") from None
-        self._checked: set[tuple[int, str]] = set()
-        self._lock = threading.Lock()
-        """One thread at a time is at the table; any number may wait for the disk."""
+            self._table.close()
+            raise self._cannot_open(error) from None
 
     @property
     def blocks(self) -> int:
@@ -132,14 +120,12 @@ class ShardReader:
 
     def read_table(self) -> pa.Table:
         """The whole table, every column, page checksums verified."""
-        names = self._parquet.schema_arrow.names
-        return pa.concat_tables([self.read_columns(block, names) for block in range(self.blocks)])
+        return pa.concat_tables([self.read_columns(block, self._table.names) for block in range(self.blocks)])
 
     def close(self) -> None:
         """Close both files."""
         os.close(self.fd)
-        self._parquet.close(force=True)
-        self._file.close()
+        self._table.close()
 
     def __enter__(self) -> Self:
         return self
@@ -154,79 +140,7 @@ class ShardReader:
 
         Many small blocks at once cost a fraction of as many calls, and as much more memory.
         """
-        blocks = range(block, block + count)
-        chunks = [chunk for each in blocks for chunk in self._chunks(each, columns)]
-        try:
-            parts = self._file.read((chunk.data_page_offset, _end(chunk)) for _, _, chunk in chunks)
-            with self._lock, self._file.holding(parts):
-                for each, name, chunk in chunks:
-                    self._check_pages(each, name, chunk)
-                table = self._parquet.read_row_groups(list(blocks), columns=columns, use_threads=False)
-        except (OSError, EOFError, MemoryError, pa.ArrowException) as error:
-            raise self._damaged(f"block {block}", error) from None
-        self._check_values(block, table)
-        return table
-
-    def _check_values(self, block: int, table: pa.Table) -> None:
-        """InputError for values that no writer of ours makes and that would trip whoever takes them for granted."""
-        try:
-            table.validate(full=True)
-        except pa.ArrowException:
-            raise self._senseless(block, "some text is not UTF-8") from None
-        for name in table.column_names:
-            column = table[name]
-            holes = column.null_count or (name == "tokens" and any(part.flatten().null_count for part in column.chunks))
-            if holes and not name.startswith(LABEL_PREFIX):
-                raise self._senseless(block, f"column {name!r} has blanks")
-        if "source" in table.column_names and pc.max(table["source"]).as_py() >= len(self.manifest.sources):
-            raise self._senseless(block, "it names a source that the manifest does not")
-
-    def _chunks(self, block: int, columns: list[str]) -> Iterator[tuple[int, str, pq.ColumnChunkMetaData]]:
-        """What the footer says of a block's columns. InputError where our writer makes no such thing."""
-        group = self._parquet.metadata.row_group(block)
-        first, end = self.block_span(block)
-        if group.num_rows != end - first:
-            raise self._senseless(block, f"it has {group.num_rows:,} rows, not {end - first:,}")
-        for chunk in map(group.column, range(group.num_columns)):
-            name = chunk.path_in_schema.removesuffix(".list.element")
-            if name not in columns:
-                continue
-            if chunk.has_dictionary_page or chunk.compression != "ZSTD" or not _ENCODINGS.issuperset(chunk.encodings):
-                raise self._senseless(block, f"column {name!r} is encoded another way than ours")
-            if not 0 <= chunk.data_page_offset <= _end(chunk) <= self.info.parquet.bytes:
-                raise self._senseless(block, f"column {name!r} lies outside the file")
-            if max(chunk.total_compressed_size, chunk.total_uncompressed_size) > self._most_bytes(name, block):
-                raise self._senseless(block, f"column {name!r} would take {chunk.total_uncompressed_size:,} bytes")
-            yield block, name, chunk
-
-    def _check_pages(self, block: int, name: str, chunk: pq.ColumnChunkMetaData) -> None:
-        """InputError where a column is not what our writer makes, seen before any of it is unpacked."""
-        if (block, name) in self._checked:
-            return
-        try:
-            size = unpacked_bytes(self._file.held, chunk.data_page_offset, chunk.total_compressed_size)
-        except (ValueError, KeyError, TypeError, OSError, OverflowError) as error:
-            raise self._damaged(f"block {block}", error) from None
-        if size > self._most_bytes(name, block):
-            raise self._senseless(block, f"column {name!r} would take {size:,} bytes")
-        self._checked.add((block, name))
-
-    def _most_bytes(self, name: str, block: int) -> int:
-        """More than our writer makes of a column of one block, unpacked or not."""
-        if name == "text":
-            return MAX_BLOCK_TEXT_BYTES + _SLACK_BYTES
-        first, end = self.block_span(block)
-        # Parquet knows no 16 bits: a token takes 4 bytes, and its place in the list some bits more.
-        return (end - first) * (5 * self.manifest.tokenizer.context if name == "tokens" else 32) + _SLACK_BYTES
-
-    def _senseless(self, block: int, why: str) -> InputError:
-        return InputError(f"shard {self.info.name}: block {block} of its table makes no sense: {why}; ingest again")
-
-    def _damaged(self, what: str, error: Exception) -> InputError:
-        reason = " ".join(str(error).split())[:120]
-        return InputError(
-            f"shard {self.info.name}: {what} of its Parquet file cannot be read ({reason}); restore the file"
-        )
+        return self._table.read(block, columns, count)
 
     def _check_rows(self, block: int, rows: Rows) -> None:
         first, end = self.block_span(block)
@@ -243,6 +157,10 @@ class ShardReader:
                 f"shard {self.info.name}: block {block} holds a group of another split (leak); ingest again"
             )
 
+    def _cannot_open(self, error: OSError) -> InputError:
+        reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+        return InputError(f"shard {self.info.name}: cannot open it ({reason}); restore its files")
+
 
 def check_file(path: Path, expected: FileInfo) -> None:
     """InputError where a file of a shard is missing or has another size than the manifest says."""
@@ -258,37 +176,6 @@ def check_file(path: Path, expected: FileInfo) -> None:
             f"shard {path.stem}: {path.name} has {size:,} bytes, the manifest says {expected.bytes:,}: "
             "it changed after ingest; restore it or ingest again"
         )
-
-
-def _end(chunk: pq.ColumnChunkMetaData) -> int:
-    return chunk.data_page_offset + chunk.total_compressed_size
-
-
-def _read_footer(file: PartialFile, path: Path, info: ShardInfo) -> list[tuple[int, bytes]]:
-    if info.footer_bytes > _MAX_FOOTER_BYTES:
-        raise InputError(f"shard {info.name}: a Parquet footer of {info.footer_bytes:,} bytes is none of ours")
-    parts = file.read([(max(info.parquet.bytes - info.footer_bytes, 0), info.parquet.bytes)])
-    if xxh3_128_hexdigest(b"".join(content for _, content in parts)) != info.footer_xxh3:
-        raise InputError(
-            f"shard {info.name}: the footer of {path.name} changed after ingest; restore it or ingest again"
-        )
-    return parts
-
-
-def _open_table(file: PartialFile, path: Path, manifest: Manifest, info: ShardInfo) -> pq.ParquetFile:
-    try:
-        with file.holding(_read_footer(file, path, info)):
-            table = pq.ParquetFile(pa.BufferReader(file.buffer), page_checksum_verification=True)
-    except (EOFError, pa.ArrowException) as error:
-        raise InputError(f"shard {info.name}: {path.name} is not a Parquet file ({error})") from None
-    expected = table_schema(manifest.tokenizer.context, manifest.labels)
-    blocks = -(-info.rows // manifest.block_rows)
-    counts = (table.metadata.num_rows, table.metadata.num_row_groups)
-    if not table.schema_arrow.equals(expected) or counts != (info.rows, blocks):
-        raise InputError(
-            f"shard {info.name}: {path.name} has other columns or rows than the manifest says; ingest again"
-        )
-    return table
 
 
 def _values(table: pa.Table, name: str) -> NDArray:

@@ -129,7 +129,7 @@ def leak_lines(stats: Stats) -> Iterator[str]:
     """Films that two splits share."""
     for pair, count in stats.shared_films.items():
         if count:
-            yield f"{count:,} films are in {' and in '.join(pair.split(', '))}, byte for byte"
+            yield f"{count:,} films are in {' and in '.join(pair.split(', '))}, byte for byte: a leak"
 
 
 def _label_page(splits: dict[str, SplitStats]) -> Iterator[str]:

@@ -396,6 +396,9 @@ class TestLabelsAndSplits:
         ):
             with pytest.raises(InputError, match=f"{flag} does nothing with --{kind}"):
                 SourceConfig(csv=(tmp_path / "a.csv",), **films[kind], **setting).check()
+        for labels in ({"label_columns": ("who",)}, {"label_list_column": "who"}):
+            with pytest.raises(InputError, match="'who' is a label column too"):
+                SourceConfig(csv=(tmp_path / "a.csv",), **films["h5"], group_column="who", **labels).check()
         with pytest.raises(InputError, match="--group-namespace needs --group-column"):
             SourceConfig(csv=(tmp_path / "a.csv",), **films["h5"], group_namespace="x").check()
 
