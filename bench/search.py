@@ -1,11 +1,16 @@
-"""The settings that the tuner may choose among, and the search: Optuna's TPE over films/s, within a time."""
+"""The settings that the tuner may choose among, the search (Optuna's TPE over films/s), and what it found measured
+again in turn, beside the default and beside itself without each of its choices."""
 
 import os
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bench.compare import BETTER, judge
+from bench.kinds import METRICS
 from pipeline.batch import World
 from pipeline.blocks import check_memory
 from pipeline.config import LoaderConfig, available_cpus, stream_count
@@ -17,6 +22,10 @@ READ_THREADS = (1, 2, 4, 8, 16, 32, 64)
 AHEAD = (1, 2, 4, 8)
 MEMORY_SHARE = 4
 """Read-ahead takes at most one part in so many of the machine's memory: ranks and the model need the rest."""
+
+LEAST_GAIN = 0.01
+LEAST_ROUNDS = 5
+"""Fewer cannot pass the test."""
 
 Choice = dict[str, Any]
 """Setting -> value; settings are fields of LoaderConfig."""
@@ -119,3 +128,60 @@ def _optuna() -> Any:
     except ImportError:
         raise InputError("tuning needs Optuna: pip install 'shardclip[tune]'") from None
     return optuna
+
+
+Rates = dict[str, list[float]]
+"""Variant -> films/s, a value a round."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bought:
+    """What one choice bought, beside the best without it."""
+
+    setting: str
+    default: Any
+    chosen: Any
+    ratio: float
+    """Films/s with it to those without: median over rounds."""
+    lowest: float
+    highest: float
+    kept: bool
+
+
+def ablate(space: Space, best: Choice, rate: Callable[[Choice], float], seconds: float) -> list[Bought]:
+    """The best, and the best without each of its choices, in turn."""
+    changed = space.changed(best)
+    if not changed:
+        return []
+    variants = {"": best} | {name: best | {name: space.default[name]} for name in changed}
+    rates = in_turn(variants, rate, seconds)
+    return [_bought(space, best, name, rates[""], rates[name]) for name in changed]
+
+
+def _bought(space: Space, best: Choice, name: str, with_it: list[float], without: list[float]) -> Bought:
+    ratios = [one / other for one, other in zip(with_it, without, strict=True)]
+    return Bought(
+        setting=name,
+        default=space.default[name],
+        chosen=best[name],
+        ratio=statistics.median(ratios),
+        lowest=min(ratios),
+        highest=max(ratios),
+        kept=is_faster(with_it, without),
+    )
+
+
+def is_faster(one: list[float], other: list[float]) -> bool:
+    """Beyond the noise, by the rule of `bench.compare`, and by LEAST_GAIN."""
+    return judge(other, one, METRICS["images_per_s"], LEAST_GAIN)[0] == BETTER
+
+
+def in_turn(variants: dict[str, Choice], rate: Callable[[Choice], float], seconds: float) -> Rates:
+    """Each variant once a round, so that what else the machine does falls on all alike; LEAST_ROUNDS or more."""
+    found: Rates = {name: [] for name in variants}
+    end, rounds = time.monotonic() + seconds, 0
+    while rounds < LEAST_ROUNDS or time.monotonic() < end:
+        for name, choice in variants.items():
+            found[name].append(rate(choice))
+        rounds += 1
+    return found

@@ -24,19 +24,25 @@ from typing import Annotated, Any
 import tyro
 
 from bench.case import forget_rows
-from bench.compare import BETTER, judge
-from bench.kinds import METRICS
 from bench.processes import bench_guard
-from bench.search import Choice, Space, apply_choice, make_space, search
+from bench.search import (
+    LEAST_ROUNDS,
+    Choice,
+    Rates,
+    Space,
+    ablate,
+    apply_choice,
+    in_turn,
+    is_faster,
+    make_space,
+    search,
+)
 from bench.storage import SlowFileSystem, SlowSettings, counts_here
 from pipeline.config import LoaderConfig
 from shards.cli import parse, say
 from shards.errors import InputError
 
 PROG = "python -m bench.loader --tune"
-LEAST_GAIN = 0.01
-LEAST_ROUNDS = 5
-"""Fewer cannot pass the test."""
 LEAST_TRIALS = 10
 """Of the search, the default among them."""
 WARMUP_BATCHES = 4
@@ -76,24 +82,6 @@ class TuneConfig:
             raise InputError(f"--streams {' '.join(map(str, self.streams))} has to be of numbers above 0")
 
 
-Rates = dict[str, list[float]]
-"""Variant -> films/s, a value a round."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bought:
-    """What one choice bought, beside the best without it."""
-
-    setting: str
-    default: Any
-    chosen: Any
-    ratio: float
-    """Films/s with it to those without: median over rounds."""
-    lowest: float
-    highest: float
-    kept: bool
-
-
 def run_tune(config: TuneConfig) -> dict[str, Any]:
     """Search, compare, decide; the result is what `--json` writes."""
     from bench.machine import environment
@@ -105,11 +93,11 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
     tried = search(space, rate, _enough(space, begin, config.minutes * 60), seed=config.seed)
     best = max(tried, key=lambda trial: trial[1])[0]
     left = max(0.0, config.minutes * 60 - (time.monotonic() - begin))
-    bought = _ablate(space, best, rate, left / 2)
+    bought = ablate(space, best, rate, left / 2)
     chosen = space.default | {each.setting: each.chosen for each in bought if each.kept}
-    final = _in_turn({DEFAULT: space.default, TUNED: chosen}, rate, left / 2)
+    final = in_turn({DEFAULT: space.default, TUNED: chosen}, rate, left / 2)
     cases = [_case(DEFAULT, space.default, final[DEFAULT]), _case(TUNED, chosen, final[TUNED])]
-    if not _is_faster(final[TUNED], final[DEFAULT]):
+    if not is_faster(final[TUNED], final[DEFAULT]):
         chosen = space.default
     return {
         "bench": "tune",
@@ -171,44 +159,6 @@ def _rater(config: TuneConfig, base: LoaderConfig) -> Callable[[Choice], float]:
         return found.images_per_s
 
     return rate
-
-
-def _ablate(space: Space, best: Choice, rate: Callable[[Choice], float], seconds: float) -> list[Bought]:
-    """The best, and the best without each of its choices, in turn."""
-    changed = space.changed(best)
-    if not changed:
-        return []
-    variants = {"": best} | {name: best | {name: space.default[name]} for name in changed}
-    rates = _in_turn(variants, rate, seconds)
-    return [_bought(space, best, name, rates[""], rates[name]) for name in changed]
-
-
-def _bought(space: Space, best: Choice, name: str, with_it: list[float], without: list[float]) -> Bought:
-    ratios = [one / other for one, other in zip(with_it, without, strict=True)]
-    return Bought(
-        setting=name,
-        default=space.default[name],
-        chosen=best[name],
-        ratio=statistics.median(ratios),
-        lowest=min(ratios),
-        highest=max(ratios),
-        kept=_is_faster(with_it, without),
-    )
-
-
-def _is_faster(one: list[float], other: list[float]) -> bool:
-    return judge(other, one, METRICS["images_per_s"], LEAST_GAIN)[0] == BETTER
-
-
-def _in_turn(variants: dict[str, Choice], rate: Callable[[Choice], float], seconds: float) -> Rates:
-    """Each variant once a round, so that what else the machine does falls on all alike; LEAST_ROUNDS or more."""
-    found: Rates = {name: [] for name in variants}
-    end, rounds = time.monotonic() + seconds, 0
-    while rounds < LEAST_ROUNDS or time.monotonic() < end:
-        for name, choice in variants.items():
-            found[name].append(rate(choice))
-        rounds += 1
-    return found
 
 
 def _settings(config: TuneConfig) -> dict[str, Any]:
