@@ -28,10 +28,19 @@ _PATH = {
 
 _BOX = re.compile(r"[╭╮╰╯│─]+|^[+|]|[+|]$|-{4,}")
 """The second half where the terminal has no letters for lines."""
-_PREAMBLE = re.compile(
-    r"^(?:Value error |Invalid choice |Unrecognized options |Missing argument )?(?:Error parsing \w+: )?"
+_PLAINER = (
+    (r"\s*(?:For full helptext|Argument helptext:).*", ""),
+    (r"^(?:Value error |Invalid choice |Unrecognized options |Missing argument )?(?:Error parsing [\w.]+: )?", ""),
+    (r"^Value error ", ""),
+    (r"^Error parsing (--[\w.-]+): invalid literal for int\(\) with base 10: (.*)", r"\1 takes a whole number, not \2"),
+    (r"^Error parsing (--[\w.-]+): could not convert string to float: (.*)", r"\1 takes a number, not \2"),
+    (
+        r"^Error parsing (--[\w.-]+): no type matching (?:\{None\}\|)?(.*?) could be instantiated from \[(.*?)\]\..*",
+        r"\1 takes \2, not \3",
+    ),
+    (r"^Required options Missing from .*?: ", "missing: "),
 )
-"""What stands before what is wrong, and says less."""
+"""What tyro says, and the same in fewer words."""
 _CONTROLS = {number: f"\\x{number:02x}" for number in (*range(32), *range(127, 160)) if chr(number) not in "\n\t"}
 """Names and reports out of files may hold what would steer a terminal."""
 
@@ -91,7 +100,9 @@ def _one_line(boxed: str) -> str:
     """The message of tyro's error box without the box, its wrapping, or the pointer to --help."""
     rows = [_BOX.sub(" ", row.strip()).strip() for row in boxed.splitlines()]
     text = " ".join(row for row in rows if row)
-    return _PREAMBLE.sub("", re.split(r"\s*For full helptext", text)[0].strip()) + " (see --help)"
+    for wordy, plain in _PLAINER:
+        text = re.sub(wordy, plain, text).strip()
+    return text + " (see --help)"
 
 
 @contextlib.contextmanager

@@ -104,14 +104,27 @@ def test_closed_streams(shards_dir: Path, closed: str) -> None:
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
-def test_lists_given_twice_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lists_given_twice_are_refused() -> None:
     for flags in (["--h5", "a", "b", "--h5", "c"], ["--csv=a", "--csv=b"]):
         with pytest.raises(InputError, match=f"{flags[0][:4].rstrip('=')}.* is given 2 times"):
             parse(IngestConfig, ["--to-shards", "x", *flags], prog="ingest")
     assert parse(IngestConfig, ["--to-shards", "x", "--seed", "1", "--seed", "2"], prog="ingest").seed == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--quality", "0"], "--quality 0 is not in 1..100"),
+        (["--seed", "q"], "--seed takes a whole number, not 'q'"),
+        (["--val-fraction", "q"], "--val-fraction takes a number, not 'q'"),
+        (["--value-range", "1"], "--value-range takes {FLOAT FLOAT}, not '1'"),
+        (["--frob"], "Unrecognized options: --frob"),
+    ],
+)
+def test_a_wrong_flag_is_said_in_few_words(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(IngestConfig, ["--to-shards", "x", "--quality", "0"], prog="ingest")
-    assert capsys.readouterr().err == "ingest: --quality 0 is not in 1..100 (see --help)\n"
+        parse(IngestConfig, ["--to-shards", "x", *flags], prog="ingest")
+    assert capsys.readouterr().err == f"ingest: {said} (see --help)\n"
 
 
 def test_a_bug_keeps_its_traceback() -> None:
