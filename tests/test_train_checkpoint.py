@@ -2,6 +2,8 @@
 
 import io
 import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from train.checkpoint import (
     newest_good,
     read_checkpoint,
     verify_checkpoint,
+    write_checkpoint,
 )
 from train.config import OptimConfig, TrainConfig
 from train.optim import build_optimizer
@@ -246,6 +249,20 @@ def test_a_lost_lease_ends_it_and_writes_nothing(shelf: Shelf, tmp_path: Path) -
     with pytest.raises(LeaseLost):
         writer.close()
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_disk_that_fills_up_in_the_middle_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    """torch closes its archive on the way out and complains of that, which would hide why."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_checkpoint(tmp_path / "x.pt", {"w": torch.zeros(1 << 19), "v": torch.zeros(1 << 19)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_reads_back_wrong_gets_no_name(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import termios
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+from shards.cli import say
 from shards.errors import InputError
 from train.commandline import config_json, preset
 from train.compare import compare, table
@@ -22,7 +24,8 @@ from train.config import TrainConfig
 from train.curves import main as draw
 from train.curves import trend
 from train.metrics import MetricsLog, read_rows, trim
-from train.progress import clock
+from train.preempt import StopRequest
+from train.progress import clock, lasting_output
 from train.rundir import RunFolder
 from train.tracking import WatchConfig, check_installed, harmless
 from train.versions import versions
@@ -294,3 +297,54 @@ def test_versions_name_the_commit_and_nobody() -> None:
     if (REPOSITORY / ".git").exists():
         assert re.fullmatch(r"[0-9a-f]{40}", found["commit"])
     assert os.uname().nodename not in found.values()
+
+
+def test_a_reader_that_goes_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `| head -1` does, and a full disk under a log."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for broken in (writer, os.open("/dev/full", os.O_WRONLY)):
+        with open(broken, "w") as stream:
+            monkeypatch.setattr(sys, "stdout", stream)
+            with lasting_output():
+                say("one")
+                say("two")
+                assert sys.stdout.fileno() == broken and not sys.stdout.isatty()
+            assert sys.stdout is stream
+            stream.write("three")  # nor does the interpreter's last flush
+            stream.flush()
+
+
+def hear(number: signal.Signals) -> StopRequest:
+    """This process after it has been sent a signal."""
+    with StopRequest().listening() as stop:
+        signal.raise_signal(number)
+        return stop
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT])
+def test_signals_ask_for_an_end(number: signal.Signals) -> None:
+    assert hear(number).asked
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_ends_at_once_but_not_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for environment, outcome in (
+        ({}, pytest.raises(KeyboardInterrupt)),
+        ({"TORCHELASTIC_RUN_ID": "x"}, contextlib.nullcontext()),
+    ):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with outcome, StopRequest().listening() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.asked
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    """SIGHUP under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert not hear(signal.SIGHUP).asked
+    finally:
+        signal.signal(signal.SIGHUP, before)

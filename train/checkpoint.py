@@ -37,10 +37,11 @@ def checkpoint_name(step: int) -> str:
 
 
 class _Hashing(io.RawIOBase):
-    """Passes on what is written, and counts and hashes it."""
+    """Passes on what is written, and counts and hashes it; keeps why it could not be."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.digest, self.size = file, xxh3_128(), 0
+        self.failure: OSError | None = None
 
     def writable(self) -> bool:
         return True
@@ -48,14 +49,26 @@ class _Hashing(io.RawIOBase):
     def write(self, piece: Any) -> int:
         self.digest.update(piece)
         self.size += len(piece)
-        return self._file.write(piece)
+        try:
+            return self._file.write(piece)
+        except OSError as error:
+            self.failure = error
+            raise
 
 
 def write_stream(file: BinaryIO, payload: dict[str, Any]) -> None:
-    """Write a checkpoint to a seekable file. `payload` holds tensors, numbers, strings, lists and dicts only."""
+    """Write a checkpoint to a seekable file. `payload` holds tensors, numbers, strings, lists and dicts only.
+
+    OSError where the file does not take it.
+    """
     file.write(bytes(_HEADER_BYTES))  # no checkpoint until it is whole
     content = _Hashing(file)
-    torch.save(payload, content)  # type: ignore[arg-type]  # it needs no more than write
+    try:
+        torch.save(payload, content)  # type: ignore[arg-type]  # it needs no more than write
+    except RuntimeError:
+        if content.failure is None:
+            raise
+        raise content.failure from None  # torch closes its archive all the same, and complains of that
     file.seek(0)
     file.write(f"{MAGIC} {VERSION} {content.digest.hexdigest()} {content.size:020d}\n".encode())
 

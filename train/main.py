@@ -13,6 +13,7 @@ from train.job import build_job, build_setting, prepare_folder
 from train.lease import WAIT_S, leased
 from train.loop import run
 from train.preempt import StopRequest
+from train.progress import lasting_output
 from train.ranks import Ranks, joined, together
 from train.resume import agree_on_checkpoint
 
@@ -22,7 +23,13 @@ LESS = "try --accumulate 2 or 4, --activation-checkpointing, or a smaller --batc
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says. Exit code 0 at the end and after an orderly stop, 2 for a user's mistake."""
-    with main_guard(PROG), joined() as ranks, memory_named(LESS), StopRequest().listening() as stop:
+    with (
+        main_guard(PROG),
+        lasting_output(),
+        joined() as ranks,
+        memory_named(LESS),
+        StopRequest().listening() as stop,
+    ):
         config = together(ranks, PROG, lambda: parse_config(PROG, argv))
         setting = together(ranks, PROG, lambda: build_setting(config, ranks))
         with _folder(config, ranks) as lease:

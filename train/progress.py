@@ -1,8 +1,11 @@
 """How far a run is: a bar on a terminal, a line now and then elsewhere; both with loss, films/s, wait and time left."""
 
+import contextlib
+import os
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -76,3 +79,46 @@ def clock(seconds: float) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Inside the block nothing that is said ends the run: neither a reader that has gone, as `| head` does, nor a full
+    disk under a log. What stdout or stderr does not take is dropped, and all that comes after it."""
+    streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        if stream is not None:
+            setattr(sys, name, _Lasting(stream))
+    try:
+        yield
+    finally:
+        for name, stream in streams.items():
+            setattr(sys, name, stream)
+
+
+class _Lasting:
+    """A stream whose errors are nobody's; the rest is the stream's own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._dropping():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._dropping():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:  # from here on into nothing, what is still in the stream's buffer as well
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self._stream.fileno())
+            os.close(nothing)
