@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import median
@@ -60,6 +61,35 @@ def test_every_committed_result_is_read_and_shown(path: Path) -> None:
         assert result.machine and result.time and (result.cases or result.tables)
         shown = [case.label for case in result.cases] + [cell for table in result.tables for cell in table.rows[0]]
         assert shown and all(html.escape(each) in page for each in shown)
+
+
+def leaves(value: Any) -> Iterator[float]:
+    """All numbers of a JSON."""
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from leaves(each)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield float(value)
+
+
+FIGURE = re.compile(r"(?<![\w.])\d[\d,]*\d(?:\.\d+)?|(?<![\w.])\d\.\d+")
+SCALES = (1, 100, -100, 1e3, 1 / 60, 2**-20)
+"""As it is, per cent, milliseconds, minutes, MiB."""
+
+
+def test_figures_of_the_readme_are_in_the_files_that_it_names() -> None:
+    """Row by row, paragraph by paragraph: decimals, and numbers of three digits or more that say something."""
+    checked = 0
+    for part in re.split(r"\n\n|\n(?=\|)", (REPOSITORY / "README.md").read_text(encoding="utf-8")):
+        named = re.findall(r"`(cpu-2core[\w-]*\.json)`", part)
+        numbers = [each for name in named for each in leaves(json.loads((RESULTS[0].parent / name).read_bytes()))]
+        for figure in FIGURE.findall(re.sub(r"`[^`]*`", "", part)) if named else ():
+            plain, _, decimals = figure.replace(",", "").partition(".")
+            if decimals or len(plain.rstrip("0")) >= 3:
+                found = {round(number * scale, len(decimals)) for number in numbers for scale in SCALES}
+                assert float(figure.replace(",", "")) in found, f"{figure} is not in {named}"
+                checked += 1
+    assert checked > 50
 
 
 def test_figures_are_those_of_the_file(tmp_path: Path) -> None:
