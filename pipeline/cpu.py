@@ -83,6 +83,7 @@ class CpuBackend:
         self._ready: queue.SimpleQueue[_Slot | BaseException] = queue.SimpleQueue()
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._held: _Slot | None = None
+        self._awaited: _Slot | BaseException | None = None
         self._failed: BaseException | None = None
         images = config.batch_size // world.size * config.images_a_sample
         shape = (images, config.image_size, config.image_size, 3)
@@ -102,12 +103,13 @@ class CpuBackend:
         if self._failed is not None:
             raise self._failed
         self._give_back()
-        slot = self._ready.get()
+        # Taken first and forgotten last: an interrupt while it waits (Ctrl-C in a notebook) must not cost a batch.
+        slot = self._awaited = self._awaited or self._ready.get()
         if isinstance(slot, BaseException):
             self._failed = slot
             raise slot
         slot.done.wait()
-        self._held = slot
+        self._held, self._awaited = slot, None
         encoded = slot.encoded
         assert encoded is not None
         if slot.error is not None:
@@ -124,6 +126,8 @@ class CpuBackend:
             self._tasks.put(None)
         for thread in self._decoders:
             thread.join()
+        # An error that ended the feeder leads back here, and all buffers would wait for the garbage collector.
+        self._ready, self._awaited, self._failed = queue.SimpleQueue(), None, None
 
     def _give_back(self) -> None:
         if self._held is not None:

@@ -5,6 +5,7 @@
 A loader's whole state is one integer, `position`: build it with `position=p` and it goes on from there, without replay.
 """
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -65,12 +66,15 @@ class Loader(Iterator[Batch]):
         self._backend, self._reader = backend, reader
         self._batches = self._images = 0
         self._wait_s = 0.0
-        self._closed = False
+        self._closed, self._process = False, os.getpid()
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
+        if self._closed or os.getpid() != self._process:
+            where = "was closed" if self._closed else "belongs to the process that built it, and so do its threads"
+            raise InputError(f"this loader {where}; build another one")
         begin = time.perf_counter()
         batch = self._backend.next()
         self._wait_s += time.perf_counter() - begin
@@ -143,8 +147,8 @@ def build_loader(
         order = make_order(config, manifest, streams)
         live = 1 if config.mode == "eval" else streams // world.size
         reader = _make_reader(config, manifest, order.layout, order.visits(position, world), quarantine, live)
-    batches = EncodedBatches(config, manifest, world, reader, position, order.samples)
     try:
+        batches = EncodedBatches(config, manifest, world, reader, position, order.samples)
         backend = _make_backend(name, config, manifest, world, batches)
     except BaseException:
         reader.close()

@@ -1,0 +1,104 @@
+"""A loader's life: interrupted, closed, closed again, inherited by a forked process, built again and again."""
+
+import gc
+import os
+import signal
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline import cpu
+from pipeline.batch import World
+from pipeline.config import LoaderConfig
+from pipeline.loader import build_loader
+from shards.errors import InputError
+
+OURS = ("cpu", "dali")
+
+
+def settings(shards: Path, **more: object) -> LoaderConfig:
+    return LoaderConfig(shards=shards, batch_size=8, threads=2, **{"backend": "cpu", **more})  # type: ignore[arg-type]
+
+
+class Interrupted(threading.Event):
+    """Its third wait ends by Ctrl-C."""
+
+    waits = 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        Interrupted.waits += 1
+        if Interrupted.waits == 3:
+            signal.raise_signal(signal.SIGINT)
+        return super().wait(timeout)
+
+
+def test_an_interrupt_while_waiting_costs_no_batch(shards_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a notebook one goes on after Ctrl-C. The batch that was waited for was lost then, and nothing said so."""
+    with build_loader(settings(shards_dir), World()) as loader:
+        expected = [(batch.position, batch.samples.clone()) for batch, _ in zip(loader, range(5), strict=False)]
+    here = SimpleNamespace(**{**vars(threading), "Event": Interrupted})
+    monkeypatch.setattr(cpu, "threading", here)
+    found = []
+    with build_loader(settings(shards_dir), World()) as loader:
+        while len(found) < 5:
+            try:
+                batch = next(loader)
+            except KeyboardInterrupt:
+                assert len(found) == 2
+                continue
+            found.append((batch.position, batch.samples.clone()))
+    assert Interrupted.waits == 6
+    assert [position for position, _ in found] == [position for position, _ in expected]
+    assert all(torch.equal(one, two) for (_, one), (_, two) in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", OURS)
+def test_a_closed_loader_says_so(shards_dir: Path, backend: str) -> None:
+    """It waited for ever for threads that are gone."""
+    loader = build_loader(settings(shards_dir, backend=backend), World())
+    next(loader)
+    loader.close()
+    loader.close()
+    with pytest.raises(InputError, match="was closed"):
+        next(loader)
+
+
+def test_a_forked_process_is_told_that_the_loader_is_not_its_own(shards_dir: Path) -> None:
+    """It has none of the threads and waited for ever."""
+    with build_loader(settings(shards_dir), World()) as loader:
+        next(loader)
+        child = os.fork()
+        if not child:
+            try:
+                next(loader)
+            except InputError as error:
+                os._exit(7 if "belongs to the process that built it" in str(error) else 8)
+            os._exit(9)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 7
+        assert len(next(loader)) == 8
+
+
+@pytest.mark.parametrize("read", [0, 2])
+def test_a_closed_loader_leaves_no_buffers_to_the_garbage_collector(shards_dir: Path, read: int) -> None:
+    """Each kept over 100 MB at batch 64 until that came round: a trainer builds one for every validation."""
+
+    def slots() -> int:
+        return sum(type(each) is cpu._Slot for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = slots()
+        loader = build_loader(settings(shards_dir), World())
+        for _ in range(read):
+            next(loader)
+        assert slots() > before
+        loader.close()
+        del loader
+        assert slots() == before
+    finally:
+        gc.enable()
