@@ -37,6 +37,18 @@ class Plan:
     namesakes: int
     """Patient ids that several sources have although they do not say that their patients are the same."""
 
+    @property
+    def all_rows(self) -> NDArray[np.int64]:
+        """(places,) the rows in the order of the shards, split after split, films that will be rejected included."""
+        return np.concatenate(list(self.order.values()))
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """(rows,) where each row stands in `all_rows`, -1 for none."""
+        places = np.full(len(self.groups), -1)
+        places[self.all_rows] = np.arange(sum(map(len, self.order.values())))
+        return places
+
 
 def make_plan(config: IngestConfig, tables: Sequence[SourceTable]) -> Plan:
     """Reject rows without a report, split the others by patient, shuffle each split. InputError if a split is empty."""

@@ -90,8 +90,8 @@ def _spill_starts(inputs: Inputs) -> NDArray[np.int64]:
 
 def _encode(config: IngestConfig, inputs: Inputs, work: Path, pool: Pool) -> TokenizerSpec:
     """Phase one. A thread of this process tokenises while the workers encode."""
-    order, places = _places(inputs.plan, inputs.rows)
-    reports = Reports(order=order, texts=inputs.texts, groups=inputs.plan.groups, labels=inputs.labels)
+    places = inputs.plan.places
+    reports = Reports(order=inputs.plan.all_rows, texts=inputs.texts, groups=inputs.plan.groups, labels=inputs.labels)
     tasks = (
         EncodeTask(
             source=inputs.sources[each.source],
@@ -111,17 +111,6 @@ def _encode(config: IngestConfig, inputs: Inputs, work: Path, pool: Pool) -> Tok
             for done in pool.map_unordered(encode_range, tasks):
                 progress.update(done)
         return tokenizer.result()
-
-
-def _places(plan: Plan, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(places,) the rows in the order of the shards, split after split, and (rows,) the place of each, -1 for none.
-
-    A film that turns out to be rejected leaves its place empty.
-    """
-    order = np.concatenate(list(plan.order.values()))
-    places = np.full(rows, -1)
-    places[order] = np.arange(len(order))
-    return order, places
 
 
 def _rejects(plan: Plan, records: NDArray[np.void]) -> dict[int, str]:
@@ -195,7 +184,7 @@ def _shard_tasks(
     work: Path,
 ) -> Iterator[AssembleTask]:
     source_of, starts = _numbers(inputs)
-    _, places = _places(inputs.plan, inputs.rows)
+    places = inputs.plan.places
     sample_bytes = float(records["size"].sum()) / sum(map(len, order.values())) + _SAMPLE_OVERHEAD
     for name, rows in _cut_shards(order, sample_bytes, config.shard_mb * 1e6):
         yield AssembleTask(
