@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ingest.config import IngestConfig, SourceConfig
-from ingest.lock import exclusive
 from shards.atomic import remove_temporary, write_atomic
 from shards.digest import file_digest
 from shards.errors import InputError
+from shards.lock import exclusive
 from shards.manifest import read_manifest
 from shards.schema import MANIFEST_NAME, SCHEMA_VERSION
 
@@ -74,7 +74,7 @@ def open_work(config: IngestConfig) -> Iterator[Path]:
         names = {path.name for path in out.iterdir()}
         _check_folder(out, names, inputs)
         work.mkdir(exist_ok=True)
-        with exclusive(work / _LOCK):
+        with exclusive(work / _LOCK, f"another ingest is writing to {out}"):
             _remove_temporary(out, work)
             write_atomic(work / _INPUTS, json.dumps(inputs).encode())
             try:

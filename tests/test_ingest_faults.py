@@ -264,11 +264,11 @@ def test_clock_and_umask_do_not_enter(small: list[str], whole: tuple[dict[str, s
 def test_two_ingests_into_one_folder(small: list[str], forked: Ingest, tmp_path: Path) -> None:
     """I4: the second is refused and changes nothing; a dead holder's lock is taken over."""
     out = tmp_path / "out"
-    from ingest.lock import exclusive
+    from shards.lock import exclusive
 
     work = out / ".ingest"
     work.mkdir(parents=True)
-    with exclusive(work / "lock"):
+    with exclusive(work / "lock", "another ingest is writing here"):
         before = tree(work)
         assert_refused(run_module(*small, "--to-shards", out), "another ingest is writing", str(os.getpid()))
         assert tree(work) == before
@@ -281,22 +281,22 @@ def test_two_ingests_into_one_folder(small: list[str], forked: Ingest, tmp_path:
     lock = tmp_path / "set" / ".ingest" / "lock"
     lock.parent.mkdir(parents=True)
     lock.write_text(json.dumps({**holder, "pid": os.getpid(), "started": "1"}))  # of a process that had our number
-    with exclusive(lock):
+    with exclusive(lock, "taken"):
         assert json.loads(lock.read_bytes())["started"] != "1"
 
 
 def test_a_silent_holder_elsewhere_is_dead_after_a_while(tmp_path: Path) -> None:
-    from ingest.lock import DEAD_AFTER_S, exclusive
     from shards.errors import InputError
+    from shards.lock import DEAD_AFTER_S, exclusive
 
     lock = tmp_path / "set" / ".ingest" / "lock"
     lock.parent.mkdir(parents=True)
     lock.write_text(json.dumps({"host": "another-node", "boot": "x", "pid": 1}))
-    with pytest.raises(InputError, match="another-node"), exclusive(lock):
+    with pytest.raises(InputError, match="another-node"), exclusive(lock, "taken"):
         pass
     long_ago = time.time() - DEAD_AFTER_S - 1
     os.utime(lock, (long_ago, long_ago))
-    with exclusive(lock):
+    with exclusive(lock, "taken"):
         assert json.loads(lock.read_bytes())["pid"] == os.getpid()
 
 
