@@ -4,7 +4,6 @@ import gc
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ import torch
 
 from pipeline import cpu, read
 from pipeline.batch import World
+from pipeline.blocks import BlockReader
 from pipeline.config import LoaderConfig
 from pipeline.loader import build_loader
 from shards.errors import InputError
@@ -87,16 +87,22 @@ def test_a_closed_loader_leaves_no_buffers_to_the_garbage_collector(
     shards_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each kept over 100 MB at batch 64 until that came round: a trainer builds one for every validation."""
-    preadv = os.preadv
+    preadv, stop, stopped = os.preadv, BlockReader.stop, threading.Event()
 
-    def slow(*arguments: object) -> int:
-        time.sleep(0.05)  # so that the loader is closed while it waits for a block, which is an error in its thread
+    def late(*arguments: object) -> int:
+        """Comes after the loader was closed, whose thread waits for it then, which is an error there."""
+        assert stopped.wait(60)
         return preadv(*arguments)  # type: ignore[arg-type]
+
+    def stop_and_tell(self: BlockReader) -> None:
+        stop(self)
+        stopped.set()
 
     def slots() -> int:
         return sum(type(each) is cpu._Slot for each in gc.get_objects())
 
-    monkeypatch.setattr(read.os, "preadv", slow)
+    monkeypatch.setattr(read.os, "preadv", late)
+    monkeypatch.setattr(BlockReader, "stop", stop_and_tell)
     gc.collect()
     gc.disable()
     try:
