@@ -3,12 +3,15 @@
 The floor is reading and encoding alone, by the functions that the ingest itself uses, in as many processes, started and
 warm, with nothing written. Each round measures floor and ingest for each file and number of workers, in turn; ratios
 are taken within a round, medians over rounds. CPU time stands beside the clock: it tells more where others are at work.
-With --cold the films come from the disk, as they do where no memory holds them, and the page cache proves it.
+With --cold the films come from the disk, as they do where no memory holds them, and the page cache proves it; with
+--latency-ms and --bandwidth-mb everything that is read comes late, as from a parallel file system.
 Then memory: the ingest of made-up films of several sizes, all its processes together.
 """
 
+import contextlib
 import itertools
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -21,7 +24,7 @@ from typing import Any
 from bench.floor import Floor, measure_floor
 from bench.processes import Run, run_watched
 from bench.sizes import repeat_csv, store_repeated
-from bench.storage import evict
+from bench.storage import SlowFileSystem, SlowSettings, evict
 from ingest.config import SourceConfig
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
@@ -47,6 +50,10 @@ class IngestBenchConfig:
     """The films are taken so many times over, so that starting up does not count for more than it does in earnest."""
     cold: bool = False
     """Store the repeated films as one file, and put it out of memory before each run: what a lab's 190 GB are."""
+    latency_ms: float = 0.0
+    """A slow file system under films, work files and shards: the wait for each request to read."""
+    bandwidth_mb: float | None = None
+    """And 10^6 bytes a second that all reading shares; no limit when not given."""
     workers: tuple[int, ...] = (1, 2)
     """Numbers of workers."""
     rounds: int = 3
@@ -86,17 +93,36 @@ def run_bench(config: IngestBenchConfig) -> dict[str, Any]:
     from bench.machine import environment
     from bench.sizes import measure_sizes
 
-    settings = {"repeat": config.repeat, "rounds": config.rounds, "cold": config.cold}
+    settings = {name: getattr(config, name) for name in ("repeat", "rounds", "cold", "latency_ms", "bandwidth_mb")}
     result: dict[str, Any] = {"environment": environment(), "settings": settings}
     with tempfile.TemporaryDirectory(prefix="bench-ingest-", dir=config.out) as name:
         folder = Path(name)
         if config.csv:
-            taken = _measure_speed(config, repeat_csv(config.csv, folder / "reports.csv", config.repeat), folder)
+            table = repeat_csv(config.csv, folder / "reports.csv", config.repeat)
+            with _file_system(config, folder):
+                taken = _measure_speed(config, table, folder)
             result["cases"] = [_summary(case, rounds) for case, rounds in taken]
             result["scaling"] = list(_scaling(taken))
         if config.memory_gb:
             result["memory"] = measure_sizes(config.memory_gb, folder, max(config.workers))
     return result
+
+
+@contextlib.contextmanager
+def _file_system(config: IngestBenchConfig, folder: Path) -> Iterator[None]:
+    """The slow one that is asked for, if any, under the processes that are started in the block."""
+    if not config.latency_ms and config.bandwidth_mb is None:
+        yield
+        return
+    settings = SlowSettings(latency_ms=config.latency_ms, bandwidth_mb=config.bandwidth_mb)
+    with SlowFileSystem(settings, [folder, *config.h5]) as slow:
+        before = dict(os.environ)
+        os.environ.update(slow.environment())
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def _measure_speed(config: IngestBenchConfig, table: Path, folder: Path) -> list[tuple[Case, Rounds]]:
@@ -235,7 +261,11 @@ def _speed_table(result: dict[str, Any]) -> Iterator[str]:
                 f"{scaling['layout']}: from {scaling['from']} to {scaling['to']} workers the ingest is "
                 f"{scaling['ingest']:.2f}x as fast, the floor {scaling['floor']:.2f}x"
             )
-    where = "from the disk, " if result["settings"]["cold"] else ""
+    settings = result["settings"]
+    where = "from the disk, " if settings["cold"] else ""
+    if settings["latency_ms"] or settings["bandwidth_mb"]:
+        bandwidth = f"{settings['bandwidth_mb']:g} MB/s" if settings["bandwidth_mb"] else "any bandwidth"
+        where += f"reading at {settings['latency_ms']:g} ms a request and {bandwidth}, "
     yield f"{where}median of {result['settings']['rounds']} rounds, {result['cases'][0]['films']:,} films"
 
 
