@@ -31,8 +31,10 @@ TASK_IMAGES = 16
 class _Slot:
     """A reused image buffer and the batch that it is filled with."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> None:
-        self.images = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, side: torch.cuda.Stream | None = None) -> None:
+        """`side`: the stream that copies batches to a GPU; None: they stay."""
+        self.images = torch.empty(shape, dtype=dtype, pin_memory=side is not None)
+        self._side = side
         self.each = self.images.unbind()
         self.channels_last = self.images.permute(0, 3, 1, 2)
         self.boxes: list[list[int]] = []
@@ -41,7 +43,7 @@ class _Slot:
         self.encoded: Encoded | None = None
         self.error: BaseException | None = None
         self.done = threading.Event()
-        self.copied: torch.cuda.Event | None = None
+        self._sent: tuple[torch.Tensor, torch.cuda.Event] | None = None
         self._open_tasks = 0
         self._lock = threading.Lock()
 
@@ -59,8 +61,46 @@ class _Slot:
         with self._lock:
             self.error = self.error or error
             self._open_tasks -= 1
-            if not self._open_tasks:
-                self.done.set()
+            last = not self._open_tasks
+        if last:
+            self._send()
+            self.done.set()
+
+    def take(self) -> torch.Tensor:
+        """The images (n, 3, H, W) of the batch, on the device once the caller's stream gets there."""
+        if self._side is None:
+            return self._batch()
+        if self._sent is None:  # it is empty
+            return self._batch().to(self._side.device)
+        images, copied = self._sent
+        stream = torch.cuda.current_stream(images.device)
+        stream.wait_event(copied)
+        images.record_stream(stream)  # so that its memory is free again only after the work queued there
+        return images
+
+    def give_back(self) -> None:
+        """Wait until the buffer may be written to again."""
+        if self._sent is not None:
+            self._sent[1].synchronize()
+            self._sent = None
+
+    def _batch(self) -> torch.Tensor:
+        assert self.encoded is not None
+        count = len(self.encoded.fate.boxes)
+        return self.channels_last if count == len(self.channels_last) else self.channels_last[:count]
+
+    def _send(self) -> None:
+        """Begin the copy to the device, beside whatever the trainer's stream is at."""
+        if self._side is None or self.error is not None:
+            return
+        try:
+            with torch.cuda.stream(self._side):
+                images = self._batch().to(self._side.device, non_blocking=True)
+                copied = torch.cuda.Event()
+                copied.record(self._side)
+            self._sent = images, copied
+        except BaseException as error:  # the device's memory is full; raised by next()
+            self.error = error
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +127,9 @@ class CpuBackend:
         self._failed: BaseException | None = None
         images = config.batch_size // world.size * config.images_a_sample
         shape = (images, config.image_size, config.image_size, 3)
+        side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         for _ in range(config.ahead + 1):
-            self._free.put(_Slot(shape, getattr(torch, config.dtype), self._device.type == "cuda"))
+            self._free.put(_Slot(shape, getattr(torch, config.dtype), side))
         self.threads = thread_count(config, world)
         # made here and not in the threads: the first one compiles, and what goes wrong has to reach the caller
         self._kernels: queue.SimpleQueue[ImageKernel] = queue.SimpleQueue()
@@ -116,7 +157,7 @@ class CpuBackend:
             self._failed = slot.error
             raise slot.error
         self._batches.release(encoded)
-        return self._batch(slot, encoded)
+        return make_batch(slot.take(), encoded.records, encoded.position, self._device)
 
     def close(self) -> None:
         """Stop the threads."""
@@ -131,22 +172,9 @@ class CpuBackend:
 
     def _give_back(self) -> None:
         if self._held is not None:
-            if self._held.copied is not None:
-                self._held.copied.synchronize()
+            self._held.give_back()
             self._free.put(self._held)
             self._held = None
-
-    def _batch(self, slot: _Slot, encoded: Encoded) -> Batch:
-        images, count = slot.channels_last, len(encoded.fate.boxes)
-        if count < len(images):
-            images = images[:count]
-        if self._device.type == "cuda":
-            images = images.to(self._device, non_blocking=True)
-        batch = make_batch(images, encoded.records, encoded.position, self._device)
-        if self._device.type == "cuda":
-            slot.copied = torch.cuda.Event()
-            slot.copied.record(torch.cuda.current_stream(self._device))
-        return batch
 
     def _feed(self) -> None:
         try:
