@@ -36,7 +36,7 @@ class Task:
     """measure; write: make the data of a loader of others; look: what runs here; profile: where the time goes;
     together: what the loader costs training."""
     loader: str = ""
-    """A backend, FLOOR, or the name of a loader of others."""
+    """A backend (`auto` for `together`), FLOOR, or the name of a loader of others."""
     shards: str
     """Folder of shards."""
     h5: str | None = None
@@ -211,6 +211,7 @@ def _together(task: Task) -> dict[str, Any]:
         forget_rows()
     wanted = TogetherConfig(
         shards=Path(task.shards),
+        backend="cpu" if task.loader == "cpu" else "auto",
         batch_size=task.batch_size,
         rounds=task.rounds,
         seconds=task.seconds,

@@ -169,8 +169,7 @@ def _absolute(path: Path | None) -> str | None:
 
 def look(task: Any) -> dict[str, Any]:
     """What runs on this machine, and what the shards hold; InputError where the files do not belong together."""
-    import importlib.util
-
+    from bench.machine import has_dali
     from bench.peers import missing
     from shards.digest import file_digest
     from shards.manifest import read_manifest
@@ -186,11 +185,10 @@ def look(task: Any) -> dict[str, Any]:
     import torch  # seconds, that a mistake need not wait for
 
     manifest = read_manifest(Path(task.shards))
-    nvidia = importlib.util.find_spec("nvidia") is not None
     return {
         "digest": file_digest(Path(task.shards, MANIFEST_NAME))[:12],
         "cuda": torch.cuda.is_available(),
-        "dali": nvidia and importlib.util.find_spec("nvidia.dali") is not None,
+        "dali": has_dali(),
         "films": manifest.rows("train"),
         "block_rows": manifest.block_rows,
         "codec": manifest.image.codec,

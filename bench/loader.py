@@ -129,15 +129,16 @@ def run_bench(config: LoaderBenchConfig) -> dict[str, Any]:
         if config.floor:
             result["profile"] = {name: run_child(replace(task, action="profile")) for name, task in profiled.items()}
         if config.together and not config.only and not config.cold:
-            result["together"] = {_at(slow): _together(config, slow) for slow in config.slow_settings()}
+            result["together"] = {_at(slow): _together(config, slow, found) for slow in config.slow_settings()}
     return result
 
 
-def _together(config: LoaderBenchConfig, slow: SlowSettings | None) -> dict[str, Any]:
+def _together(config: LoaderBenchConfig, slow: SlowSettings | None, found: dict[str, Any]) -> dict[str, Any]:
     """What `bench.together` finds, or why it could not: the rounds before it took minutes."""
     say(f"training on it, {_at(slow)}: live, replayed and resident batches in turn")
     task = Task(
         action="together",
+        loader="auto" if found["dali"] else "cpu",
         shards=str(config.shards.resolve()),
         batch_size=config.batch_size,
         threads=config.threads,
@@ -145,10 +146,10 @@ def _together(config: LoaderBenchConfig, slow: SlowSettings | None) -> dict[str,
         seconds=config.seconds,
     )
     try:
-        found = _run(task, slow, [config.shards])
+        taken = _run(task, slow, [config.shards])
     except InputError as error:
         return {"failed": str(error)}
-    return found if slow is None else found | {"settings": found["settings"] | {"latency_ms": slow.latency_ms}}
+    return taken if slow is None else taken | {"settings": taken["settings"] | {"latency_ms": slow.latency_ms}}
 
 
 def _at(slow: SlowSettings | None) -> str:
@@ -213,15 +214,12 @@ def _describe(config: LoaderBenchConfig, found: dict[str, Any]) -> dict[str, Any
 
     places = {"shards": config.shards, "raw_shards": config.raw_shards, "h5": config.h5, "scratch": config.scratch}
     machine = environment({name: path for name, path in places.items() if path is not None})
-    settings: dict[str, Any] = {
-        name: getattr(config, name) for name in ("batch_size", "rounds", "seconds", "warmup_batches", "cold")
-    }
+    names = ["batch_size", "rounds", "seconds", "warmup_batches", "cold"]
+    names += ["latency_ms", "bandwidth_mb", "jitter", "readahead_kb"] if any(config.slow_settings()) else []
     cpus = sorted(os.sched_getaffinity(0))
+    settings: dict[str, Any] = {name: getattr(config, name) for name in names}
     settings |= {"threads": config.threads or len(cpus), "cpus": cpus}
     settings |= {"films": found["films"], "block_rows": found["block_rows"]}
-    if any(config.slow_settings()):
-        names = ("latency_ms", "bandwidth_mb", "jitter", "readahead_kb")
-        settings |= {name: getattr(config, name) for name in names}
     return {"bench": "loader", "environment": machine, "settings": settings}
 
 

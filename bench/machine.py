@@ -1,6 +1,7 @@
 """What a figure was measured on, to stand beside it."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -47,6 +48,11 @@ def environment(places: Mapping[str, Path] | None = None) -> dict[str, Any]:
         "uncommitted_changes": None if changes is None else bool(changes),
         **({"file_system": found} if found else {}),
     }
+
+
+def has_dali() -> bool:
+    """Whether DALI is installed; whether it runs is another question, and takes seconds."""
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 
 
 def file_system(path: Path) -> dict[str, str]:

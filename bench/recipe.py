@@ -23,6 +23,7 @@ class RecipeConfig:
     shards: Path
     preset: str
     device: str
+    backend: str
     steps: int | None
     """How many to run; None: all of them."""
     batch_size: int
@@ -94,7 +95,16 @@ def losses(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _train(config: RecipeConfig, out: Path) -> None:
     command = ["train.main", "--preset", config.preset, "--shards", config.shards, "--out", out]
-    command += ["--vision-weights", "none", "--text-weights", "none", "--device", config.device]
+    command += [
+        "--vision-weights",
+        "none",
+        "--text-weights",
+        "none",
+        "--device",
+        config.device,
+        "--backend",
+        config.backend,
+    ]
     command += ["--batch-size", config.batch_size, *(["--compile"] if config.compile else [])]
     if config.threads is not None:
         command += ["--threads", config.threads, "--data.threads", config.threads]

@@ -51,9 +51,9 @@ class Space:
         return {name: value for name, value in choice.items() if name != "own_jpeg" or choice["backend"] == "cpu"}
 
 
-def make_space(base: LoaderConfig, sets: Sequence[Path], *, cuda: bool, streams: tuple[int, ...]) -> Space:
+def make_space(base: LoaderConfig, sets: Sequence[Path], *, dali: bool, streams: tuple[int, ...]) -> Space:
     """All that this machine and these sets leave open. `streams` are tried as well: they change the order."""
-    backends = ("dali", "cpu") if cuda else ("cpu",)
+    backends = ("dali", "cpu") if dali else ("cpu",)
     manifest = read_manifest(sets[0])
     values: dict[str, tuple[Any, ...]] = {
         "backend": backends,

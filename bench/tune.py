@@ -87,7 +87,7 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
     from bench.machine import environment
 
     base = LoaderConfig(shards=config.shards[0], batch_size=config.batch_size, backend=_backend())
-    space = make_space(base, config.shards, cuda=_cuda(), streams=config.streams)
+    space = make_space(base, config.shards, dali=base.backend == "dali", streams=config.streams)
     rate = _rater(config, base)
     begin = time.monotonic()
     tried = search(space, rate, _enough(space, begin, config.minutes * 60), seed=config.seed)
@@ -129,7 +129,9 @@ def _cuda() -> bool:
 
 
 def _backend() -> str:
-    return "dali" if _cuda() else "cpu"
+    from bench.machine import has_dali
+
+    return "dali" if _cuda() and has_dali() else "cpu"
 
 
 def _rater(config: TuneConfig, base: LoaderConfig) -> Callable[[Choice], float]:

@@ -296,8 +296,14 @@ def test_mistakes_are_named(shards_dir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_make_gpu_can_be_gone_without_one(shards_dir: Path, tmp_path: Path) -> None:
-    """Every part but the tests and bench.loader, which have tests of their own; the parts of an earlier call stay."""
+def test_make_gpu_can_be_gone_without_one(shards_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part but the tests and bench.loader, which have tests of their own; the parts of an earlier call stay.
+
+    And without DALI, which a machine with a GPU need not have.
+    """
+    (tmp_path / "nothing" / "nvidia").mkdir(parents=True)
+    (tmp_path / "nothing" / "nvidia" / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "nothing"))
     arguments = ["--device", "cpu", "--preset", "tiny", "--shards", shards_dir, "--out", tmp_path, "--rounds", "1"]
     arguments += ["--seconds", "0.1", "--batch-size", "4", "--largest-batch", "0", "--no-compiled", "--threads", "1"]
     (tmp_path / "dry-run.json").write_text('{"bench": "gpu", "loader": {"kept": true}}')
@@ -305,7 +311,9 @@ def test_make_gpu_can_be_gone_without_one(shards_dir: Path, tmp_path: Path) -> N
         "bench.gpu", *map(str, arguments), "--recipe-steps", "4", "--parts", "step", "together", "recipe", timeout=400
     )
     assert done.returncode == 0, done.stderr
+    assert "no DALI here" in done.stdout
     found = json.loads((tmp_path / "dry-run.json").read_bytes())
+    assert found["together"]["settings"]["backend"] == "cpu"
     assert found["loader"] == {"kept": True} and found["step"]["bench"] == "step"
     assert found["together"]["bench"] == "together" and found["step"]["settings"]["preset"] == "tiny"
     recipe = found["recipe"]

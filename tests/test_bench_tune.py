@@ -134,12 +134,12 @@ def test_what_buys_nothing_leaves_the_defaults(shards_dir: Path, monkeypatch: py
 def test_what_may_be_chosen(shards_dir: Path) -> None:
     """Streams only if asked for; the defaults are those of a loader; settings that a backend ignores are no choice."""
     base = LoaderConfig(shards=shards_dir, backend="cpu")
-    space = make_space(base, [shards_dir], cuda=False, streams=())
+    space = make_space(base, [shards_dir], dali=False, streams=())
     assert "streams" not in space.values and space.values["backend"] == ("cpu",)
     assert space.default == {"backend": "cpu", "threads": available_cpus()} | {
         name: getattr(base, name) for name in ("memory_mb", "read_threads", "ahead", "own_jpeg")
     }
-    asked = make_space(base, [shards_dir, shards_dir], cuda=True, streams=(24,))
+    asked = make_space(base, [shards_dir, shards_dir], dali=True, streams=(24,))
     assert asked.values["streams"] == (None, 24) and asked.values["backend"] == ("dali", "cpu")
     assert asked.changed(asked.default | {"own_jpeg": False}) == []  # dali does not heed it
 
