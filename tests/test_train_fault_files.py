@@ -129,6 +129,21 @@ def test_weights_of_another_shape_are_named(server: Server, shards_dir: Path, wh
     assert codes == [2] and "holds another model" in errors and name in errors and "Traceback" not in errors, errors
 
 
+def test_a_damaged_film_of_val_ends_all_ranks_and_the_steps_are_saved(
+    server: Server, shards_dir: Path, tmp_path: Path
+) -> None:
+    damaged, run = Path(shutil.copytree(shards_dir, tmp_path / "set")), tmp_path / "run"
+    tar = damaged / "val-000000.tar"
+    content = bytearray(tar.read_bytes())
+    content[1000] ^= 1  # in the first image, which is rank 0's
+    tar.write_bytes(content)
+    codes, errors = server.run(arguments(damaged, run, *STEPS, "--save-every", "100"), ranks=2)
+    said = [line for line in errors.splitlines() if line.startswith("train.main: ")]
+    assert codes == [2, 2] and len(said) == 1, errors
+    assert "val-000000" in said[0] and "damaged" in said[0] and "stopped after step 5, which is saved" in said[0]
+    assert [step for step, _ in list_checkpoints(run / "checkpoints")] == [5]
+
+
 # T7: hostile files
 
 

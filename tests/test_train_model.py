@@ -174,6 +174,7 @@ def test_an_mlp_head_is_what_the_recipe_says():
     assert (head.fc1.out_features, head.fc2.out_features) == (48, 24)
     assert torch.allclose(model.image.head.eval()(x), by_hand, atol=1e-6)
     assert not torch.allclose(model.image.head.train()(x), by_hand, atol=1e-3)
+    assert (head.drop1.p, head.drop2.p) == (MLP_SMALL.head_dropout, 0.0)  # of the hidden values alone
     assert model.text.trunk.text_projection.shape == (64, 64)  # CLIP's own projection stays under the head
 
 
@@ -239,7 +240,24 @@ def test_chexzeros_own():
     assert (model.image_layers, model.image_heads, model.embed_dim) == (12, 12, 512)
     assert data.mean == pytest.approx([101.48761 / 255] * 3) and data.std == pytest.approx([83.43944 / 255] * 3)
     assert (data.scale, data.flip, config.batch_size, config.save_every) == ((1.0, 1.0), 0.0, 16, 100)
-    assert config.steps == math.ceil(4 * 377_110 / 16)
+    assert config.steps == math.ceil(4 * 377_110 / 16) and model.temperature == 0.01
+
+
+def test_the_temperature_starts_where_it_is_told_to():
+    assert small(ModelConfig(temperature=0.02)).logit_scale.item() == pytest.approx(math.log(50))
+
+
+def test_the_tiny_tower_reads_means_and_maxima_of_two_levels(model):
+    tower, seen = model.image, {}
+    tower.project.register_forward_pre_hook(lambda _, inputs: seen.update(read=inputs[0]))
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        tower(images)
+        small = tower.fine(images)
+        grid = tower.body(small)
+        what = [small.mean((2, 3)), small.amax((2, 3)), grid.mean((2, 3)), grid.amax((2, 3))]
+        expected = torch.cat([tower.coarse(grid).flatten(1), *what], dim=1)
+    assert torch.equal(seen["read"], expected)
 
 
 def test_impossible_configs_are_refused():
@@ -265,7 +283,8 @@ def test_impossible_towers_are_refused():
             "vit_base_patch16_siglip_224",
             "cannot be built as a vision transformer .* pooled by 'token'",
         ),  # no class token
-        ("levit_128s", "cannot be built as a vision transformer|batch normalisation"),
+        ("levit_128s", "cannot be built as a vision transformer"),
+        ("vit_small_resnet26d_224", "batch normalisation"),
     ):
         with pytest.raises(InputError, match=words), torch.device("meta"):
             small(replace(DINO_SMALL, tower=tower))

@@ -25,6 +25,7 @@ from train.saving import CheckpointWriter, Shelf
 from train.schedule import learning_rate, momentum
 from train.state import Progress, capture, gather_bad, order_digest, restore
 from train.step import build_step, compiled_graphs, nothing_batch
+from train.validate import OtherRankFailed
 
 
 def run(job: Job, stop: StopRequest) -> bool:
@@ -120,7 +121,7 @@ class Loop:
             return None, error
 
     def _stop_short(self, failure: InputError | None) -> NoReturn:
-        """Save the steps done, then end all ranks with the line of the one whose loader failed. All have to call it."""
+        """Save the steps done, then end all ranks with the line of the one that cannot read. All have to call it."""
         if self.progress.step != self._saved_step:
             self._look()
             self._save(is_best=False)
@@ -186,7 +187,10 @@ class Loop:
         """Validate and note the loss; whether it is the lowest so far."""
         job, config, progress, began = self._job, self._config, self.progress, time.perf_counter()
         loader = loader_config(config, split="val", mode="eval")
-        loss = self._step.objective.validate(job.learner.judged, loader, job.precision, self._ranks)
+        try:
+            loss = self._step.objective.validate(job.learner.judged, loader, job.precision, self._ranks)
+        except InputError as failure:
+            self._stop_short(None if isinstance(failure, OtherRankFailed) else failure)
         row |= {"val_loss": loss, "validate_s": round(time.perf_counter() - began, 3)}
         progress.patience.note(loss, config.min_delta)
         if config.optim.schedule == "plateau":

@@ -1,7 +1,8 @@
 """Named presets: functions that return a whole config. `shards` and `out` are left for the command line.
 
-Sources: R is this group's own notes on the recipes they train; C is CheXzero's repository, rajpurkarlab/CheXzero:
-the defaults of `run_train.py` and the transforms of `load_data` in `train.py`; O is OpenAI's CLIP ViT-B/32.
+Sources: R is this group's own notes on the recipes they train; C is CheXzero's repository, rajpurkarlab/CheXzero on
+GitHub: the defaults of `run_train.py` (at commit 0eb642c) and the transforms of `load_data` in `train.py` (at 490051d);
+O is OpenAI's CLIP ViT-B/32.
 """
 
 from collections.abc import Callable
@@ -104,7 +105,8 @@ def chexzero() -> TrainConfig:
     """CLIP's ViT-B/32 whole, trained as CheXzero's authors did.
 
     C: both towers of O as they are, film statistics, resize to 224 alone, batch 16, SGD 1e-4 with momentum 0.9,
-    constant, a checkpoint every 100 steps, a log line every 10. Steps: C's 4 epochs of MIMIC-CXR's 377,110 films.
+    constant, a checkpoint every 100 steps, a log line every 10. Steps: C's 4 epochs of the 377,110 films of MIMIC-CXR
+    (Johnson et al. 2019), 94,280 steps in C, where each epoch ends in a shorter batch.
     O: the temperature, which C trains on from where it stood, 0.01. Ours: validation with each checkpoint, of which
     C's code has none.
     """

@@ -202,7 +202,7 @@ def _restore(payload: dict[str, Any], learner: Learner, ranks: Ranks) -> Progres
     learner.scaler.load_state_dict(payload["scaler"])
     if len(payload["rng"]) == ranks.size:
         torch.set_rng_state(payload["rng"][ranks.rank])
-        if torch.cuda.is_available() and payload["device_rng"][ranks.rank] is not None:
+        if torch.cuda.is_initialized() and payload["device_rng"][ranks.rank] is not None:
             torch.cuda.set_rng_state(payload["device_rng"][ranks.rank])
     patience, plateau = payload["schedule"]["patience"], payload["schedule"]["plateau"]
     return Progress(
@@ -224,7 +224,7 @@ def to_host(tree: Any) -> Any:
     again, which it does not in a run that has read its state from a file, unless equal strings are made one.
     """
     copied = _copy(tree)
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # not with --device cpu on a machine that has one
         torch.cuda.synchronize()  # until here copies from a GPU are on their way
     return copied
 
@@ -243,7 +243,7 @@ def _copy(tree: Any) -> Any:
 
 
 def _device_rng() -> torch.Tensor | None:
-    return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
 
 
 def placeholder_config(settings: dict[str, Any]) -> dict[str, Any]:

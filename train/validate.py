@@ -13,12 +13,17 @@ from torch import nn
 from pipeline.batch import Batch
 from pipeline.config import LoaderConfig
 from pipeline.loader import build_loader
+from shards.errors import InputError
 from train.device import Precision
 from train.ranks import Ranks
 
 GROUP = 64
 """Rows that are contrasted with each other in the validation loss."""
 TOKEN_STEP = 16
+
+
+class OtherRankFailed(InputError):
+    """Another rank could not read its share of a split, and says why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,14 +42,19 @@ class Embedded:
 
 
 def embed_split(model: nn.Module, loader: LoaderConfig, precision: Precision, ranks: Ranks) -> Embedded:
-    """Embed every row of a split once. `loader` has mode `eval`; all ranks have to call it."""
-    was_training = model.training
-    model.eval()
-    with build_loader(loader, ranks.world(precision.device)) as batches, torch.inference_mode():
-        parts = [_embed_batch(model, batch, precision) for batch in batches if len(batch)]
-        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-        images, texts, labels = _gather_rows(columns, batches.samples, precision.device, ranks)
-    model.train(was_training)
+    """Embed every row of a split once. `loader` has mode `eval`; all ranks have to call it.
+
+    InputError, on all of them, where a rank cannot read its share.
+    """
+    columns: list[torch.Tensor] = []
+    rows, failure = 0, None
+    try:
+        columns, rows = _embed_share(model, loader, precision, ranks)
+    except InputError as error:
+        failure = error
+    if ranks.any(failure is not None):
+        raise failure or OtherRankFailed("another rank cannot read its share of the split")
+    images, texts, labels = _gather_rows(columns, rows, precision.device, ranks)
     return Embedded(images=images, texts=texts, labels=labels)
 
 
@@ -74,6 +84,19 @@ def cut_tokens(tokens: torch.Tensor, length: int) -> torch.Tensor:
     """
     wanted = -(-max(length, 1) // TOKEN_STEP) * TOKEN_STEP
     return tokens[:, : min(wanted, tokens.shape[1])]
+
+
+def _embed_share(
+    model: nn.Module, loader: LoaderConfig, precision: Precision, ranks: Ranks
+) -> tuple[list[torch.Tensor], int]:
+    """This rank's columns of images, texts and labels, none where it has no row; and the rows of all ranks."""
+    was_training = model.training
+    model.eval()
+    with build_loader(loader, ranks.world(precision.device)) as batches, torch.inference_mode():
+        parts = [_embed_batch(model, batch, precision) for batch in batches if len(batch)]
+        rows = batches.samples
+    model.train(was_training)
+    return [torch.cat(column) for column in zip(*parts, strict=True)], rows
 
 
 def _embed_batch(model: nn.Module, batch: Batch, precision: Precision) -> tuple[torch.Tensor, ...]:
