@@ -50,7 +50,7 @@ def read_and_encode(task: tuple[SourceConfig, ImageSpec, int, int]) -> float:
     source, spec, first, end = task
     started = time.process_time()
     with H5Films(source) as films:
-        for film in films.read(first, end):
+        for film in films.read(first, end, ahead=False):  # one after the other is what the two cost alone
             if not isinstance(film, Fault):
                 encode(film, spec)
     return time.process_time() - started

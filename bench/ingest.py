@@ -1,7 +1,8 @@
 """`python -m bench.ingest --h5 FILE ... --csv FILE --json F`: what an ingest costs beside reading and encoding.
 
-The floor is reading and encoding alone, by the functions that the ingest itself uses, in as many processes, started and
-warm, with nothing written. Each round measures floor and ingest for each file and number of workers, in turn; ratios
+The floor is reading and encoding alone, one after the other, by the functions that the ingest itself uses, in as many
+processes, started and warm, with nothing written. Both have as many CPUs as workers, the ingest for all that it does
+besides, too. Each round measures floor and ingest for each file and number of workers, in turn; ratios
 are taken within a round, medians over rounds. CPU time stands beside the clock: it tells more where others are at work.
 With --cold the films come from the disk, as they do where no memory holds them, and the page cache proves it; with
 --latency-ms and --bandwidth-mb everything that is read comes late, as from a parallel file system.
@@ -130,13 +131,25 @@ def _measure_speed(config: IngestBenchConfig, table: Path, folder: Path) -> list
     for number in range(config.rounds):
         for case, rounds in taken:
             evict_films = partial(evict, case.source.h5) if config.cold else _nothing
-            floor = measure_floor(case.source, case.workers, evict_films)
-            evict_films()
-            run = _measure_ingest(config, case, table, folder / "shards")
+            with _cpus(case.workers):
+                floor = measure_floor(case.source, case.workers, evict_films)
+                evict_films()
+                run = _measure_ingest(config, case, table, folder / "shards")
             rounds.append((floor, run))
             rates = f"floor {floor.films / floor.seconds:,.0f} films/s, ingest {floor.films / run.seconds:,.0f}"
             say(f"round {number + 1}/{config.rounds}  {case.layout}, workers {case.workers}: {rates}")
     return taken
+
+
+@contextlib.contextmanager
+def _cpus(count: int) -> Iterator[None]:
+    """So many CPUs for this process and those that it starts in the block, or all that there are."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _nothing() -> None:

@@ -64,12 +64,13 @@ class H5Source:
             ) from None
 
     def films(
-        self, first: int, end: int, value_range: tuple[float, float] | None = None
+        self, images: NDArray, first: int, value_range: tuple[float, float] | None = None
     ) -> Iterator[NDArray[np.uint8]]:
-        """Rows first..end as (H, W) grey levels: exactly, or scaled from `value_range`. They are read at once, and made
-        one by one, for each stays in the CPU's cache then. InputError names the first bad row.
+        """Rows that were read, from row `first` on, as (H, W) grey levels: exactly, or scaled from `value_range`.
+
+        One by one, for each stays in the CPU's cache then. InputError names the first bad row.
         """
-        for row, film in enumerate(self.read(first, end), first):
+        for row, film in enumerate(images, first):
             yield (
                 to_uint8(film, row, self._name)
                 if value_range is None
@@ -78,7 +79,7 @@ class H5Source:
 
     def read_uint8(self, first: int, end: int, value_range: tuple[float, float] | None = None) -> NDArray[np.uint8]:
         """Rows first..end as `films` gives them, (end - first, H, W)."""
-        return np.stack(list(self.films(first, end, value_range)))
+        return np.stack(list(self.films(self.read(first, end), first, value_range)))
 
     def close(self) -> None:
         """Close the file."""

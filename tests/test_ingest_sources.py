@@ -4,6 +4,8 @@ import csv
 import io
 import os
 import tarfile
+import threading
+import time
 from pathlib import Path
 
 import h5py
@@ -14,11 +16,13 @@ from PIL import Image
 
 from ingest.config import IngestConfig, SourceConfig, read_sources
 from ingest.dry_run import dry_run
+from ingest.films import H5Films
 from ingest.images import Fault, read_film
 from ingest.inputs import read_inputs
 from ingest.plan import Plan
 from ingest.run import ingest
 from ingest.sections import cut_section
+from ingest.source import H5Source
 from shards.encodings import ENCODINGS, decode, encode
 from shards.errors import InputError
 from shards.manifest import read_manifest
@@ -113,6 +117,35 @@ def test_blank_films_become_samples_on_request(tmp_path: Path, images: np.ndarra
         found = run(tmp_path / name, max_rejects=0.0, **({"encoding": "raw"} | given))
         assert len(found) == 40
         assert (found[key(3)]["pixels"] == 0).all() and (found[key(7)]["pixels"] == 77).all()
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_rows_are_read_ahead_where_storage_is_slow(
+    tmp_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    """The same films either way; of slow storage all but the first rows are read by another thread, one step ahead."""
+    path = write_h5(tmp_path / "a.h5", images.astype(np.float32))
+    monkeypatch.setattr("ingest.films.READ_ROWS", 3)
+    if not slow:  # all of the time is the CPU's, however busy this machine is
+        monkeypatch.setattr("ingest.films.time.thread_time", time.perf_counter)
+    read, threads, before = H5Source.read, [], threading.active_count()
+
+    def recorded(source: H5Source, first: int, end: int) -> np.ndarray:
+        time.sleep(0.02 * slow)
+        threads.append((first, threading.current_thread() is threading.main_thread()))
+        return read(source, first, end)
+
+    monkeypatch.setattr(H5Source, "read", recorded)
+    with H5Films(SourceConfig(h5=(path,))) as films:
+        reader = films.read(1, len(images))
+        first = next(reader)
+        assert np.array_equal([first, *reader], images[1:])
+        assert [number for number, _ in threads] == list(range(1, len(images), 3))
+        assert [here for _, here in threads] == [True, *[not slow] * (len(threads) - 1)]
+        abandoned = films.read(0, len(images))
+        assert [np.array_equal(next(abandoned), image) for image in images[:4]] == [True] * 4
+        abandoned.close()
+    assert threading.active_count() == before
 
 
 def test_chunks_are_read_once(tmp_path: Path, images: np.ndarray) -> None:
