@@ -98,8 +98,7 @@ def _encode_row(number: int, film: Film, task: EncodeTask, spill: SpillWriter) -
 
 def blank(film: NDArray[np.uint8]) -> Fault:
     """Whether an (H, W) film shows nothing at all."""
-    few = film[::16, ::16]
-    if few.min() != few.max():  # nearly always: 12 us less than to look at all of it
+    if film[0, 0] != film[film.shape[0] // 2, film.shape[1] // 2]:  # nearly always, and much the cheapest
         return Fault.NONE
     low, high = film.min(), film.max()
     return Fault.NONE if low != high else Fault.CONSTANT if high else Fault.ALL_ZERO
