@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline.batch import World
 from pipeline.config import LoaderConfig, thread_count
-from pipeline.cpu import TASK_IMAGES, start_single_threaded
+from pipeline.cpu import start_single_threaded, task_images
 from pipeline.encoded import decide
 from pipeline.kernels import ImageKernel, Normalise
 from shards.manifest import read_manifest
@@ -51,9 +51,11 @@ class Floor:
     def __init__(self, config: LoaderConfig) -> None:
         manifest = read_manifest(config.shards)
         self.films = read_films(config.shards, manifest, config.split)
+        self._size, threads = config.batch_size, thread_count(config, World())
+        self.task = task_images(self._size, threads)
+        self.films *= -(-self.task // len(self.films))
         self.spans = np.array([(film.ctypes.data, len(film)) for film in self.films], dtype=np.int64)
         self.fate = decide(config, manifest, np.arange(len(self.films)), np.zeros(len(self.films), dtype=bool))
-        self._size, threads = config.batch_size, thread_count(config, World())
         shape = (config.batch_size * (config.ahead + 1), config.image_size, config.image_size, 3)
         self.out = torch.empty(shape, dtype=getattr(torch, config.dtype))
         self._numbers = itertools.count()
@@ -87,22 +89,22 @@ class Floor:
             thread.join()
 
     def __next__(self) -> range:
-        for _ in range(self._size // TASK_IMAGES):
+        for _ in range(self._size // self.task):
             self._done.acquire()
-        return range(self._size // TASK_IMAGES * TASK_IMAGES)
+        return range(self._size // self.task * self.task)
 
     def _work(self) -> None:
         kernel = next(self._idle)
         while not self._closed:
-            first = next(self._numbers) * TASK_IMAGES
-            self.run(kernel, first % (len(self.films) - TASK_IMAGES + 1), first % (len(self.out) - TASK_IMAGES + 1))
+            first = next(self._numbers) * self.task
+            self.run(kernel, first % (len(self.films) - self.task + 1), first % (len(self.out) - self.task + 1))
             self._done.release()
 
     def run(self, kernel: ImageKernel, first: int, place: int) -> None:
         """The films of a task to a place of the output, as a decoding thread of the loader does it."""
-        each, index = slice(first, first + TASK_IMAGES), 0
-        boxes, flipped, out = self.fate.boxes[each], self.fate.flipped[each], self.out[place : place + TASK_IMAGES]
-        while (index := kernel.run(self.spans[each], boxes, flipped, out, index, TASK_IMAGES)) < TASK_IMAGES:
+        each, index = slice(first, first + self.task), 0
+        boxes, flipped, out = self.fate.boxes[each], self.fate.flipped[each], self.out[place : place + self.task]
+        while (index := kernel.run(self.spans[each], boxes, flipped, out, index, self.task)) < self.task:
             pixels = kernel.decode(self.films[first + index])
             kernel.resize([(pixels, boxes[index].tolist(), bool(flipped[index]), out[index])])
             index += 1
@@ -119,14 +121,14 @@ def parts(config: LoaderConfig, seconds: float = 1.0) -> dict[str, float]:
     pixels, boxes, flipped = kernel.decode(floor.films[0]), floor.fate.boxes.tolist(), floor.fate.flipped.tolist()
 
     def both(number: int) -> int:
-        first = number * TASK_IMAGES
-        floor.run(kernel, first % (len(floor.films) - TASK_IMAGES + 1), first % (len(floor.out) - TASK_IMAGES + 1))
-        return TASK_IMAGES
+        first = number * floor.task
+        floor.run(kernel, first % (len(floor.films) - floor.task + 1), first % (len(floor.out) - floor.task + 1))
+        return floor.task
 
     def resize(number: int) -> int:
-        films = [each % len(boxes) for each in range(number * TASK_IMAGES, (number + 1) * TASK_IMAGES)]
+        films = [each % len(boxes) for each in range(number * floor.task, (number + 1) * floor.task)]
         kernel.resize([(pixels, boxes[film], flipped[film], floor.out[film % len(floor.out)]) for film in films])
-        return TASK_IMAGES
+        return floor.task
 
     together, second = _cpu_us(both, seconds), _cpu_us(resize, seconds)
     return {"decode_us": together - second, "resize_normalise_us": second}

@@ -24,8 +24,13 @@ from pipeline.encoded import Encoded, EncodedBatches, make_batch
 from pipeline.kernels import Crop, ImageKernel, Normalise
 from shards.schema import Manifest
 
-TASK_IMAGES = 16
+TASK_IMAGES = 32
 """Images a task has at most: each task takes a turn at the interpreter's lock."""
+
+
+def task_images(images: int, threads: int) -> int:
+    """How many of a batch's images go to a thread at once."""
+    return max(1, min(TASK_IMAGES, -(-images // threads)))
 
 
 class _Slot:
@@ -180,7 +185,7 @@ class CpuBackend:
         try:
             while (slot := self._free.get()) is not None:
                 encoded = next(self._batches)
-                size = max(1, min(TASK_IMAGES, -(-len(encoded) // self.threads)))
+                size = task_images(len(encoded), self.threads)
                 tasks = [_Task(slot, first, min(size, len(encoded) - first)) for first in range(0, len(encoded), size)]
                 slot.start(encoded, len(tasks))
                 self._ready.put(slot)

@@ -60,4 +60,4 @@ def uniform(hashes: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 def permutation(n: int, seed: int, *words: int) -> NDArray[np.int64]:
     """A permutation of range(n), int64 (n,), keyed by (seed, *words): the stable order of n hashes."""
-    return np.argsort(hash64(seed, *words, np.arange(n, dtype=np.uint64)), kind="stable").astype(np.int64)
+    return np.argsort(hash64(seed, *words, np.arange(n, dtype=np.uint64)), kind="stable").astype(np.int64, copy=False)

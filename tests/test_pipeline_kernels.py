@@ -443,3 +443,19 @@ def test_numbas_cache_tells_functions_apart_by_what_they_close_over() -> None:
         function = compile_function(make(stamp), types.int64(types.int64))
         assert function(5) == 5 + stamp
     assert function.stats.cache_hits  # type: ignore[attr-defined]
+
+
+def test_the_bench_measures_the_floor_and_says_where_the_time_goes(shards_dir: Path) -> None:
+    from bench.loader import LoaderBenchConfig, run_bench, table
+
+    config = LoaderBenchConfig(
+        shards=shards_dir, floor=True, rounds=1, seconds=0.2, warmup_batches=1, batch_size=16, threads=2
+    )
+    result = run_bench(config)
+    cases = {case["name"]: case for case in result["cases"]}
+    assert {"cpu", "cpu libjpeg-turbo", "cpu floor"} <= set(cases)
+    assert cases["cpu"]["share_of_floor"] == cases["cpu"]["images_per_s"] / cases["cpu floor"]["images_per_s"]
+    profile = result["profile"]["cpu"]
+    assert {"decode_us", "resize_normalise_us", "feed_us", "main_us", "read_us"} <= set(profile)
+    assert all(spent >= 0 for spent in profile.values()) and profile["decode_us"] > 0
+    assert any("resize + normalise" in line for line in table(result))
