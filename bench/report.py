@@ -17,9 +17,10 @@ from bench.compare import BETTER, LEVEL, RULE, SAME, Change, Comparison, compare
 from bench.files import UnreadableError, bundle, distinct, read_results
 from bench.kinds import METRICS, Result, Table, text
 from bench.page import BAD, GOOD, UNKNOWN, Section, to_html, to_markdown
+from bench.processes import bench_guard
 from bench.shapes import KINDS
 from bench.standards import judged
-from shards.cli import main_guard, parse, say
+from shards.cli import parse, say
 from shards.errors import InputError
 
 PROG = "python -m bench.report"
@@ -208,7 +209,7 @@ def _range(values: Sequence[float], form: str, *, middle: bool = False) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, compare, write. Exit code 1 for a regression."""
-    with main_guard(PROG):
+    with bench_guard(PROG):
         config = parse(ReportConfig, argv, prog=PROG)
         from shards.atomic import check_writable, write_atomic
 
@@ -224,9 +225,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_atomic(config.bundle, bundle(report.read))
         if not (config.html or config.markdown):
             say(to_markdown(TITLE, parts))
-    _say_verdict(report)
-    if report.regressions:
-        raise SystemExit(1)
+        _say_verdict(report)
+        if report.regressions:
+            raise SystemExit(1)
 
 
 def _say_verdict(report: Report) -> None:

@@ -6,6 +6,7 @@ of a film hold its number, in deflate blocks of their own (RFC 1951, "stored"), 
 """
 
 import csv
+import os
 import shutil
 import struct
 import zlib
@@ -227,4 +228,8 @@ def write_uint8(source: Path, target: Path) -> None:
             grey = levels.astype(np.uint8)
             if (grey != levels).any():
                 raise InputError(f"{source} is not in whole grey levels 0..255; measure without --uint8")
-            out[first : first + len(grey)] = grey
+            try:
+                out[first : first + len(grey)] = grey
+            except OSError as error:  # HDF5 says it in ten lines
+                reason = os.strerror(error.errno) if error.errno else "HDF5 cannot write it"
+                raise InputError(f"no room for the films as uint8 ({reason}); give another --scratch") from None

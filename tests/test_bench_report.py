@@ -4,9 +4,11 @@ import base64
 import copy
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -236,6 +238,16 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Worse than before: loader cpu" in page.read_text()
     main([old])
     assert "| cpu | 700 | 690 to 705 |" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_gone_is_no_error_of_ours(tmp_path: Path) -> None:
+    """`bench.report F | head -1`: silence, and exit code 1 as everywhere."""
+    command = [sys.executable, "-m", "bench.report", str(save(tmp_path / "a.json", loader_json(OLD)))]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_mistakes(tmp_path: Path) -> None:
