@@ -126,7 +126,7 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise InputError("tuning needs Optuna: pip install 'shardclip[tune]'") from None
+        raise InputError("tuning needs Optuna: pip install -e '.[tune]'") from None
     return optuna
 
 
