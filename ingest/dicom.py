@@ -76,7 +76,7 @@ def _need(name: str) -> None:
     try:
         importlib.import_module(name)
     except ImportError:
-        raise InputError(f"a film is a DICOM file of a kind that needs {name}: pip install shardclip[dicom]") from None
+        raise InputError(f"a film is a DICOM file of a kind that needs {name}: pip install -e '.[dicom]'") from None
 
 
 def _read(file: BinaryIO) -> Image.Image | Fault:

@@ -74,7 +74,7 @@ def read_film(path: Path, size: int) -> NDArray[np.uint8] | Fault:
         return Fault.TOO_LARGE
     except MemoryError:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) from None
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's ways to say that a file is damaged
+    except (OSError, SyntaxError, ValueError, TypeError) as error:  # Pillow's ways to say that a file is damaged
         if isinstance(error, OSError) and error.errno in STORAGE:
             raise
         return Fault.UNREADABLE
@@ -94,9 +94,20 @@ def _open_image(file: BinaryIO) -> Image.Image | Fault:
     with Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             return Fault.TOO_LARGE
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's JPEG with a preview in it
+        if _has_frames(image):
             return Fault.FRAMES
         return to_colour(ImageOps.exif_transpose(image))
+
+
+def _has_frames(image: Image.Image) -> bool:
+    """Whether there is more than one film; the preview in a camera's JPEG (MPO) is none."""
+    if image.format != "TIFF":
+        return image.format != "MPO" and getattr(image, "n_frames", 1) > 1
+    try:
+        image.seek(1)  # counting pages takes the square of their number
+    except EOFError:
+        return False
+    return True
 
 
 def to_colour(image: Image.Image) -> Image.Image:

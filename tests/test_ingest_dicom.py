@@ -418,7 +418,7 @@ class TestIngest:
         (tmp_path / "blocked" / "pydicom.py").write_text("raise ImportError('not here')")
         command = ["ingest", "--to-shards", tmp_path / "out", "--images", folder / "films", "--csv", folder / "r.csv"]
         done = run_module(*command, PYTHONPATH=str(tmp_path / "blocked"))
-        assert_refused(done, "pydicom", "pip install shardclip[dicom]")
-        assert_refused(run_module(*command, "--dry-run", PYTHONPATH=str(tmp_path / "blocked")), "shardclip[dicom]")
+        assert_refused(done, "pydicom", "pip install -e '.[dicom]'")
+        assert_refused(run_module(*command, "--dry-run", PYTHONPATH=str(tmp_path / "blocked")), "-e '.[dicom]'")
         assert not (tmp_path / "out" / "manifest.json").exists()
         assert run_module(*command).returncode == 0

@@ -198,6 +198,15 @@ class TestImageFolder:
             film.save(tmp_path / "two", format=name, save_all=True, append_images=[film.rotate(90)])
             found = read_film(tmp_path / "two", 320)
             assert found is frames if frames else not isinstance(found, Fault), name
+        film.save(tmp_path / "page.tif")
+        page = bytearray((tmp_path / "page.tif").read_bytes())
+        at = int.from_bytes(page[4:8], "little")
+        link = at + 2 + 12 * int.from_bytes(page[at : at + 2], "little")
+        for following, expected in ((at, None), (0xFFFFFFF0, Fault.UNREADABLE)):  # itself; nowhere
+            page[link : link + 4] = following.to_bytes(4, "little")
+            (tmp_path / "page.tif").write_bytes(page)
+            found = read_film(tmp_path / "page.tif", 320)
+            assert found is expected if expected else not isinstance(found, Fault)
         assert read_film(folder / "text.png", 320) is Fault.UNREADABLE
         assert read_film(folder / "cut.png", 320) is Fault.UNREADABLE
         assert read_film(folder / "nothing.png", 320) is Fault.MISSING
