@@ -7,6 +7,7 @@ are being encoded, read from one end to the other in phase two.
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -18,12 +19,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ingest.text import names_side
 from ingest.tokenizer import Tokenizer
 from shards.atomic import atomic_file, write_atomic
 from shards.digest import HashingFile, file_digest
 from shards.schema import TokenizerSpec
 
+_SIDES = re.compile(
+    r"\b(?:left|right|lt|rt|[lr]|lul|lll|rul|rml|rll|lingula\w*|dextro\w*|l[ae]vo\w*|situs)(?:ward|wards|sided)?\b",
+    re.IGNORECASE,
+)
 RECORDS, TEXTS, NOTE = "rows.bin", "texts.bin", "rows.json"
 _CHUNK = 4096
 """Rows written and read at once."""
@@ -58,6 +62,14 @@ class Row(NamedTuple):
     group: int
     labels: tuple[float | None, ...]
     """None for unknown."""
+
+
+def names_side(text: str) -> bool:
+    """Whether a report names a side of the body, so that its film must not be mirrored (the flip guard).
+
+    Errs towards yes: `right heart border` counts as well as `right-sided effusion`.
+    """
+    return _SIDES.search(text) is not None
 
 
 def record_type(context: int, labels: int) -> np.dtype:
