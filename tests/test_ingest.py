@@ -27,6 +27,7 @@ from conftest import (
 )
 from PIL import Image
 
+from ingest.rows import names_side
 from ingest.tokenizer import Tokenizer
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
@@ -135,8 +136,7 @@ def _kill_after(seconds: float, command: list[str | Path]) -> None:
 def test_finished_shards_are_kept(source: tuple[Path, Path], tmp_path: Path) -> None:
     """With everything done but the manifest, a rerun rewrites nothing; with one shard damaged in size, only that."""
     from ingest.config import IngestConfig
-    from ingest.rows import names_side
-from ingest.run import ingest
+    from ingest.run import ingest
 
     config = IngestConfig(to_shards=tmp_path / "set", h5=(source[0],), csv=(source[1],), workers=1, shard_mb=0.5)
     import ingest.run as run
