@@ -12,7 +12,7 @@ from typing import Any
 from bench.compare import BETTER, judge
 from bench.kinds import METRICS
 from pipeline.batch import World
-from pipeline.blocks import check_memory
+from pipeline.buffers import check_memory
 from pipeline.config import LoaderConfig, available_cpus, stream_count
 from shards.errors import InputError
 from shards.manifest import read_manifest

@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import stall
-from pipeline.buffers import Buffers
+from pipeline.buffers import Buffers, block_bytes
 from pipeline.order import Visit
 from pipeline.quarantine import Quarantine
 from pipeline.read import ReadStats
 from pipeline.visits import Loaded, VisitLoader
-from shards.errors import InputError
 from shards.schema import Manifest, ShardInfo
 
 CLOSE_WAIT_S = 10.0
@@ -28,8 +27,6 @@ CLOSE_WAIT_S = 10.0
 
 KEEPS_UP = 8
 """Blocks for which there may be room before one more thread is woken for them, for each that is at work."""
-MOST_MEMORY = 256 << 20
-"""Bytes that are read ahead unless more is asked for."""
 
 
 class _Slot:
@@ -260,30 +257,3 @@ class _Pool:
 
     def give(self, buffer: NDArray[np.uint8]) -> None:
         self._reader._give([buffer])
-
-
-def block_bytes(manifest: Manifest, shard: ShardInfo) -> int:
-    """About how many bytes of the tar one block takes: a tenth over the shard's mean."""
-    rows = min(manifest.block_rows, shard.rows)
-    return int(1.1 * shard.tar.bytes * rows / shard.rows)
-
-
-def read_ahead(manifest: Manifest, shards: tuple[ShardInfo, ...], streams: int, threads: int) -> int:
-    """Bytes that reading needs not to wait for memory: each stream's block and its next, and four for each thread.
-
-    Reading on would only take memory from others, 256 MiB at the most.
-    """
-    block = max(block_bytes(manifest, shard) for shard in shards)
-    return min((2 * streams + 4 * threads) * block, MOST_MEMORY)
-
-
-def check_memory(manifest: Manifest, shards: tuple[ShardInfo, ...], memory: int, streams: int) -> None:
-    """InputError where `streams` live blocks and one being read do not fit `memory` bytes."""
-    block = max(block_bytes(manifest, shard) for shard in shards)
-    blocks = min(streams, sum(shard.rows for shard in shards)) + 1
-    if blocks * block > memory:
-        raise InputError(
-            f"memory_mb {memory >> 20} is too little: {blocks - 1} streams of this rank and one block ahead are "
-            f"{blocks} x {block / 2**20:.1f} MiB = {blocks * block / 2**20:.1f} MiB; "
-            "raise memory_mb or use fewer streams"
-        )

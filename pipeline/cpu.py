@@ -5,7 +5,7 @@
     trainer: the oldest slot, once all of its tasks are done; it goes back to the feeder at the next `next()`
 
 C code does the work and releases the GIL, so threads are enough, and nothing is copied between processes. The slots
-bound what is prepared ahead and are pinned where the device is a GPU.
+bound what is prepared ahead. Where the device is a GPU they are pinned, and copied there on a side stream.
 """
 
 import queue

@@ -19,9 +19,9 @@ import torch
 
 from pipeline.batch import Batch, World
 from pipeline.config import LoaderConfig, thread_count
+from pipeline.decode import check_jpeg
 from pipeline.effects import for_graph, in_graph
 from pipeline.encoded import Encoded, EncodedBatches, make_batch
-from pipeline.kernels import check_jpeg
 from pipeline.trial import Trial
 from shards.encodings import check_header, decode
 from shards.errors import InputError

@@ -17,7 +17,8 @@ import torch
 
 from pipeline.balance import BalancedOrder, read_classes
 from pipeline.batch import Batch, World
-from pipeline.blocks import BlockReader, check_memory, read_ahead
+from pipeline.blocks import BlockReader
+from pipeline.buffers import check_memory, read_ahead
 from pipeline.config import LoaderConfig, stream_count
 from pipeline.encoded import EncodedBatches
 from pipeline.handles import OpenShards

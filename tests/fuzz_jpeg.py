@@ -21,8 +21,9 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.decode import CompiledDecode
 from pipeline.jpeg_header import Header, parse_header
-from pipeline.kernels import CompiledDecode, compiled_functions
+from pipeline.kernels import compiled_functions
 from shards.schema import ImageSpec
 
 Bytes = NDArray[np.uint8]

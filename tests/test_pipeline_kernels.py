@@ -30,13 +30,12 @@ from pipeline.augment import crop_boxes, flips
 from pipeline.batch import World
 from pipeline.compiled import compiled as compile_function
 from pipeline.config import CLIP_MEAN, CLIP_STD, LoaderConfig
+from pipeline.decode import MOST_HEADERS, CompiledDecode, TurboDecode
 from pipeline.kernels import (
-    CompiledDecode,
     CompiledResize,
     ImageKernel,
     Normalise,
     TorchResize,
-    TurboDecode,
     compiled_functions,
     make_resize,
 )
@@ -243,11 +242,11 @@ def test_other_jpegs_are_left_to_libjpeg_turbo() -> None:
 
 def test_headers_that_differ_from_film_to_film_cost_speed_only() -> None:
     images = [jpeg(film, quality=95, optimize=True) for film in made_up_images(24)]
-    assert len({image[:300].tobytes() for image in images}) > kernels.MOST_HEADERS
+    assert len({image[:300].tobytes() for image in images}) > MOST_HEADERS
     ours = decoder(320, 320)
     for image in images + images:
         assert np.array_equal(ours.run(image), turbo(image))
-    assert ours._headers == kernels.MOST_HEADERS
+    assert ours._headers == MOST_HEADERS
 
 
 def test_damaged_films_end_as_with_libjpeg_turbo_and_within_their_memory() -> None:
