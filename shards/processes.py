@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h of glibc
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
@@ -25,6 +25,7 @@ def keep_memory() -> None:
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, 1 << 30)
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most it takes
+        mallopt(_M_ARENA_MAX, 1)  # what one thread frees is for all
 
 
 @contextlib.contextmanager
