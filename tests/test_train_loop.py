@@ -186,3 +186,15 @@ def test_too_little_memory_is_one_line(
         train(shards_dir, tmp_path / "run")
     (line,) = capsys.readouterr().err.splitlines()
     assert "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.); try --accumulate" in line
+
+
+def test_a_run_is_whole_without_its_curves(
+    shards_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def draw(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("train.loop.draw_curves", draw)
+    train(shards_dir, tmp_path, "--steps", "1")
+    told = capsys.readouterr()
+    assert "no curves (OSError)" in told.err and "trained 1 steps" in told.out

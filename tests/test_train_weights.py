@@ -275,6 +275,15 @@ def test_unfit_weights_are_refused_and_change_nothing(change: Callable, words: s
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
+def test_half_a_head_is_no_new_head(tmp_path: Path) -> None:
+    """A run's own file brings its head; a part of one is damage, not the wish for a fresh one."""
+    config = replace(DINO_SMALL, image_head="mlp", head_width=48, embed_dim=24)
+    weights = without(fresh(config).state_dict(), "image.head.mlp.fc2.weight")
+    save_file({name: tensor for name, tensor in weights.items() if name.startswith("image.")}, tmp_path / "w")
+    with pytest.raises(InputError, match=r"1 tensors missing \(head\.mlp\.fc2\.weight\)"):
+        load_pretrained(fresh(config), settings(tmp_path / "w"))
+
+
 def test_a_file_of_another_tower_is_refused(clip: CLIP, tmp_path: Path) -> None:
     save_file(clip.state_dict(), tmp_path / "clip")
     save_file(timm_weights("test_vit", SIZE), tmp_path / "timm")

@@ -93,32 +93,37 @@ class Loop:
 
     def _one_step(self) -> bool:
         """Train on one batch and do what is due after it; whether to stop."""
-        config, progress = self._config, self.progress
-        with self._meter.waiting():
-            batch, failure = self._next_batch()
-        asked, failed = self._ranks.sums([float(self._stop.asked), float(failure is not None)])
-        if batch is None or failed:
-            self._stop_short(failure)
+        config, progress, learner = self._config, self.progress, self._job.learner
+        batch, asked = self._next_batch()
         lr = learning_rate(config.optim, progress.step, config.steps, progress.plateau.cuts)
         output = self._step(batch, lr, momentum(config.optim, progress.step, config.steps))
         progress.step += 1
         progress.position += config.batch_size
         progress.digest = (progress.digest + digest_batch(batch, self._job.world)) % DIGEST_MODULUS
         self._recorder.note(progress.step, output, batch.samples)
-        if self._job.learner.ema is not None and config.ema is not None:
-            update_average(self._job.learner.ema, self._job.learner.model, config.ema, progress.step)
+        if learner.ema is not None and config.ema is not None:
+            update_average(learner.ema, learner.model, config.ema, progress.step)
         if self._log is not None:
             self._log.advance()
-        stopping = asked > 0 or progress.step == config.stop_at
+        stopping = asked or progress.step == config.stop_at
         self._after_step(output, lr, stopping)
         return stopping
 
-    def _next_batch(self) -> tuple[Batch | None, InputError | None]:
-        """The next batch, or why there is none: a shard that is damaged, gone, or does not come."""
-        try:
-            return next(self._job.loader), None
-        except InputError as error:
-            return None, error
+    def _next_batch(self) -> tuple[Batch, bool]:
+        """The next batch, and whether any rank was asked to stop.
+
+        Ends all ranks where one gets none: a shard is damaged, gone, or does not come.
+        """
+        batch, failure = None, None
+        with self._meter.waiting():
+            try:
+                batch = next(self._job.loader)
+            except InputError as error:
+                failure = error
+        asked, failed = self._ranks.sums([float(self._stop.asked), float(failure is not None)])
+        if batch is None or failed:
+            self._stop_short(failure)
+        return batch, asked > 0
 
     def _stop_short(self, failure: InputError | None) -> NoReturn:
         """Save the steps done, then end all ranks with the line of the one that cannot read. All have to call it."""
@@ -223,22 +228,19 @@ class Loop:
 
 
 def _conclude(job: Job, progress: Progress, finished: bool) -> None:
-    """Leave curves at the end, or a mark that asks for the rest of the run."""
-    if finished:
-        draw_curves(job.folder.metrics, job.folder.curves)
-        best = (
-            ""
-            if progress.best_loss is None
-            else f"; best validation loss {progress.best_loss:.4f} at step {progress.best_step}"
-        )
-        early = (
-            ""
-            if progress.step >= job.config.steps
-            else f", no lower validation loss in {job.config.patience} validations"
-        )
-        say(f"trained {progress.step} steps{early}{best}; run folder {job.folder.root}")
+    """Leave curves at the end, or a mark that asks for the rest of the run; and say how it went."""
+    folder, steps = job.folder, job.config.steps
+    if not finished:
+        write_atomic(folder.requeue, f"{progress.step}\n".encode())
+        say(f"stopped after step {progress.step} of {steps}; go on with --resume auto (see {folder.requeue})")
         return
-    write_atomic(job.folder.requeue, f"{progress.step}\n".encode())
-    say(
-        f"stopped after step {progress.step} of {job.config.steps}; go on with --resume auto (see {job.folder.requeue})"
-    )
+    try:
+        draw_curves(folder.metrics, folder.curves)
+    except (OSError, ImportError) as error:  # a full disk, say: the run is whole without them
+        job.warn(f"no curves ({type(error).__name__}); draw them by python -m train.curves {folder.root}")
+    told = f"trained {progress.step} steps"
+    if progress.step < steps:
+        told += f", no lower validation loss in {job.config.patience} validations"
+    if progress.best_loss is not None:
+        told += f"; best validation loss {progress.best_loss:.4f} at step {progress.best_step}"
+    say(f"{told}; run folder {folder.root}")

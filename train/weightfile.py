@@ -71,9 +71,8 @@ def _read_archive(path: Path) -> dict[str, Tensor]:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             return read_torchscript(path, archive)
         entries = archive.infolist()
-    # torch packs nothing; an entry that is packed, or two that share bytes, unpack to more than the file has.
-    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-    if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+    # torch packs nothing; entries that are packed, or share bytes, unpack to more than the file has.
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise InputError(f"{path} is refused: it unpacks to more than its size, which no file of torch does")
     return _tensors(path, torch.load(path, map_location="cpu", weights_only=True))
 
