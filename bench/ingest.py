@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.floor import Floor, measure_floor
-from bench.processes import Run, run_watched
+from bench.processes import Run, bench_guard, pinned, run_watched
 from bench.sizes import repeat_csv, store_repeated
 from bench.storage import SlowFileSystem, SlowSettings, evict
 from ingest.config import SourceConfig
-from shards.cli import main_guard, parse, say
+from shards.cli import parse, say
 from shards.errors import InputError
 
 PHASES = ("start", "encode", "assemble", "finish")
@@ -131,7 +131,7 @@ def _measure_speed(config: IngestBenchConfig, table: Path, folder: Path) -> list
     for number in range(config.rounds):
         for case, rounds in taken:
             evict_films = partial(evict, case.source.h5) if config.cold else _nothing
-            with _cpus(case.workers):
+            with pinned(tuple(sorted(os.sched_getaffinity(0))[: case.workers])):
                 floor = measure_floor(case.source, case.workers, evict_films)
                 evict_films()
                 run = _measure_ingest(config, case, table, folder / "shards")
@@ -139,17 +139,6 @@ def _measure_speed(config: IngestBenchConfig, table: Path, folder: Path) -> list
             rates = f"floor {floor.films / floor.seconds:,.0f} films/s, ingest {floor.films / run.seconds:,.0f}"
             say(f"round {number + 1}/{config.rounds}  {case.layout}, workers {case.workers}: {rates}")
     return taken
-
-
-@contextlib.contextmanager
-def _cpus(count: int) -> Iterator[None]:
-    """So many CPUs for this process and those that it starts in the block, or all that there are."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(before)[:count])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def _nothing() -> None:
@@ -284,7 +273,7 @@ def _speed_table(result: dict[str, Any]) -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print tables, write JSON."""
-    with main_guard("bench.ingest"):
+    with bench_guard("bench.ingest"):
         config = parse(IngestBenchConfig, argv, prog="python -m bench.ingest")
         from bench.machine import one_line
         from shards.atomic import check_writable, write_atomic

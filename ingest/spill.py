@@ -40,7 +40,7 @@ RECORD = np.dtype(
 
 _TRAILER = struct.Struct("<q16s")
 """Rows, and the stamp of the image files; the digest of everything before follows."""
-_RUN_BYTES = _PART_BYTES = 32 << 20
+_RUN_BYTES, _PART_BYTES = 32 << 20, 16 << 20
 """Images that a worker holds: while it encodes, and, twice, while it makes a shard."""
 _GAP = 16 << 10
 """Bytes between two images that are rather read than skipped."""
@@ -151,7 +151,7 @@ class SpillReader:
         self._buffers = [_spare.pop() if _spare else mmap.mmap(-1, ALIGNMENT) for _ in range(2)]
 
     def read(self, images: Images) -> Iterator[memoryview]:
-        """Each image in turn, good until the next is asked for; 32 MiB are read while the 32 MiB before are used.
+        """Each image in turn, good until the next is asked for; 16 MiB are read while the 16 MiB before are used.
 
         InputError where the disk gives back another one.
         """
