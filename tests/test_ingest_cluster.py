@@ -20,8 +20,8 @@ from PIL import Image
 
 from ingest.cluster import open_cluster
 from ingest.config import IngestConfig
-from ingest.spill import spill_path
 from ingest.remote import Errand, Failure, Sealed, Surroundings, no_task, run_sealed
+from ingest.spill import spill_path
 from shards.atomic import atomic_file, remove_temporary, writing_as
 from shards.errors import InputError
 
