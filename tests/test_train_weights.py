@@ -275,6 +275,15 @@ def test_unfit_weights_are_refused_and_change_nothing(change: Callable, words: s
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model", None])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", ""])
+def test_what_trainers_wrap_around_weights_comes_off(wrapper: str | None, prefix: str, tmp_path: Path) -> None:
+    """DDP's and torch.compile's prefixes; the other things of a checkpoint stay behind."""
+    weights = {f"{prefix}a.weight": torch.ones(2), f"{prefix}b": torch.zeros(1)}
+    torch.save({wrapper: weights, "epoch": 3} if wrapper else weights, tmp_path / "w")
+    assert {name: len(tensor) for name, tensor in read_tensors(tmp_path / "w").items()} == {"a.weight": 2, "b": 1}
+
+
 def test_half_a_head_is_no_new_head(tmp_path: Path) -> None:
     """A run's own file brings its head; a part of one is damage, not the wish for a fresh one."""
     config = replace(DINO_SMALL, image_head="mlp", head_width=48, embed_dim=24)
