@@ -50,13 +50,13 @@ def test_footprint_counts_the_whole_tree() -> None:
     with child.stdin, child.stdout:
         child.stdout.readline()
         assert len(list(tree(child.pid))) == 2
-        with mmap.mmap(-1, 40 << 20) as held:  # pages that this process surely did not have before
-            for _ in range(40):
+        with mmap.mmap(-1, 256 << 20) as held:  # pages that this process surely did not have before
+            for _ in range(256):
                 held.write(b"x" * (1 << 20))
             found = footprint(os.getpid())
     child.wait()
     assert found.total == found.parent + sum(found.children)
-    assert found.parent - before.parent > (40 << 20) * 0.9
+    assert found.parent - before.parent > 128 << 20  # another process that loads our libraries takes its share of them
     assert found.children[0] > 50 << 20 and found.children[1] > 30 << 20
 
 
