@@ -85,6 +85,7 @@ def test_open_clip_loads_it_and_gives_the_same(config: ModelConfig, tmp_path: Pa
     assert open_clip.create_model(name).state_dict().keys() == theirs.state_dict().keys()
     # Their preprocessing is ours: the whole image to a square, and the run's own statistics.
     assert preprocess.transforms[0].size in (SIZE, (SIZE, SIZE), [SIZE, SIZE])
+    assert preprocess.transforms[0].interpolation.value == "bicubic"
     assert preprocess.transforms[-1].mean == pytest.approx(CHEXZERO_MEAN)
     assert open_clip.get_tokenizer(name).context_length == CONTEXT
 
