@@ -1,7 +1,7 @@
 # make demo   set up, then the whole path on a made-up data set: films, shards, training, evaluation, bench
 # make test   set up, then linter, type check and every test that needs no GPU
 # make soak   kill and resume training for MINUTES=10, and compare with a run that was never interrupted, bit by bit
-# make gpu    on a machine with CUDA and DALI: GPU tests and bench, JSON into bench/results (or $OUT)
+# make gpu    on a machine with CUDA (and DALI; without, the cpu backend is measured): GPU tests and bench, JSON into bench/results (or $OUT)
 # make clean  undo all of it
 
 PYTHON ?= python3
