@@ -26,8 +26,8 @@ MAX_CHUNK_BYTES = 256 << 20
 """A chunk is read as a whole; a larger one would not leave a worker its memory."""
 _MOST_NAMED = 8
 """Names in a file that a message lists."""
-_CACHE_BYTES = 32 << 20
-"""Chunks that HDF5 keeps: two of 32 films. They are read whole and once, so keeping more is memory for nothing."""
+_CACHE_BYTES = 1 << 20
+"""Of chunks that HDF5 keeps. Each is read once, and whole: 32 MiB of them cost a worker 55 MiB, for nothing."""
 
 
 class H5Source:
