@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,10 @@ SIZE = 320
 
 # Tests start many processes; one intra-op thread each keeps two cores from thrashing.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What a shell starts in the background (`make test &`) ignores Ctrl-C, and so would the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
