@@ -117,11 +117,11 @@ def _write_chunk(
 
 def _take(texts: pa.ChunkedArray, rows: NDArray[np.int64]) -> Iterator[str]:
     """The texts of some rows. `ChunkedArray.take` would copy all of them into one chunk first."""
-    ends = np.cumsum([len(chunk) for chunk in texts.chunks])
-    numbers = np.searchsorted(ends, rows, side="right")
-    starts = ends - [len(chunk) for chunk in texts.chunks]
+    chunks = texts.chunks  # a list that is made anew for each who asks
+    starts = np.cumsum([0, *map(len, chunks)])
+    numbers = np.searchsorted(starts, rows, side="right") - 1
     for number, row in zip(numbers.tolist(), (rows - starts[numbers]).tolist(), strict=True):
-        yield texts.chunks[number][row].as_py()
+        yield chunks[number][row].as_py()
 
 
 class RowReader:
