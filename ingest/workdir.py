@@ -75,19 +75,14 @@ def open_work(config: IngestConfig) -> Iterator[Path]:
         _check_folder(out, names, inputs)
         work.mkdir(exist_ok=True)
         with exclusive(work / _LOCK, f"another ingest is writing to {out}"):
-            _remove_temporary(out, work)
+            remove_temporary(out, work)
             write_atomic(work / _INPUTS, json.dumps(inputs).encode())
             try:
                 yield work
             finally:
-                _remove_temporary(out, work)  # of workers that were killed because another one failed
+                remove_temporary(out, work)  # of workers that were killed because another one failed
     except OSError as error:
         raise _cannot_write(out, error) from None
-
-
-def _remove_temporary(*folders: Path) -> None:
-    for folder in folders:
-        remove_temporary(folder)
 
 
 def _check_folder(out: Path, names: set[str], inputs: dict[str, Any]) -> None:

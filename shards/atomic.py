@@ -30,11 +30,12 @@ def writing_as(name: str) -> Iterator[None]:
         _writer.reset(token)
 
 
-def remove_temporary(folder: Path) -> None:
-    """Remove what killed writers left in a folder that nobody else may be writing to."""
-    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            path.unlink()
+def remove_temporary(*folders: Path) -> None:
+    """Remove what killed writers left in folders that nobody else may be writing to."""
+    for folder in folders:
+        for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 @contextlib.contextmanager

@@ -45,6 +45,11 @@ def padding(size: int) -> bytes:
     return bytes(-size % BLOCK)
 
 
-def member(name: str, content: bytes | memoryview) -> bytes:
+def member(name: str, content: bytes) -> bytes:
     """Header, content and padding of one member."""
-    return b"".join((header(name, len(content)), content, padding(len(content))))
+    return b"".join(pieces(name, content))
+
+
+def pieces(name: str, content: bytes | memoryview) -> tuple[bytes, bytes | memoryview, bytes]:
+    """The same three, not yet copied into one."""
+    return header(name, len(content)), content, padding(len(content))

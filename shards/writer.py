@@ -15,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from xxhash import xxh3_64_intdigest, xxh3_128, xxh3_128_hexdigest
+from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
 from shards import tar
 from shards.atomic import write_atomic
+from shards.digest import HashingFile
 from shards.errors import InputError
 from shards.index import Member, encode_index, index_line
 from shards.schema import (
@@ -102,11 +103,10 @@ class ShardWriter:
         self._table_rows = block_rows * -(-_TABLE_ROWS // block_rows)
         self._lines: list[str] = []
         self._stack = ExitStack()
-        self._digest = xxh3_128()
-        self._offset = self._text_bytes = 0
+        self._text_bytes = 0
 
     def __enter__(self) -> Self:
-        self._tar = self._stack.enter_context(atomic_stream(self._folder / f"{self._name}.tar"))
+        self._tar = HashingFile(self._stack.enter_context(atomic_stream(self._folder / f"{self._name}.tar")))
         return self
 
     def __exit__(
@@ -168,25 +168,20 @@ class ShardWriter:
         """Write a sample's members at once and note where each lies; returns the first, the image."""
         members: list[Member] = []
         pieces: list[bytes | memoryview] = []
-        at = self._offset
+        at = self._tar.written
         for extension, content in contents.items():
             member = Member(extension, at + tar.BLOCK, len(content), f"{key}.{extension}")
             members.append(member)
-            pieces += (tar.header(member.name, member.size), content, tar.padding(member.size))
+            pieces += tar.pieces(member.name, content)
             at += sum(map(len, pieces[-3:]))
-        self._write(b"".join(pieces))
+        self._tar.write(b"".join(pieces))
         self._lines.append(index_line(members))
         return members[0]
-
-    def _write(self, content: bytes) -> None:
-        self._tar.write(content)
-        self._digest.update(content)
-        self._offset += len(content)
 
     def _finish(self) -> ShardInfo:
         if not self._lines:
             raise ValueError(f"shard {self._name} has no samples")
-        self._write(tar.END)
+        self._tar.write(tar.END)
         index = encode_index(self._lines)
         if self._rows:
             self._pack()
@@ -197,7 +192,7 @@ class ShardWriter:
         return ShardInfo(
             name=self._name,
             rows=len(self._lines),
-            tar=FileInfo(bytes=self._offset, xxh3=self._digest.hexdigest()),
+            tar=FileInfo(bytes=self._tar.written, xxh3=self._tar.digest.hex()),
             idx=FileInfo(bytes=len(index), xxh3=xxh3_128_hexdigest(index)),
             parquet=FileInfo(bytes=len(table), xxh3=xxh3_128_hexdigest(table)),
             footer_bytes=len(footer),
