@@ -226,12 +226,33 @@ def _profile(task: Task) -> dict[str, Any]:
     return stages(_settings(task), task.seconds)
 
 
+def forks_die_too() -> None:
+    """From now on whatever this process forks, and they fork, dies with its parent.
+
+    A DataLoader's worker looks for its parent every 5 s, but takes whoever is its parent once it is set up: one whose
+    parent was killed before that would live for ever.
+    """
+    parent = 0
+
+    def note() -> None:
+        nonlocal parent
+        parent = os.getpid()
+
+    def follow() -> None:
+        die_with_parent()
+        if os.getppid() != parent:  # it died before we asked
+            os._exit(1)
+
+    os.register_at_fork(before=note, after_in_child=follow)
+
+
 def main() -> None:
     """Do the task of the command line; the result goes into the file named after it."""
     with main_guard("bench.case"):
         die_with_parent()
         if len(sys.argv) > 3 and os.getppid() != int(sys.argv[3]):  # it died before we asked
             raise SystemExit(1)
+        forks_die_too()
         task = Task(**json.loads(sys.argv[1]))
         Path(sys.argv[2]).write_text(json.dumps(run_task(task)))
 

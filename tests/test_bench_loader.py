@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -213,26 +214,75 @@ def test_a_run_says_what_the_loader_costs_training(
     assert (loader.kind, training.kind) == ("loader", "together") and training.said == ("Step-bound: a sentence.",)
 
 
+def born(pid: int) -> int | None:
+    """When a process began: its number may be another's later. None for one that has ended, taken note of or not."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def with_workers(pid: int) -> dict[int, int | None]:
+    """All processes of a bench, once the child that measures has forked its two workers; before that none."""
+    found = {each: born(each) for each in tree(pid)}
+    measuring = [each for each in found if b'"measure"' in _command(each)]
+    return found if len(measuring) == 3 else {}
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def until(holds: Callable[[], Any], seconds: float) -> Any:
+    """What `holds` says once it says yes; after so many seconds, what it says then."""
+    deadline = time.monotonic() + seconds
+    while not (found := holds()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_run_that_is_ended_leaves_no_process_and_no_folder(number: int, shards_dir: Path, tmp_path: Path) -> None:
     """Only after SIGKILL do folders stay: nobody is left to remove them."""
     command = [sys.executable, "-m", "bench.loader", "--shards", str(shards_dir), "--only", "webdataset"]
     run = subprocess.Popen(
-        [*command, "--seconds", "60"], cwd=REPOSITORY, env=os.environ | {"TMPDIR": str(tmp_path)},
+        [*command, "--threads", "2", "--seconds", "60"], cwd=REPOSITORY, env=os.environ | {"TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while len(found := list(tree(run.pid))) < 3 and time.monotonic() < deadline:  # with a worker of the child's
-        time.sleep(0.05)
-    assert len(found) >= 3 and list(tmp_path.iterdir())
+    found = until(lambda: with_workers(run.pid), 120)
+    assert found and list(tmp_path.iterdir())
     run.send_signal(number)
     _, said = run.communicate(timeout=60)
     assert run.returncode == (-number if number == signal.SIGKILL else 128 + number)
     assert said.decode().count("\n") <= 1 and "Traceback" not in said.decode()
-    while any(Path(f"/proc/{pid}").exists() for pid in found) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in found)
+    assert until(lambda: all(born(pid) != began for pid, began in found.items()), 60)
     assert number == signal.SIGKILL or not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_a_killed_child_has_forked_dies_with_it(late: bool) -> None:
+    """Also a worker that is still being set up, or has hardly begun: a DataLoader's would outlive it for ever."""
+    code = """if True:
+        import os, signal, sys, time
+        from bench.case import forks_die_too
+        parent = os.getpid()
+        def wait():
+            while os.getppid() == parent: time.sleep(0.001)
+        if sys.argv[1] == "True": os.register_at_fork(after_in_child=wait)
+        forks_die_too()
+        worker = os.fork()
+        if not worker:
+            signal.alarm(40)
+            signal.pause()
+        print(worker, flush=True)
+        os.kill(parent, signal.SIGKILL)"""
+    done = subprocess.run([sys.executable, "-c", code, str(late)], cwd=REPOSITORY, capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert until(lambda: born(int(done.stdout)) is None, 20)
 
 
 def test_films_that_were_converted_by_half_are_converted_anew(
