@@ -5,8 +5,9 @@ algorithm is that of openai/CLIP `simple_tokenizer.py`; `tests/test_ingest_token
 """
 
 import gzip
+import heapq
 import html
-import itertools
+from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -22,6 +23,8 @@ _MERGES = 49152 - 256 - 2
 """Of the file's merges as many as CLIP uses."""
 _MOST_KNOWN = 100_000
 """Words looked up at most: about 20 MB. Reports have some ten thousand, accession numbers and typing errors more."""
+_MOST_LETTERS = 1 << 16
+"""Of a word that are looked at. Its first CONTEXT tokens are all that count, and are a few hundred letters."""
 _PATTERN = regex.compile(
     rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
 )
@@ -32,27 +35,28 @@ _PLAIN = regex.compile(r"[ -%'-~\n\t]*")
 class ClipBpe:
     """Text to token ids. Words seen before are looked up: reports repeat theirs."""
 
-    def __init__(self) -> None:
-        """InputError where open_clip is not installed."""
+    def __init__(self, clean: Callable[[str], str] | None = None, context: int = CONTEXT) -> None:
+        """With CLIP's own cleaning, or another. InputError where open_clip is not installed."""
+        self._clean, self.context = clean or clip_cleaned, context
         with gzip.open(_vocabulary_file(), "rt", encoding="utf-8") as file:
-            merges = [tuple(line.split()) for line in file.read().split("\n")[1 : _MERGES + 1]]
+            merges = [line.split() for line in file.read().split("\n")[1 : _MERGES + 1]]
         self._letters = _letters()
         letters = list(self._letters.values())
         self.words = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), START, END]
         """The vocabulary; a token's id is its place."""
         self._ids = {word: number for number, word in enumerate(self.words)}
-        self._ranks = {merge: rank for rank, merge in enumerate(merges)}
+        self._ranks = {(first, second): rank for rank, (first, second) in enumerate(merges)}
         self._specials = {special: [self._ids[special]] for special in (START, END)}
         self._known = dict(self._specials)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a report, cleaned and in lower case, without start and end; of a long one the first, 77 or more.
+        """Token ids of a report, cleaned, without start and end; of a long one the first.
 
-        What would be cut off anyway is not looked at: a field may hold 16 MiB.
+        As many as the context holds, or more: what would be cut off anyway is not looked at, a field may hold 16 MiB.
         """
         ids: list[int] = []
-        for word in _PATTERN.findall(clean(text)):
-            if len(ids) >= CONTEXT:
+        for word in _PATTERN.findall(self._clean(text)):
+            if len(ids) >= self.context:
                 break
             found = self._known.get(word)
             if found is None:
@@ -68,32 +72,65 @@ class ClipBpe:
 
     def _merge(self, word: str) -> list[str]:
         """A word in parts: neighbours merged, the pair of lowest rank first, until no pair is in the list."""
-        parts = [self._letters[byte] for byte in word.encode()]
+        parts = [self._letters[byte] for byte in word[:_MOST_LETTERS].encode()]
         parts[-1] += "</w>"
-        while len(parts) > 1:
-            pair = min(itertools.pairwise(parts), key=lambda pair: self._ranks.get(pair, _MERGES))
-            if pair not in self._ranks:
-                break
-            parts = _join(parts, *pair)
-        return parts
+        chain = _Chain(parts, self._ranks)
+        while chain.waiting:
+            chain.join(heapq.heappop(chain.waiting))
+        return [part for part in chain.parts if part]
 
 
-def clean(text: str) -> str:
+class _Chain:
+    """The parts of a word, and where in it each pair of the list stands.
+
+    A pass per pair over the whole word, as `simple_tokenizer.py` makes it, takes the square of the word's length.
+    """
+
+    def __init__(self, parts: list[str], ranks: dict[tuple[str, str], int]) -> None:
+        self.parts = parts
+        """Empty where a part went into the one before it."""
+        self.waiting: list[int] = []
+        """Ranks of the pairs in the word, a heap."""
+        self._ranks = ranks
+        self._places: dict[int, list[int]] = {}
+        self._left, self._right = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
+        for place in range(len(parts) - 1):
+            self._note(place)
+
+    def join(self, rank: int) -> None:
+        """Join every pair of this rank, from the left."""
+        for place in sorted(self._places.pop(rank)):
+            after = self._right[place]
+            # The place may have been joined with a neighbour since, or stand there twice.
+            if not self.parts[place] or after == len(self.parts) or self._rank(place, after) != rank:
+                continue
+            self.parts[place] += self.parts[after]
+            self.parts[after] = ""
+            self._right[place] = self._right[after]
+            if self._right[place] < len(self.parts):
+                self._left[self._right[place]] = place
+                self._note(place)
+            if self._left[place] >= 0:
+                self._note(self._left[place])
+
+    def _rank(self, place: int, after: int) -> int | None:
+        return self._ranks.get((self.parts[place], self.parts[after]))
+
+    def _note(self, place: int) -> None:
+        rank = self._rank(place, self._right[place])
+        if rank is None:
+            return
+        if rank not in self._places:
+            self._places[rank] = []
+            heapq.heappush(self.waiting, rank)
+        self._places[rank].append(place)
+
+
+def clip_cleaned(text: str) -> str:
     """CLIP's cleaning: broken Unicode mended, HTML entities resolved, white space single, lower case."""
     if not _PLAIN.fullmatch(text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
-
-
-def _join(parts: list[str], first: str, second: str) -> list[str]:
-    """Every `first` that is followed by `second`, joined with it, from the left."""
-    joined: list[str] = []
-    at = 0
-    while at < len(parts):
-        both = parts[at] == first and parts[at + 1 : at + 2] == [second]
-        joined.append(first + second if both else parts[at])
-        at += 2 if both else 1
-    return joined
 
 
 def _letters() -> dict[int, str]:

@@ -5,43 +5,39 @@ open_clip (and with it torch, 700 MB and 7 s) is imported when one other than CL
 
 import difflib
 import logging
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128_hexdigest
 
-from ingest.clip_bpe import CONTEXT, END, START, ClipBpe
+from ingest.clip_bpe import END, START, ClipBpe
 from shards.errors import InputError
 from shards.schema import TokenizerSpec
 
 CLIP_NAME = "clip-bpe"
 """What CLIP's own BPE with its own cleaning is called in a manifest, whatever model it was asked for by."""
-MAX_VOCABULARY = 1 << 16
-"""Token ids are stored as uint16."""
 _CLIP_CLEANING = "_clean_lower"
+_NOT_CLIPS = "is not CLIP's, the only one that the text towers here read"
 
 
 class Tokenizer:
     """The tokenizer of one open_clip model, or CLIP's own, which needs no open_clip in memory."""
 
     def __init__(self, name: str = CLIP_NAME) -> None:
-        """InputError for a model that open_clip does not know, or a tokenizer that cannot be loaded or stored."""
-        self._encode: Callable[[str], list[int]]
-        if name == CLIP_NAME:
-            clip = ClipBpe()
-            self._encode, words, context, cleaning = clip.encode, clip.words, CONTEXT, _CLIP_CLEANING
-        else:
-            loaded = _load(name)
-            self._encode, words, context = loaded.encode, list(loaded.encoder), loaded.context_length
-            cleaning = loaded.clean_fn.__name__
-        self.spec = _spec(name, words, cleaning, context)
-        self._start, self._end = words.index(START), words.index(END)
+        """InputError for a model that open_clip does not know, or whose tokenizer is not CLIP's."""
+        self._bpe, cleaning = ClipBpe(), _CLIP_CLEANING
+        if name != CLIP_NAME:
+            loaded, cleaning = _load(name)
+            if list(loaded.encoder) != self._bpe.words:
+                raise InputError(f"the tokenizer of {name!r} {_NOT_CLIPS}")
+            self._bpe = ClipBpe(loaded.clean_fn, loaded.context_length)
+        self.spec = _spec(name, self._bpe, cleaning)
+        self._start, self._end = map(self._bpe.words.index, (START, END))
 
     def __call__(self, text: str) -> tuple[NDArray[np.uint16], int, bool]:
         """Tokens uint16 (context,) zero-padded, how many count (start and end too), and whether text was cut."""
         context = self.spec.context
-        ids = [self._start, *self._encode(text), self._end]
+        ids = [self._start, *self._bpe.encode(text), self._end]
         truncated = len(ids) > context
         if truncated:
             ids = [*ids[: context - 1], self._end]
@@ -51,7 +47,7 @@ class Tokenizer:
 
 
 def _load(name: str):
-    """open_clip's tokenizer object of a model."""
+    """open_clip's tokenizer object of a model, and what its cleaning is called."""
     import open_clip
     from open_clip.tokenizer import SimpleTokenizer
 
@@ -70,20 +66,16 @@ def _load(name: str):
     finally:
         logging.disable(logging.NOTSET)
     if not isinstance(tokenizer, SimpleTokenizer) or tokenizer.reduction_fn is not None:
-        raise InputError(f"the tokenizer of {name!r} is not CLIP's, the only one that the text towers here read")
-    return tokenizer
+        raise InputError(f"the tokenizer of {name!r} {_NOT_CLIPS}")
+    return tokenizer, tokenizer.clean_fn.__name__
 
 
-def _spec(name: str, words: list[str], cleaning: str, context: int) -> TokenizerSpec:
-    if len(words) > MAX_VOCABULARY:
-        raise InputError(
-            f"the tokenizer of {name!r} has {len(words):,} tokens; shards store ids up to {MAX_VOCABULARY - 1:,}"
-        )
+def _spec(name: str, bpe: ClipBpe, cleaning: str) -> TokenizerSpec:
     # CLIP's own is named and digested as ingest does; another cleaning makes another tokenizer of the same words.
     plain = cleaning == _CLIP_CLEANING
     return TokenizerSpec(
         name=CLIP_NAME if plain else name,
-        digest=xxh3_128_hexdigest("\n".join(words if plain else [*words, cleaning]).encode()),
-        context=context,
-        vocab_size=len(words),
+        digest=xxh3_128_hexdigest("\n".join(bpe.words if plain else [*bpe.words, cleaning]).encode()),
+        context=bpe.context,
+        vocab_size=len(bpe.words),
     )

@@ -45,6 +45,33 @@ def test_any_text(theirs, text):
     assert same(theirs, text)
 
 
+PIECES = [word.removesuffix("</w>") for word in OURS.words if word.removesuffix("</w>").isascii()]
+
+
+@given(
+    word=st.one_of(st.text("ab"), st.text("aetinos"), st.text("-=."), st.lists(st.sampled_from(PIECES)).map("".join))
+)
+def test_any_word(theirs, word):
+    """Words that many pairs of the list overlap in."""
+    assert same(theirs, word)
+
+
+def test_a_word_takes_no_square_of_its_length(monkeypatch):
+    """50,000 letters, after which nothing but the letters themselves was looked up (a pass per pair: 46 s)."""
+    looked, word = 0, "ab-" * 16_000 + "yz" * 1_000
+    word = word.replace("-", "cde")
+    bpe, rank = ClipBpe(), ingest.clip_bpe._Chain._rank
+
+    def counted(*arguments):
+        nonlocal looked
+        looked += 1
+        return rank(*arguments)
+
+    monkeypatch.setattr(ingest.clip_bpe._Chain, "_rank", counted)
+    assert len(bpe.encode(word)) > CONTEXT and looked < 5 * len(word)
+    assert bpe.encode("x" * 10**6) == bpe.encode("x" * ingest.clip_bpe._MOST_LETTERS)
+
+
 @pytest.mark.parametrize(
     "text",
     [
