@@ -22,9 +22,8 @@ from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
 from shards.schema import Manifest
-from train.intervals import ROUNDS, auroc_intervals
-from train.prompts import NORMAL
-from train.scores import auroc
+from train.scores import ROUNDS, auroc, auroc_intervals
+from train.zeroshot import NORMAL
 
 TEMPLATE = "{Finding Labels}. {View Position} view."
 FORMS = ("{}. PA view.", "{}. AP view.")
@@ -145,8 +144,7 @@ def _predictions(
     from train.config import loader_config
     from train.ensemble import model_of
     from train.model import build_model
-    from train.prompts import Wording
-    from train.zeroshot import predict
+    from train.zeroshot import Wording, predict
 
     def told(model: Any, wording: Wording) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
         found = predict(model, loader, manifest=manifest, wording=wording)

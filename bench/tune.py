@@ -191,7 +191,7 @@ def _verdict(space: Space, chosen: Choice, rates: Rates) -> str:
 def toml_of(result: dict[str, Any]) -> str:
     """What `train.main --loader-config` takes."""
     from bench.machine import one_line
-    from train.tuned import to_toml
+    from train.commandline import to_toml
 
     chosen = dict(result["chosen"])
     shards = chosen.pop("shards", None)

@@ -29,8 +29,7 @@ from pipeline.loader import Loader
 from shards.cli import say
 from train.config import TrainConfig
 from train.job import Job, build_job, build_setting, prepare_folder
-from train.preempt import StopRequest
-from train.ranks import Ranks
+from train.ranks import Ranks, StopRequest
 from train.step import Step, build_step
 
 BARE, RESIDENT, REPLAYED, LIVE, ALONE = "bare step", "resident", "replayed", "live", "loader alone"

@@ -19,10 +19,9 @@ from pipeline.batch import World
 from pipeline.config import LoaderConfig, available_cpus
 from pipeline.loader import build_loader
 from shards.errors import InputError
-from train.commandline import parse_config
+from train.commandline import SETTINGS, parse_config, to_toml
 from train.config import DataConfig, loader_config
 from train.state import READING
-from train.tuned import SETTINGS, to_toml
 
 PATHS = ("--shards", "a", "--out", "b")
 
@@ -69,7 +68,7 @@ def test_what_does_not_belong_is_refused_by_name(content: str, words: str, tmp_p
 
 
 def test_a_loader_config_that_is_not_there() -> None:
-    with pytest.raises(InputError, match="no file"):
+    with pytest.raises(InputError, match="No such file"):
         parse_config("x", [*PATHS, "--loader-config", "/nosuch.toml"])
 
 

@@ -130,10 +130,9 @@ def test_a_step_does_not_wait_for_the_device(shards_dir: Path, precision: str, o
     """torch's own detector raises at any operation inside the step that would synchronise host and GPU."""
     from train.commandline import parse_config
     from train.device import Precision
-    from train.ema import build_average, update_average
     from train.model import build_model
     from train.nonfinite import Recorder
-    from train.optim import build_optimizer
+    from train.optim import build_average, build_optimizer, update_average
     from train.ranks import Ranks
     from train.state import Learner
     from train.step import build_step

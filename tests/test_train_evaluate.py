@@ -18,8 +18,8 @@ from train.commandline import to_fields
 from train.config import DataConfig, TrainConfig, loader_config
 from train.ensemble import average, find_checkpoints, model_of, read_member
 from train.evaluate import EvaluateConfig, evaluate, main
-from train.identity import read_identity
 from train.model import ModelConfig, build_model
+from train.retrieval import read_identity
 from train.scorecard import table
 from train.scores import choose_threshold
 from train.zeroshot import embed_prompts, predict, probabilities, tokenize, zero_shot

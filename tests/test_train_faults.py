@@ -22,7 +22,7 @@ from soak_train import SMALL, Life, Server, arguments, differing, outcome, servi
 from shards import lock
 from shards.errors import InputError
 from train.checkpoint import list_checkpoints
-from train.lease import NAME, check_lease, leased
+from train.rundir import NAME, check_lease, leased
 from train.saving import GRACE_S, LeaseLost
 
 SOAK = bool(os.environ.get("SHARDCLIP_SOAK"))

@@ -5,9 +5,16 @@ import torch
 
 from shards.errors import InputError
 from train.config import OptimConfig
-from train.ema import build_average, ramped, update_average
 from train.model import ModelConfig, build_model
-from train.optim import MAX_LOGIT_SCALE, build_optimizer, clamp_logit_scale, update
+from train.optim import (
+    MAX_LOGIT_SCALE,
+    build_average,
+    build_optimizer,
+    clamp_logit_scale,
+    ramped,
+    update,
+    update_average,
+)
 
 
 def test_impossible_settings_are_refused() -> None:

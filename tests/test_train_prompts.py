@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from shards.errors import InputError
-from train.prompts import ALIASES, NORMAL, PROMPTS, SHIPPED, Prompt, Wording, prompt_for, read_prompts
+from train.zeroshot import ALIASES, NORMAL, PROMPTS, SHIPPED, Prompt, Wording, prompt_for, read_prompts
 
 CHEXPERT = (
     *("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema"),

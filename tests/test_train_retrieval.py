@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train.intervals import patients_of
 from train.retrieval import chance, rank_right_ones, retrieve
+from train.scores import patients_of
 
 
 def made_up(count: int, distinct: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:

@@ -259,6 +259,7 @@ def test_mistakes_are_one_line(
     assert "optimizer state is not of this optimizer" in refused(
         capsys, *shards, "--out", str(alone), "--resume", "auto", "--force", "--optim.optimizer", "sgd"
     )
+    assert not (alone / "forced.txt").exists(), "refused, and yet noted"
     assert "is a data set's folder" in refused(capsys, *shards, "--out", str(shards_dir), "--resume", "auto")
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").touch()

@@ -8,8 +8,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from train.config import OptimConfig
-from train.optim import set_rates
-from train.schedule import Patience, Plateau, learning_rate, momentum
+from train.optim import Patience, Plateau, learning_rate, momentum, set_rates
 
 
 def rates(config: OptimConfig, steps: int) -> list[float]:

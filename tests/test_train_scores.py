@@ -4,10 +4,20 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, f1_score, matthews_corrcoef, recall_score, roc_auc_score
 
-import train.intervals
+import train.scores
 from shards.schema import NO_GROUP
-from train.intervals import auroc_intervals, draws, interval, mean_known, patients_of
-from train.scores import METRICS, auroc, choose_threshold, score_labels, truth_of
+from train.scores import (
+    METRICS,
+    auroc,
+    auroc_intervals,
+    choose_threshold,
+    draws,
+    interval,
+    mean_known,
+    patients_of,
+    score_labels,
+    truth_of,
+)
 
 
 @pytest.mark.parametrize("digits", [0, 1, 9])
@@ -113,7 +123,7 @@ def test_draws_depend_on_the_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None
     """Neither on how many are made at once, nor on how many are asked for."""
     whole = np.concatenate(list(draws(50, rounds=40, seed=1)), axis=1)
     assert (whole.sum(axis=0) == 50).all() and not (whole == whole[:, :1]).all()
-    monkeypatch.setattr(train.intervals, "_ELEMENTS", 350)
+    monkeypatch.setattr(train.scores, "_ELEMENTS", 350)
     parts = list(draws(50, rounds=30, seed=1))
     assert len(parts) == 5
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole[:, :30])

@@ -18,10 +18,9 @@ from pipeline.batch import Batch
 from train import objective
 from train.config import OptimConfig
 from train.device import Precision, choose_precision
-from train.ema import build_average, update_average
 from train.model import ModelConfig, build_model
 from train.objective import Contrastive
-from train.optim import build_optimizer
+from train.optim import build_average, build_optimizer, update_average
 from train.ranks import Ranks
 from train.state import Learner
 from train.step import Step, compiled_graphs, nothing_batch

@@ -23,12 +23,10 @@ from train.compare import main as lay_out
 from train.config import TrainConfig
 from train.curves import main as draw
 from train.curves import trend
-from train.metrics import MetricsLog, read_rows, trim
-from train.preempt import StopRequest
-from train.progress import clock, lasting_output
-from train.rundir import RunFolder
-from train.tracking import WatchConfig, check_installed, harmless
-from train.versions import versions
+from train.metrics import MetricsLog, clock, read_rows, trim
+from train.ranks import StopRequest
+from train.rundir import RunFolder, versions
+from train.tracking import WatchConfig, check_installed, harmless, lasting_output
 
 CANARY = "CANARY4711"
 

@@ -28,13 +28,12 @@ from shards.errors import InputError
 from train.checkpoint import encode
 from train.config import TrainConfig
 from train.evaluate import main as evaluate
-from train.hub import NAMES, find_weights, parse_hub
 from train.main import main
 from train.model import ClipModel, ModelConfig, build_model
 from train.presets import PRESETS
 from train.pretrained import load_pretrained
 from train.weightfile import read_tensors
-from train.weights import fetch_all, files_of, show
+from train.weights import NAMES, fetch_all, files_of, find_weights, parse_hub, show
 
 CONTEXT, VOCAB, SIZE = 16, 100, 32
 CLIP_SMALL = ModelConfig(

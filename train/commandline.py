@@ -9,21 +9,28 @@ import contextlib
 import dataclasses
 import io
 import json
+import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from shards.cli import parse
 from shards.errors import InputError
-from train import tuned
 from train.config import TrainConfig
 from train.presets import PRESETS
 
 Config = TypeVar("Config")
 MAX_BYTES = 1 << 20
-"""Of a config file; those that runs write have some 5,000."""
+"""Of a file of settings; configs that runs write have some 5,000."""
+BACKENDS = ("auto", "cpu", "dali")
+SETTINGS: dict[str, type] = {
+    **{"threads": int, "memory_mb": int, "read_threads": int, "ahead": int, "streams": int},
+    **{"own_jpeg": bool},
+}
+"""What a --loader-config may set of `train.config.DataConfig`: name -> type. A whole number is at least 1."""
 
 
 def parse_config(prog: str, argv: Sequence[str] | None = None) -> TrainConfig:
@@ -40,7 +47,7 @@ def parse_config(prog: str, argv: Sequence[str] | None = None) -> TrainConfig:
         raise InputError("--preset and --config both give every value; name one of them")
     default = read_config(known.config) if known.config else preset(known.preset or "tiny")
     if known.loader_config:
-        default = tuned.apply(default, known.loader_config)
+        default = tuned(default, known.loader_config)
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -60,14 +67,23 @@ def preset(name: str) -> TrainConfig:
 
 def read_config(path: Path) -> TrainConfig:
     """A resolved config back from the JSON that `config_json` wrote. InputError names the file and the setting."""
+
+    def parsed(text: str) -> TrainConfig:
+        return from_fields(TrainConfig, json.loads(text))
+
+    return read_text(path, parsed, "the config", "a config of this program")
+
+
+def read_text(path: Path, parse: Callable[[str], Any], which: str, kind: str) -> Any:
+    """What `parse` makes of a small file. InputError, in one line, where it is none, or not of its `kind`."""
     try:
-        if path.stat().st_size > MAX_BYTES or not path.is_file():
+        if path.exists() and (not path.is_file() or path.stat().st_size > MAX_BYTES):
             raise ValueError(f"no file of at most {MAX_BYTES:,} bytes")
-        return from_fields(TrainConfig, json.loads(path.read_bytes()))
+        return parse(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read the config {path} ({error.strerror})") from None
+        raise InputError(f"cannot read {which} {path} ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a config of this program ({error})") from None
+        raise InputError(f"{path} is not {kind} ({error})") from None
 
 
 def config_json(config: Any) -> str:
@@ -110,3 +126,43 @@ def _decode(name: str, hint: Any, value: Any) -> Any:
     if hint is float and type(value) is int and abs(value) < 2**63:
         return value
     raise ValueError(f"{name} is {str(value)[:60]!r}, which is none of its values")
+
+
+def tuned(config: TrainConfig, path: Path) -> TrainConfig:
+    """The config with the settings of a --loader-config, `bench.loader --tune`'s: how to read and decode here.
+
+    Only what changes no sample may stand there, and `streams`, which the tuner tries if it is asked to: the same films
+    in another order. InputError, with its name, for another setting.
+    """
+    fields = read_text(path, tomllib.loads, "--loader-config", "TOML; make it with bench.loader --tune")
+    data = fields.pop("data", {})
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: data is {data!r}; it has to be a table: [data], then a setting a line")
+    backend = fields.pop("backend", config.backend)
+    if fields or backend not in BACKENDS:
+        raise InputError(_refusal(path, next(iter(fields), ""), backend))
+    for name, value in data.items():
+        _check(path, name, value)
+    return replace(config, backend=backend, data=replace(config.data, **data))
+
+
+def to_toml(backend: str, data: dict[str, Any], comments: list[str]) -> str:
+    """A file that `tuned` reads, with comments at its top."""
+    lines = [f"# {' '.join(comment.split())}" for comment in comments]
+    lines += [f'backend = "{backend}"', "", "[data]"]
+    return "\n".join([*lines, *(f"{name} = {str(value).lower()}" for name, value in data.items())]) + "\n"
+
+
+def _refusal(path: Path, name: str, backend: Any) -> str:
+    if name:
+        return f"{path} has {name!r}; it takes backend and, under [data], {', '.join(SETTINGS)}; give others as flags"
+    return f"{path}: unknown backend {backend!r}; valid: {', '.join(BACKENDS)}"
+
+
+def _check(path: Path, name: str, value: Any) -> None:
+    kind = SETTINGS.get(name)
+    if kind is None:
+        raise InputError(_refusal(path, f"data.{name}", None))
+    if type(value) is not kind or (isinstance(value, int) and kind is int and value < 1):
+        wanted = "true or false" if kind is bool else "a whole number of at least 1"
+        raise InputError(f"{path}: data.{name} is {value!r}; it has to be {wanted}")

@@ -21,11 +21,10 @@ from train.checkpoint import DamagedCheckpoint, list_checkpoints, newest_good, r
 from train.commandline import from_fields
 from train.config import TrainConfig, loader_config
 from train.model import ClipModel, build_model
-from train.prompts import Wording
 from train.resume import check_fields, check_weights
 from train.rundir import RunFolder
 from train.state import placeholder_config
-from train.zeroshot import Predicted, predict
+from train.zeroshot import Predicted, Wording, predict
 
 Weights = Literal["auto", "ema", "model"]
 

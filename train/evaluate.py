@@ -24,18 +24,14 @@ from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.schema import Manifest
+from train.curves import draw_precision_recall, draw_roc
 from train.device import choose_device, memory_named
 from train.ensemble import Predictor, Weights, find_checkpoints, run_folder
-from train.identity import read_identity
-from train.intervals import ROUNDS, patients_of
-from train.notes import label_notes, split_notes
-from train.prompts import Style, Wording, read_prompts
 from train.ranks import Ranks
-from train.retrieval import retrieve
-from train.scorecard import Evaluation, score_split, table, to_csv
-from train.scoreplots import draw_precision_recall, draw_roc
-from train.scores import Criterion, Floats, Uncertain, choose_threshold, truth_of
-from train.zeroshot import Predicted
+from train.retrieval import read_identity, retrieve
+from train.scorecard import Evaluation, label_notes, score_split, split_notes, table, to_csv
+from train.scores import ROUNDS, Criterion, Floats, Uncertain, choose_threshold, patients_of, truth_of
+from train.zeroshot import Predicted, Style, Wording, read_prompts
 
 PROG = "train.evaluate"
 

@@ -14,15 +14,13 @@ from shards.schema import MANIFEST_NAME, Manifest
 from train.accumulate import check_parts
 from train.config import TrainConfig, loader_config
 from train.device import Precision, choose_device, choose_precision, pin_threads
-from train.ema import build_average
-from train.lease import check_lease
 from train.model import build_model
-from train.optim import build_optimizer
+from train.optim import build_average, build_optimizer
 from train.pretrained import load_pretrained
 from train.ranks import Ranks, tell
 from train.resume import check_optimizer, check_weights
-from train.rundir import RunFolder
-from train.state import Learner, fingerprint
+from train.rundir import RunFolder, check_lease
+from train.state import Learner, differences, fingerprint
 from train.tracking import check_installed
 
 
@@ -113,9 +111,14 @@ def build_job(setting: Setting, checkpoint: dict[str, Any] | None, lease: Lease 
 
 
 def prepare_folder(job: Job) -> None:
-    """Make the run's folder, which rank 0 alone does. InputError where it cannot be written."""
-    if job.ranks.first:
-        job.folder.prepare(job.config)
+    """Make the run's folder, which rank 0 alone does, and note what --force went over. InputError where it cannot be
+    written."""
+    if not job.ranks.first:
+        return
+    forced = differences(job.checkpoint["fingerprint"], job.fingerprint) if job.checkpoint else []
+    for line in forced:
+        job.warn(f"going on by --force although {line}")
+    job.folder.prepare(job.config, [f"after step {job.done}: {line}" for line in forced])
 
 
 def _build_learner(

@@ -14,15 +14,13 @@ from shards.cli import say
 from shards.errors import InputError
 from train.config import loader_config
 from train.curves import draw_curves
-from train.ema import update_average
 from train.job import Job
 from train.metrics import Meter, MetricsLog, Row, memory_mb
 from train.nonfinite import REPORT, Recorder, all_finite, complain
 from train.objective import Output
-from train.preempt import StopRequest
-from train.ranks import together
+from train.optim import learning_rate, momentum, update_average
+from train.ranks import StopRequest, together
 from train.saving import CheckpointWriter, Shelf
-from train.schedule import learning_rate, momentum
 from train.state import Progress, capture, gather_bad, order_digest, restore
 from train.step import build_step, compiled_graphs, nothing_batch
 from train.validate import OtherRankFailed

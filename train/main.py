@@ -10,12 +10,11 @@ from train.commandline import parse_config
 from train.config import TrainConfig
 from train.device import memory_named
 from train.job import build_job, build_setting, prepare_folder
-from train.lease import WAIT_S, leased
 from train.loop import run
-from train.preempt import StopRequest
-from train.progress import lasting_output
-from train.ranks import Ranks, joined, together
+from train.ranks import Ranks, StopRequest, joined, together
 from train.resume import agree_on_checkpoint
+from train.rundir import WAIT_S, leased
+from train.tracking import lasting_output
 
 PROG = "train.main"
 LESS = "try --accumulate 2 or 4, --activation-checkpointing, or a smaller --batch-size"

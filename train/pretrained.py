@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from shards.errors import InputError
 from train.config import TrainConfig
-from train.hub import find_weights
 from train.model import ClipModel
 from train.towers import CausalTextTower, Headed
 from train.weightfile import read_tensors
+from train.weights import find_weights
 
 Tensors = dict[str, Tensor]
 

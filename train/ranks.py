@@ -1,4 +1,4 @@
-"""Who takes part: the processes of one run and the few things they say to each other on the host.
+"""Who takes part: the processes of one run, what they say to each other on the host, and signals from outside.
 
 Gradients and features travel by DDP and the objective. What passes here are small CPU tensors over gloo, also on a GPU
 machine, so that asking "does anyone want to stop?" never waits for a device.
@@ -164,3 +164,36 @@ def together(ranks: Ranks, prog: str, build: Callable[[], Result]) -> Result:
         ranks.barrier()
         raise SystemExit(2)
     return result  # type: ignore[return-value]
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
+
+
+class StopRequest:
+    """Whether this process has been asked to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        """Take the signals inside the block, but for those that are ignored, as SIGHUP is under nohup; the handlers of
+        before come back after it."""
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+        for number in before:
+            signal.signal(number, self._ask)
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, _: object) -> None:
+        alone = "TORCHELASTIC_RUN_ID" not in os.environ
+        if number == signal.SIGINT and alone:
+            if self.asked:
+                raise KeyboardInterrupt
+            with contextlib.suppress(OSError):  # not by sys.stderr, which may be in the middle of a line
+                os.write(2, b"\nstopping after this step, which is saved; Ctrl-C again stops at once\n")
+        self.asked = True

@@ -1,17 +1,80 @@
 """The files of a run: RUN/config.json, versions.json, metrics.jsonl, checkpoints/, best.pt, requeue, forced.txt, lock,
-curves.png, tensorboard/.
+curves.png, tensorboard/; and who may write them.
+
+One run at a time, on any node: rank 0 holds RUN/lock while the run lasts (see `shards.lock`). Ranks that outlive a
+killed torchrun save what is done and leave; a job that is queued again starts beside them. So who goes on with a run
+waits for a living holder, and a holder that does not live is replaced.
 """
 
+import contextlib
+import importlib.metadata
 import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from shards import lock
 from shards.atomic import write_atomic
 from shards.errors import InputError
 from train.checkpoint import remove_leftovers
 from train.commandline import config_json
 from train.config import TrainConfig
-from train.versions import versions
+from train.saving import LeaseLost
+
+PACKAGES = (
+    *("torch", "torchvision", "open_clip_torch", "timm", "nvidia-dali-cuda120", "nvidia-dali-cuda130"),
+    *("numpy", "numba", "pyarrow", "simplejpeg", "h5py"),
+)
+"""Whose versions a run records."""
+_PATIENCE_S = 20
+
+
+def versions() -> dict[str, Any]:
+    """Name -> version: Python, kernel, libraries, commit, GPU, driver, CUDA. What there is none of is absent."""
+    found: dict[str, Any] = {"python": platform.python_version(), "kernel": platform.release()}
+    found |= {name: version for name in PACKAGES if (version := package_version(name))}
+    found |= {"cpus": len(os.sched_getaffinity(0))}
+    return {**found, **_commit(), **_gpu()}
+
+
+def package_version(package: str) -> str | None:
+    """The version of an installed package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> dict[str, Any]:
+    """The repository's commit, and whether files differ from it; nothing where the code is installed without one."""
+    commit = _ask("git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD")
+    if commit is None:
+        return {}
+    changes = _ask("git", "-C", str(Path(__file__).resolve().parent.parent), "status", "--porcelain", "-uno")
+    return {"commit": commit, "uncommitted_changes": bool(changes)}
+
+
+def _gpu() -> dict[str, Any]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    found = {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "cuda": torch.version.cuda}
+    driver = _ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {**found, **({"driver": driver.splitlines()[0]} if driver else {})}
+
+
+def _ask(*command: str) -> str | None:
+    """What a program says; None where it is missing, fails or takes too long."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,24 +123,59 @@ class RunFolder:
         """What --force went over, a line each."""
         return self.root / "forced.txt"
 
-    def note_forced(self, step: int, what: str) -> None:
-        """Leave a lasting note that the run went on from a step with something changed."""
-        with open(self.forced, "a", encoding="utf-8") as file:
-            file.write(f"after step {step}: {what}\n")
-
     def check_free(self) -> None:
         """InputError where a run is here already: a second one would mix its files with the first one's."""
         if self.config.exists() or self.checkpoints.exists() or self.metrics.exists():
             raise InputError(f"{self.root} holds a run already; add --resume auto to go on, or choose another --out")
 
-    def prepare(self, config: TrainConfig) -> None:
-        """Make the folder and write settings and versions; clears what a stopped or killed run left."""
+    def prepare(self, config: TrainConfig, forced: Sequence[str]) -> None:
+        """Make the folder and write settings, versions and what --force went over; clears what a stopped or killed run
+        left."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for folder in (self.root, self.checkpoints):
                 remove_leftovers(folder)
             write_atomic(self.config, config_json(config).encode())
             write_atomic(self.root / "versions.json", (json.dumps(versions(), indent=1) + "\n").encode())
+            if forced:
+                with open(self.forced, "a", encoding="utf-8") as file:
+                    file.writelines(f"{line}\n" for line in forced)
             self.requeue.unlink(missing_ok=True)
         except OSError as error:
             raise InputError(f"cannot write to the run's folder {self.root} ({error.strerror})") from None
+
+
+NAME = "lock"
+WAIT_S = 90.0
+"""A heartbeat that has stopped is believed to have after 60 s; what a save takes at the end of a run."""
+
+
+@contextlib.contextmanager
+def leased(root: Path, *, wait_s: float) -> Iterator[lock.Lease]:
+    """Hold a run's folder inside the block, which is made and, where nothing was put into it, removed again.
+
+    InputError where another run holds it for longer than `wait_s`, or it cannot be made.
+    """
+    made = [folder for folder in (root, *root.absolute().parents) if not folder.exists()]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        holding = lock.exclusive(root / NAME, f"another run is writing to {root}", wait_s=wait_s)
+        lease = holding.__enter__()
+    except OSError as error:
+        raise InputError(f"cannot write to the run's folder {root} ({error.strerror})") from None
+    try:
+        yield lease
+    finally:
+        holding.__exit__(None, None, None)
+        with contextlib.suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
+
+
+def check_lease(lease: lock.Lease) -> None:
+    """LeaseLost where another run has taken the folder over, because this process was stopped, or cut off, for long."""
+    if not lease.mine():
+        raise LeaseLost(
+            f"{lease.path.parent} belongs to another run by now, because this one stood still for more than "
+            f"{lock.DEAD_AFTER_S:.0f} s; it ends without writing more there"
+        )

@@ -19,9 +19,9 @@ from shards.schema import Manifest
 from train.commandline import to_fields
 from train.config import TrainConfig, loader_config
 from train.device import Precision
+from train.optim import Patience, Plateau
 from train.ranks import Ranks
-from train.schedule import Patience, Plateau
-from train.versions import package_version
+from train.rundir import package_version
 
 LEFT_OUT = (*("shards", "out", "h5", "vision_weights", "text_weights"), *("resume", "stop_at", "force"))
 """Settings that stay out of checkpoints: where files lie is nobody's business elsewhere, and how often a run was

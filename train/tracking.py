@@ -1,18 +1,21 @@
 """Where else the rows of a run go: TensorBoard beside it, and Weights & Biases if asked.
 
-Neither can end a run: what fails to be recorded there is said once, and training goes on. W&B is told numbers and names
-of choices, never a path, a query or a text, and nothing of the machine: a run may be watched from outside the hospital.
+Neither can end a run: what fails to be recorded there is said once, and training goes on; nor can a screen or a log
+that takes no more. W&B is told numbers and names of choices, never a path, a query or a text, and nothing of the
+machine: a run may be watched from outside the hospital.
 """
 
+import contextlib
 import importlib.util
 import math
+import os
 import sys
 import threading
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TextIO
 
 from shards.atomic import write_atomic
 from shards.errors import InputError
@@ -126,30 +129,15 @@ class Guarded:
             with self._forgiving():
                 self._sink.close()
 
-    def _forgiving(self) -> "_Forgiving":
-        return _Forgiving(self)
-
-    def give_up(self, error: BaseException) -> None:
-        """Say so, without the error's own words, which may hold a path; and take no more."""
-        self._sink = None
-        sys.stderr.write(f"warning: {self._name} failed ({type(error).__name__}); the run goes on without it\n")
-        sys.stderr.flush()
-
-
-class _Forgiving:
-    """Around a call to a sink."""
-
-    def __init__(self, sink: Guarded) -> None:
-        self._sink = sink
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        self._sink.give_up(error)
-        return True
+    @contextlib.contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """Around a call to the sink. Said without the error's own words, which may hold a path."""
+        try:
+            yield
+        except Exception as error:
+            self._sink = None
+            sys.stderr.write(f"warning: {self._name} failed ({type(error).__name__}); the run goes on without it\n")
+            sys.stderr.flush()
 
 
 def _quiet_board_threads() -> None:
@@ -208,3 +196,46 @@ def _run_id(root: Path) -> str:
     if not path.exists():
         write_atomic(path, secrets.token_hex(8).encode())
     return path.read_text(encoding="ascii").strip()
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Inside the block nothing that is said ends the run: neither a reader that has gone, as `| head` does, nor a full
+    disk under a log. What stdout or stderr does not take is dropped, and all that comes after it."""
+    streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        if stream is not None:
+            setattr(sys, name, _Lasting(stream))
+    try:
+        yield
+    finally:
+        for name, stream in streams.items():
+            setattr(sys, name, stream)
+
+
+class _Lasting:
+    """A stream whose errors are nobody's; the rest is the stream's own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._dropping():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._dropping():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:  # from here on into nothing, what is still in the stream's buffer as well
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self._stream.fileno())
+            os.close(nothing)
