@@ -67,7 +67,7 @@ def assemble_shard(task: AssembleTask) -> ShardInfo:
             strict=True,
         )
         for source, number, image, row in known:
-            writer.add(Sample(source=source, row=number, image=image, **row._asdict()))
+            writer.add(Sample(source, number, image, *row))
     write_atomic(note, json.dumps(asdict(writer.info)).encode())
     return writer.info
 

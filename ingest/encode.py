@@ -79,21 +79,22 @@ def _write_spill(films: Films, task: EncodeTask, stamp: str) -> None:
 
 
 def _encode_row(number: int, film: Film, task: EncodeTask, spill: SpillWriter) -> None:
-    record = spill.records[number]
+    records = spill.records
     if isinstance(film, Fault):
-        record["fault"] = film
+        records["fault"][number] = film
         return
+    records["pixels"][number] = xxh3_64_intdigest(np.ascontiguousarray(film).data)
     shows = blank(film)
-    record["blank"] = shows
-    record["pixels"] = xxh3_64_intdigest(np.ascontiguousarray(film).data)
+    if shows:
+        records["blank"][number] = shows
     if shows and not task.source.allow_blank:
-        record["fault"] = shows
+        records["fault"][number] = shows
     elif task.places[number] >= 0:
         encoded = encode(film, task.image)
         spill.add(number, int(task.places[number]), encoded)
         if (task.first + number) % task.measure_every == 0:
             for name, value in asdict(loss(film, decode(encoded, task.image))).items():
-                record[name] = value
+                records[name][number] = value
 
 
 def blank(film: NDArray[np.uint8]) -> Fault:

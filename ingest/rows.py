@@ -52,7 +52,7 @@ class Reports:
 
 
 class Row(NamedTuple):
-    """What phase two takes of a row, by the names of `shards.writer.Sample`."""
+    """What phase two takes of a row: the last fields of a `shards.writer.Sample`, in their order."""
 
     text: str
     tokens: NDArray[np.uint16]

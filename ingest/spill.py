@@ -21,7 +21,7 @@ from xxhash import xxh3_64_intdigest
 
 from shards.digest import DIGEST_SIZE, HashingFile, stream_digest
 from shards.errors import InputError
-from shards.stream import ALIGNMENT, StreamWriter, atomic_stream, read_extents
+from shards.stream import ALIGNMENT, StreamWriter, atomic_stream, new_buffer, read_extents
 
 RECORD = np.dtype(
     [
@@ -40,8 +40,8 @@ RECORD = np.dtype(
 
 _TRAILER = struct.Struct("<q16s")
 """Rows, and the stamp of the image files; the digest of everything before follows."""
-_RUN_BYTES, _PART_BYTES = 32 << 20, 16 << 20
-"""Images that a worker holds: while it encodes, and, twice, while it makes a shard."""
+_RUN_BYTES = _PART_BYTES = 32 << 20
+"""Images that a worker holds twice: while it encodes, and while it makes a shard."""
 _GAP = 16 << 10
 """Bytes between two images that are rather read than skipped."""
 _READERS = 16
@@ -52,7 +52,7 @@ _spare: list[mmap.mmap] = []
 
 
 class SpillWriter:
-    """Takes the images of one spill, in the order of its rows."""
+    """Takes the images of one spill, in the order of its rows. A thread sorts and writes a run while the next grows."""
 
     def __init__(self, stream: StreamWriter, rows: int) -> None:
         self.records = np.zeros(rows, dtype=RECORD)
@@ -60,35 +60,57 @@ class SpillWriter:
         self._stream, self._sink = stream, HashingFile(stream)
         self._run: list[tuple[int, int, bytes]] = []
         self._run_bytes = 0
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
 
     def add(self, number: int, place: int, image: bytes) -> None:
         """The encoded image of row `number` of the spill; `place`: where the shards have it, all counted through."""
-        self.records[number]["xxh3"] = xxh3_64_intdigest(image)
         self._run.append((place, number, image))
         self._run_bytes += len(image)
         if self._run_bytes >= _RUN_BYTES:
-            self._write_run()
+            self._end_run()
 
     def finish(self, stamp: str) -> None:
         """Write what is left, records and trailer."""
-        self._write_run()
+        self._end_run()
+        self._wait()
         self._sink.write(self.records.tobytes() + _TRAILER.pack(len(self.records), bytes.fromhex(stamp)))
         self._stream.write(self._sink.digest)
 
-    def _write_run(self) -> None:
-        for _, number, image in sorted(self._run):
-            record = self.records[number]
-            record["offset"], record["size"] = self._sink.written, self._sink.write(image)
-        self._run, self._run_bytes = [], 0
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown()
+
+    def _end_run(self) -> None:
+        self._wait()  # two runs are all that memory holds
+        if self._run:
+            self._writing = self._thread.submit(self._write_run, self._run)
+            self._run, self._run_bytes = [], 0
+
+    def _wait(self) -> None:
+        """For the run that is being written. Raises what the disk says."""
+        if self._writing:
+            self._writing.result()
+            self._writing = None
+
+    def _write_run(self, run: list[tuple[int, int, bytes]]) -> None:
+        run.sort()
+        numbers = [number for _, number, _ in run]
+        sizes = np.array([len(image) for _, _, image in run])
+        self.records["offset"][numbers] = self._sink.written + np.cumsum(sizes) - sizes
+        self.records["size"][numbers] = sizes
+        self.records["xxh3"][numbers] = [xxh3_64_intdigest(image) for _, _, image in run]
+        for _, _, image in run:
+            self._sink.write(image)
 
 
 @contextlib.contextmanager
 def open_spill(path: Path, rows: int, stamp: str) -> Iterator[SpillWriter]:
     """Write a spill; it has its name once it is whole. `stamp`: 32 hex digits, of the image files it comes from."""
     with atomic_stream(path, durable=False) as stream:
-        writer = SpillWriter(stream, rows)
-        yield writer
-        writer.finish(stamp)
+        with contextlib.closing(SpillWriter(stream, rows)) as writer:
+            yield writer
+            writer.finish(stamp)
 
 
 def spill_path(folder: Path, first: int) -> Path:
@@ -148,10 +170,10 @@ class SpillReader:
         """`starts`: (spills,) the number of each spill's first row, all sources counted through."""
         self._folder, self._starts = folder, starts
         self._threads = ThreadPoolExecutor(_READERS)
-        self._buffers = [_spare.pop() if _spare else mmap.mmap(-1, ALIGNMENT) for _ in range(2)]
+        self._buffers = [_spare.pop() if _spare else new_buffer(ALIGNMENT) for _ in range(2)]
 
     def read(self, images: Images) -> Iterator[memoryview]:
-        """Each image in turn, good until the next is asked for; 16 MiB are read while the 16 MiB before are used.
+        """Each image in turn, good until the next is asked for; 32 MiB are read while the 32 MiB before are used.
 
         InputError where the disk gives back another one.
         """
@@ -180,7 +202,7 @@ class SpillReader:
         extents, places = _extents(spills[part], images.offsets[part], images.sizes[part])
         total = int(extents["size"].sum())
         if len(self._buffers[0]) < total:
-            self._buffers[0] = mmap.mmap(-1, total)
+            self._buffers[0] = new_buffer(total)
         pending, at = [], 0
         for spill in np.unique(extents["spill"]).tolist():
             wanted = extents[extents["spill"] == spill]

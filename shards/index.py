@@ -3,13 +3,12 @@ size name` for each member. Written from the writer's own offsets, never by scan
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 VERSION = "v1.2"
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One file of a sample: where its content lies in the tar, in bytes."""
 
     extension: str

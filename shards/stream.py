@@ -29,6 +29,14 @@ _spare: list[mmap.mmap] = []
 """Buffers of files that are finished, for the next: memory that is new costs as much as the cache."""
 
 
+def new_buffer(size: int) -> mmap.mmap:
+    """Memory for direct transfers, in huge pages where there are some: the kernel pins each page of each transfer."""
+    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
+
+
 @contextlib.contextmanager
 def atomic_stream(path: Path, *, durable: bool = True) -> Iterator["StreamWriter"]:
     """`atomic_file` for a large file that is written in order."""
@@ -98,7 +106,7 @@ def _take() -> mmap.mmap:
     try:
         return _spare.pop()
     except IndexError:
-        return mmap.mmap(-1, _PIECE)
+        return new_buffer(_PIECE)
 
 
 def _write_buffer(handle: int, buffer: mmap.mmap) -> None:

@@ -6,10 +6,9 @@ The tar streams to disk while its digest runs along; index and table are built f
 import io
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -38,8 +37,7 @@ _TABLE_ROWS = 1024
 """About as many rows are held as Python objects, 2.7 KB each."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """What the writer takes for one sample."""
 
     source: int
@@ -66,7 +64,8 @@ class Sample:
 
 def sample_json(labels: dict[str, float | None], row: int, source: int) -> bytes:
     """Content of KEY.json: labels (null for unknown), source, row. Sorted keys, no spaces, UTF-8."""
-    return _ENCODER.encode({"labels": labels, "row": row, "source": source}).encode()
+    known = _ENCODER.encode(labels) if labels else "{}"
+    return f'{{"labels":{known},"row":{row},"source":{source}}}'.encode()
 
 
 def text_bytes(text: str) -> bytes:
@@ -170,10 +169,11 @@ class ShardWriter:
         pieces: list[bytes | memoryview] = []
         at = self._tar.written
         for extension, content in contents.items():
-            member = Member(extension, at + tar.BLOCK, len(content), f"{key}.{extension}")
+            size = len(content)
+            member = Member(extension, at + tar.BLOCK, size, f"{key}.{extension}")
             members.append(member)
             pieces += tar.pieces(member.name, content)
-            at += sum(map(len, pieces[-3:]))
+            at += tar.BLOCK + -(-size // tar.BLOCK) * tar.BLOCK
         self._tar.write(b"".join(pieces))
         self._lines.append(index_line(members))
         return members[0]

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import tarfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -217,7 +216,7 @@ def test_blocks_of_any_size_are_read(tmp_path: Path, rows: int) -> None:
     ) as writer:
         for row in range(rows):
             tokens = np.arange(row, row + context, dtype=np.uint16)
-            writer.add(replace(sample(row % 200), row=row, group=row, tokens=tokens))
+            writer.add(sample(row % 200)._replace(row=row, group=row, tokens=tokens))
     tokenizer = TokenizerSpec(name="t", digest="0" * 32, context=context, vocab_size=rows + context)
     manifest = manifest_of(writer.info, block_rows=rows, groups={"train": (0, rows)}, tokenizer=tokenizer)
     with ShardReader(tmp_path, manifest, writer.info) as reader:
