@@ -26,15 +26,15 @@ class SourceConfig:
     value_range: tuple[float, float] | None = None
     """Values that become black and white, for pixels that are not whole grey levels 0..255; clipped outside."""
     images: Path | None = None
-    """Folder of image files, instead of HDF5; `path_column` names the file of each row."""
+    """Folder of image files, instead of HDF5."""
     path_column: str = "Path"
-    """Column of the image files' paths, relative to the folder."""
+    """Column that names each row's image file, relative to that folder."""
     image_size: int = 320
     """Image files are fitted into a square of this side, long side first, zero-padded, as CheXzero does."""
     allow_blank: bool = False
-    """Films of one value throughout become samples like any other; without it they are rejected, and counted."""
+    """Keep films of one value throughout, which are rejected otherwise."""
     csv: tuple[Path, ...] = ()
-    """One or more CSV files, row-aligned."""
+    """CSV files, row i of each about film i."""
     text_column: str = "impression"
     """Column of the reports."""
     text_template: str | None = None
@@ -50,14 +50,13 @@ class SourceConfig:
     label_list_column: str | None = None
     """Column of findings joined by `|`: a label column for each, 1 where it is named and 0 elsewhere."""
     label_list_separator: str = "|"
-    """What joins them instead."""
+    """What joins the findings of --label-list-column."""
     group_column: str | None = None
     """Column of patients: nobody's films are in two splits."""
     group_regex: str | None = None
-    """Takes the patient out of that column: first group or whole match; `/p(\\d+)/s` for paths of MIMIC-CXR."""
+    """Takes the patient out of --group-column: first group or whole match; `/p(\\d+)/s` for paths of MIMIC-CXR."""
     group_namespace: str | None = None
-    """Sources of a list that give the same name here have the same patients: equal ids are one person. Without it the
-    patients of a source are its own."""
+    """Sources of a list that give the same name here have the same patients; without it each has its own."""
     split: Literal["train", "val", "test"] | None = None
     """All rows of this source go to this split."""
     split_column: str | None = None
@@ -103,9 +102,11 @@ class SourceConfig:
     def _check_regex(self) -> None:
         if self.group_column is None:
             raise InputError("--group-regex needs --group-column, the column it takes the patient from")
+        import regex  # the one that ingest.table searches with
+
         try:
-            re.compile(self.group_regex or "")
-        except re.error as error:
+            regex.compile(self.group_regex or "")
+        except regex.error as error:
             raise InputError(f"--group-regex {self.group_regex!r} is not a regular expression ({error})") from None
 
 
@@ -118,13 +119,13 @@ class IngestConfig(SourceConfig):
     sources: Path | None = None
     """TOML file with a `[[source]]` table for each of several sources, instead of the flags of one."""
     val_fraction: float = 0.0
-    """Share of the rows without a split of their own for validation, in whole groups."""
+    """Share of the rows for validation, in whole patients; of those without a split of their own."""
     test_fraction: float = 0.0
-    """Share of them for testing, in whole groups."""
+    """The same for testing."""
     seed: int = 0
     """Seed of the split and of the global shuffle."""
     workers: int | None = None
-    """Encoding processes; None for one a CPU of this job's affinity mask."""
+    """Encoding processes; none: one for each CPU that this job may use."""
     scheduler: str | None = None
     """Work on a Dask cluster instead: `tcp://HOST:PORT`, `tls://HOST:PORT`, or the file that the scheduler wrote."""
     scheduler_wait: float = 60.0

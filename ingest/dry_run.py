@@ -13,7 +13,8 @@ from ingest.images import Fault
 from ingest.inputs import Inputs, read_inputs
 from ingest.report import namesake_lines
 from shards.encodings import encode
-from shards.schema import ImageSpec
+from shards.schema import NO_GROUP, ImageSpec
+from shards.stats import ungrouped_lines
 
 _FILMS = 32
 """Films encoded for the estimate, from the first rows of each source."""
@@ -24,12 +25,15 @@ _OVERHEAD = 2500
 def dry_run(config: IngestConfig) -> Iterator[str]:
     """Lines that say which rows would go where, and what time and disk they would take. InputError as the ingest's."""
     inputs = read_inputs(config)
-    yield f"{inputs.rows:,} rows of {len(inputs.sources)} sources, films of {inputs.height} x {inputs.width}"
+    several = f" of {len(inputs.sources)} sources" if len(inputs.sources) > 1 else ""
+    yield f"{inputs.rows:,} rows{several}, films of {inputs.height} x {inputs.width}"
     for reason, count in Counter(inputs.plan.reasons.values()).most_common():
-        yield f"rejected by their reports: {count:,} rows, {reason}"
+        yield f"rejected {count:,}: {reason}"
     for split, rows in inputs.plan.order.items():
         first, end = inputs.plan.ranges.get(split, (0, 0))
-        yield f"{split:<6} {len(rows):,} rows" + (f" of {end - first:,} groups" if inputs.plan.ranges else "")
+        yield f"{split:<6} {len(rows):,} rows" + (f" of {end - first:,} patients" if inputs.plan.ranges else "")
+    ungrouped = {split: int((inputs.plan.groups[rows] == NO_GROUP).sum()) for split, rows in inputs.plan.order.items()}
+    yield from ungrouped_lines(ungrouped)
     yield from namesake_lines(inputs.plan.namesakes)
     config, lines = settle(config, inputs)
     yield from lines

@@ -61,7 +61,8 @@ def make_plan(config: IngestConfig, tables: Sequence[SourceTable]) -> Plan:
     if not len(rows):
         why, count = Counter(reasons.values()).most_common(1)[0]
         raise InputError(
-            f"none of the {len(kept):,} rows has a report ({count:,}: {why}); is it the right column and section?"
+            f"none of the {len(kept):,} rows has a report ({count:,}: {why}); "
+            "look at --text-column, --text-folder, --section"
         )
     codes, known = _codes(tables)
     splits = _split(codes, _fixed(tables), rows, config)

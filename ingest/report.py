@@ -206,8 +206,8 @@ def namesake_lines(namesakes: int) -> Iterator[str]:
 
 def _film_lines(films: Films) -> Iterator[str]:
     yield f"films that show nothing: {films.all_zero:,} all zero, {films.constant:,} of one other grey level"
-    listed = f", in {len(films.equal):,} sets that {REPORT_NAME} lists" if films.equal else ""
-    yield f"samples whose film another one has too, pixel for pixel: {films.repeated:,}{listed}"
+    listed = f"; {REPORT_NAME} has their keys ({len(films.equal):,} different films)" if films.equal else ""
+    yield f"films that another sample has too, pixel for pixel: {films.repeated:,}{listed}"
 
 
 def encoding_lines(encoded: Encoded) -> Iterator[str]:

@@ -2,12 +2,15 @@
 
 import os
 import re
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import regex
 from numpy.typing import NDArray
 
 from ingest.config import SourceConfig
@@ -30,6 +33,10 @@ _SPLIT_NAMES = {
     "testing": "test",
 }
 """What else data sets call the splits; MIMIC-CXR has `validate`."""
+_REGEX_S, _REGEX_ROW_S = 5.0, 0.001
+"""CPU seconds that --group-regex may take: for a source, and for each row besides."""
+_FILE_NAME, _LOOKED_AT = re.compile(r"\s*\S+\.(?:txt|xml)\s*", re.IGNORECASE), 64
+"""What no report reads like, and how many rows tell."""
 _FIELD = re.compile(r"\{([^{}]+)\}")
 
 
@@ -91,6 +98,8 @@ def _texts(config: SourceConfig, columns: dict[str, pa.ChunkedArray]) -> tuple[p
         texts = _fill_template(config.text_template, columns)
     else:
         texts = columns[config.text_column]
+    if not config.text_folder and texts.length() and all(map(_FILE_NAME.fullmatch, strings(texts[:_LOOKED_AT]))):
+        raise InputError(f"column {config.text_column!r} names files of reports; say by --text-folder where they lie")
     if config.text_folder or config.section:
         texts = _extract(config, texts, reasons)
     first = 0
@@ -169,15 +178,31 @@ def _patients(config: SourceConfig, columns: dict[str, pa.ChunkedArray]) -> pa.D
     """(rows,) the patients' ids."""
     column = columns[config.group_column or ""]
     if config.group_regex:
-        pattern = re.compile(config.group_regex)
-        matches = [pattern.search(text) for text in strings(column)]
-        taken = [(match[1] or "" if pattern.groups else match[0]) if match else "" for match in matches]
-        column = pa.chunked_array([pa.array(taken, pa.large_string())])
+        column = pa.chunked_array([pa.array(_taken(config.group_regex, column), pa.large_string())])
     column = pc.utf8_trim_whitespace(column)  # `7` and `7 ` are one patient; `007` is another
     blank = np.flatnonzero(pc.equal(column, "").to_numpy())
     if len(blank):
-        raise InputError(f"{len(blank):,} rows have no {config.group_column!r}, row {blank[0]} first; fill them in")
+        what, how = ("no patient by --group-regex in", "mend it") if config.group_regex else ("no", "fill them in")
+        raise InputError(f"{len(blank):,} rows have {what} {config.group_column!r}, row {blank[0]} first; {how}")
     return column.combine_chunks().dictionary_encode()
+
+
+def _taken(expression: str, column: pa.ChunkedArray) -> Iterator[str]:
+    """What the expression finds in each row: its first group or the whole match; empty for nothing.
+
+    `regex` finds most of what takes `re` for ever, and gives up the rest.
+    """
+    pattern = regex.compile(expression)
+    until = time.process_time() + _REGEX_S + len(column) * _REGEX_ROW_S
+    for row, text in enumerate(strings(column)):
+        try:
+            match = pattern.search(text, timeout=max(until - time.process_time(), _REGEX_ROW_S))
+        except TimeoutError:
+            raise InputError(
+                f"--group-regex {expression!r} is not done with row {row} after seconds; "
+                "write it without repeats inside repeats or alternatives that match the same, such as (a|aa)+"
+            ) from None
+        yield (match[1] or "" if pattern.groups else match[0]) if match else ""
 
 
 def _splits(config: SourceConfig, columns: dict[str, pa.ChunkedArray], rows: int) -> NDArray[np.int64] | None:

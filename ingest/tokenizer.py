@@ -1,23 +1,162 @@
-"""Tokenizers by the name of the open_clip model that they belong to: ids as open_clip makes them, counted.
+"""CLIP's tokenizer, and those of open_clip's models that differ from it in cleaning and length: ids as open_clip's.
 
-open_clip (and with it torch, 700 MB and 7 s) is imported when one other than CLIP's own is made.
+open_clip brings the vocabulary; importing it for that costs torch, 730 MiB and 7 s, which no ingest has to pay. It is
+imported for the name of another model. The algorithm is that of openai/CLIP `simple_tokenizer.py`;
+`tests/test_ingest_tokenizer.py` holds it to open_clip's ids.
 """
 
 import difflib
+import gzip
+import heapq
+import html
 import logging
+from collections.abc import Callable
+from importlib.machinery import PathFinder
+from pathlib import Path
 
+import ftfy
 import numpy as np
+import regex
 from numpy.typing import NDArray
 from xxhash import xxh3_128_hexdigest
 
-from ingest.clip_bpe import END, START, ClipBpe
 from shards.errors import InputError
 from shards.schema import TokenizerSpec
 
+START, END = "<start_of_text>", "<end_of_text>"
+CONTEXT = 77
+
+_MERGES = 49152 - 256 - 2
+"""Of the file's merges as many as CLIP uses."""
+_MOST_KNOWN = 100_000
+"""Words looked up at most: about 20 MB. Reports have some ten thousand, accession numbers and typing errors more."""
+_MOST_LETTERS = 1 << 16
+"""Of a word that are looked at. Its first CONTEXT tokens are all that count, and are a few hundred letters."""
+_PATTERN = regex.compile(
+    rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
+)
+_PLAIN = regex.compile(r"[ -%'-~\n\t]*")
+"""Printable ASCII without `&`: ftfy takes 17 us to find nothing to mend there and no entity to resolve."""
 CLIP_NAME = "clip-bpe"
 """What CLIP's own BPE with its own cleaning is called in a manifest, whatever model it was asked for by."""
 _CLIP_CLEANING = "_clean_lower"
 _NOT_CLIPS = "is not CLIP's, the only one that the text towers here read"
+
+
+class ClipBpe:
+    """Text to token ids. Words seen before are looked up: reports repeat theirs."""
+
+    def __init__(self, clean: Callable[[str], str] | None = None, context: int = CONTEXT) -> None:
+        """With CLIP's own cleaning, or another. InputError where open_clip is not installed."""
+        self._clean, self.context = clean or clip_cleaned, context
+        with gzip.open(_vocabulary_file(), "rt", encoding="utf-8") as file:
+            merges = [line.split() for line in file.read().split("\n")[1 : _MERGES + 1]]
+        self._letters = _letters()
+        letters = list(self._letters.values())
+        self.words = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), START, END]
+        """The vocabulary; a token's id is its place."""
+        self._ids = {word: number for number, word in enumerate(self.words)}
+        self._ranks = {(first, second): rank for rank, (first, second) in enumerate(merges)}
+        self._specials = {special: [self._ids[special]] for special in (START, END)}
+        self._known = dict(self._specials)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a report, cleaned, without start and end; of a long one the first.
+
+        As many as the context holds, or more: what would be cut off anyway is not looked at, a field may hold 16 MiB.
+        """
+        ids: list[int] = []
+        for word in _PATTERN.findall(self._clean(text)):
+            if len(ids) >= self.context:
+                break
+            found = self._known.get(word)
+            if found is None:
+                found = self._learn(word)
+            ids += found
+        return ids
+
+    def _learn(self, word: str) -> list[int]:
+        if len(self._known) > _MOST_KNOWN:
+            self._known = dict(self._specials)
+        self._known[word] = [self._ids[part] for part in self._merge(word)]
+        return self._known[word]
+
+    def _merge(self, word: str) -> list[str]:
+        """A word in parts: neighbours merged, the pair of lowest rank first, until no pair is in the list."""
+        parts = [self._letters[byte] for byte in word[:_MOST_LETTERS].encode()]
+        parts[-1] += "</w>"
+        chain = _Chain(parts, self._ranks)
+        while chain.waiting:
+            chain.join(heapq.heappop(chain.waiting))
+        return [part for part in chain.parts if part]
+
+
+class _Chain:
+    """The parts of a word, and where in it each pair of the list stands.
+
+    A pass per pair over the whole word, as `simple_tokenizer.py` makes it, takes the square of the word's length.
+    """
+
+    def __init__(self, parts: list[str], ranks: dict[tuple[str, str], int]) -> None:
+        self.parts = parts
+        """Empty where a part went into the one before it."""
+        self.waiting: list[int] = []
+        """Ranks of the pairs in the word, a heap."""
+        self._ranks = ranks
+        self._places: dict[int, list[int]] = {}
+        self._left, self._right = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
+        for place in range(len(parts) - 1):
+            self._note(place)
+
+    def join(self, rank: int) -> None:
+        """Join every pair of this rank, from the left."""
+        for place in sorted(self._places.pop(rank)):
+            after = self._right[place]
+            # The place may have been joined with a neighbour since, or stand there twice.
+            if not self.parts[place] or after == len(self.parts) or self._rank(place, after) != rank:
+                continue
+            self.parts[place] += self.parts[after]
+            self.parts[after] = ""
+            self._right[place] = self._right[after]
+            if self._right[place] < len(self.parts):
+                self._left[self._right[place]] = place
+                self._note(place)
+            if self._left[place] >= 0:
+                self._note(self._left[place])
+
+    def _rank(self, place: int, after: int) -> int | None:
+        return self._ranks.get((self.parts[place], self.parts[after]))
+
+    def _note(self, place: int) -> None:
+        rank = self._rank(place, self._right[place])
+        if rank is None:
+            return
+        if rank not in self._places:
+            self._places[rank] = []
+            heapq.heappush(self.waiting, rank)
+        self._places[rank].append(place)
+
+
+def clip_cleaned(text: str) -> str:
+    """CLIP's cleaning: broken Unicode mended, HTML entities resolved, white space single, lower case."""
+    if not _PLAIN.fullmatch(text):
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+def _letters() -> dict[int, str]:
+    """A printable letter for each byte: its own where it has one, else from U+0100 on."""
+    own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {byte: chr(byte) for byte in own} | {byte: chr(256 + number) for number, byte in enumerate(others)}
+
+
+def _vocabulary_file() -> Path:
+    """open_clip's vocabulary, found without importing it."""
+    package = PathFinder.find_spec("open_clip")
+    if package is None or not package.submodule_search_locations:
+        raise InputError("open_clip is not installed; install it (pip install open_clip_torch): its vocabulary is used")
+    return Path(package.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
 
 
 class Tokenizer:

@@ -102,7 +102,20 @@ def _one_line(boxed: str) -> str:
     text = " ".join(row for row in rows if row)
     for wordy, plain in _PLAINER:
         text = re.sub(wordy, plain, text).strip()
-    return text + " (see --help)"
+    if text.startswith("missing: "):
+        *missing, rest = text.removeprefix("missing: ").split("(required)")
+        text = "; ".join(filter(None, (f"missing: {', '.join(each.split()[0] for each in missing)}", _unknown(rest))))
+    return _unknown(text) + " (see --help)"
+
+
+def _unknown(text: str) -> str:
+    """Flags that there are not, and like ones that there are, without the help of those."""
+    match = re.match(r"\s*Unrecognized options:? (.*?)(?= Perhaps you meant:| Arguments similar to |$)", text)
+    if match is None:
+        return text.strip()
+    unknown = match[1].replace(",", "")
+    near = sorted(set(re.findall(r"(?<= )--[\w.-]+(?= [A-Z{\[])", text[match.end() :])))
+    return f"unknown: {unknown}" + (f"; perhaps {' or '.join(near)}" if near else "")
 
 
 @contextlib.contextmanager

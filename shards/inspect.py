@@ -39,9 +39,10 @@ def describe(root: Path) -> Iterator[str]:
     """Lines that say what a data set holds."""
     manifest = read_manifest(root)
     image, tokenizer = manifest.image, manifest.tokenizer
+    codec = f"jpeg quality {image.quality}" if image.codec == "jpeg" else image.codec
     yield f"shards       {root}  (schema version {manifest.schema_version}, digest {manifest.digest})"
-    yield f"images       {image.height} x {image.width} x {image.channels}, {image.codec} quality {image.quality}"
-    yield f"tokens       {tokenizer.name}, {tokenizer.context} of {tokenizer.vocab_size:,}"
+    yield f"images       {image.height} x {image.width} x {image.channels}, {codec}"
+    yield f"tokens       {tokenizer.name}, {tokenizer.context} a report out of {tokenizer.vocab_size:,}"
     yield f"labels       {', '.join(manifest.labels) or 'none'}"
     yield f"blocks       {manifest.block_rows} rows"
     for number, source in enumerate(manifest.sources):
@@ -54,8 +55,8 @@ def _describe_split(manifest: Manifest, split: str) -> str:
     shards = manifest.splits[split]
     megabytes = sum(info.tar.bytes for info in shards) / 1e6
     first, end = manifest.groups.get(split, (0, 0))
-    groups = f", group numbers {first:,} to {end - 1:,}" if split in manifest.groups else ""
-    return f"{split:<12} {manifest.rows(split):,} samples in {len(shards)} shards, {megabytes:,.1f} MB{groups}"
+    patients = f", {end - first:,} patients" if split in manifest.groups else ""
+    return f"{split:<12} {manifest.rows(split):,} samples{patients}, {megabytes:,.1f} MB in {len(shards):,} tars"
 
 
 def show_sample(root: Path, key: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`python -m shards stats DIR [--json FILE]`: a data set in numbers, a page of text and the same as JSON."""
+"""`python -m shards stats DIR`: a data set in numbers, as a page of text and as JSON; the films that splits share."""
 
 import itertools
 import json
@@ -14,8 +14,8 @@ from shards.atomic import check_writable, write_atomic
 from shards.cli import check_outside, say
 from shards.errors import InputError
 from shards.manifest import read_manifest
-from shards.scan import scan
-from shards.schema import LABEL_PREFIX, Manifest
+from shards.scan import read_samples, scan
+from shards.schema import LABEL_PREFIX, SPLITS, Manifest
 from shards.tally import BATCH, LABEL_VALUES, TALLY_COLUMNS, SplitStats, Tally
 
 _ROWS_AT_ONCE = 64
@@ -30,10 +30,18 @@ class StatsConfig:
     """Folder of shards."""
     json: Path | None = None
     """Write the same as JSON to this file."""
+    shared: Path | None = None
+    """Write the keys of films that train shares with val or test, or val with test, for --data.exclude."""
 
     def __post_init__(self) -> None:
-        if self.json is not None and not self.json.parent.is_dir():
-            raise InputError(f"no folder {self.json.parent} for --json; make it first")
+        for flag, path in self.files.items():
+            if not path.parent.is_dir():
+                raise InputError(f"no folder {path.parent} for {flag}; make it first")
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Flag -> file to write."""
+        return {flag: path for flag, path in (("--json", self.json), ("--shared", self.shared)) if path is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,18 +62,27 @@ class Stats:
 def run(config: StatsConfig) -> None:
     """Print the page, and write the JSON if asked."""
     manifest = read_manifest(config.root)
-    if config.json is not None:
-        check_outside(config.json, config.root, "--json")
-        check_writable(config.json)
-    stats = gather(config.root, manifest)
+    for flag, path in config.files.items():
+        check_outside(path, config.root, flag)
+        check_writable(path)
+    tallies = _tally(config.root, manifest)
+    stats = _stats(manifest, tallies)
     for line in page(stats):
         say(line)
     if config.json is not None:
         write_atomic(config.json, (json.dumps(asdict(stats), indent=1, ensure_ascii=False) + "\n").encode())
+    if config.shared is not None:
+        keys = list(_shared_keys(config.root, manifest, tallies))
+        write_atomic(config.shared, "".join(f"{key}\n" for key in keys).encode())
+        say(f"{config.shared}: {len(keys):,} keys")
 
 
 def gather(root: Path, manifest: Manifest) -> Stats:
     """Read every table of the set once, block by block; images are not read."""
+    return _stats(manifest, _tally(root, manifest))
+
+
+def _tally(root: Path, manifest: Manifest) -> dict[str, Tally]:
     columns = [*TALLY_COLUMNS, *(LABEL_PREFIX + name for name in manifest.labels)]
     tallies = {split: Tally(manifest, split) for split in manifest.splits}
     total = sum(map(manifest.rows, manifest.splits))
@@ -73,18 +90,30 @@ def gather(root: Path, manifest: Manifest) -> Stats:
         for block in scan(root, manifest, columns, rows=_ROWS_AT_ONCE):
             tallies[block.split].add(block.table)
             progress.update(block.table.num_rows)
+    return tallies
+
+
+def _stats(manifest: Manifest, tallies: dict[str, Tally]) -> Stats:
     shared = {
         f"{one}, {other}": len(np.intersect1d(tallies[one].films, tallies[other].films))
         for one, other in itertools.combinations(tallies, 2)
     }
-    splits = {split: tally.stats() for split, tally in tallies.items()}
     return Stats(
         digest=manifest.digest,
         context=manifest.tokenizer.context,
         batch=BATCH,
-        splits=splits,
+        splits={split: tally.stats() for split, tally in tallies.items()},
         shared_films=shared,
     )
+
+
+def _shared_keys(root: Path, manifest: Manifest, tallies: dict[str, Tally]) -> Iterator[str]:
+    """Keys of the films of each split that a later one has too: the earlier one can do without them."""
+    splits = [split for split in SPLITS if split in tallies]
+    for number, split in enumerate(splits[:-1]):
+        later = np.concatenate([tallies[other].films for other in splits[number + 1 :]])
+        rows = np.flatnonzero(np.isin(tallies[split].films, later))
+        yield from (row["key"] for _, row in read_samples(root, manifest, split, rows, ("key",)))
 
 
 _ROWS: tuple[tuple[str, Callable[[SplitStats], str]], ...] = (
@@ -101,18 +130,18 @@ _ROWS: tuple[tuple[str, Callable[[SplitStats], str]], ...] = (
     ("  most", lambda s: f"{s.tokens_quantiles['most']}"),
     ("  cut at the context", lambda s: _share(s.truncated, s.samples)),
     ("reports that name a side", lambda s: _share(s.side_words, s.samples)),
-    ("report same as another's", lambda s: _share(s.reports.repeating, s.samples)),
-    ("  the commonest", lambda s: f"{s.reports.commonest:,}"),
-    ("  same tokens as another's", lambda s: _share(s.tokens.repeating, s.samples)),
-    (f"  same pairs in a batch of {BATCH}", lambda s: f"{s.tokens.pairs_in_batch:.2f}"),
-    (f"  of its {BATCH} with a twin in it", lambda s: f"{s.tokens.twins_in_batch:.2f}"),
-    ("groups", lambda s: f"{s.groups:,}"),
+    ("reports that another film has too", lambda s: _share(s.reports.repeating, s.samples)),
+    ("  films with the commonest of them", lambda s: f"{s.reports.commonest:,}"),
+    ("  by tokens, after the cut", lambda s: _share(s.tokens.repeating, s.samples)),
+    (f"  pairs of them in a batch of {BATCH}", lambda s: f"{s.tokens.pairs_in_batch:.2f}"),
+    ("  films of the batch in such a pair", lambda s: f"{s.tokens.twins_in_batch:.2f}"),
+    ("patients", lambda s: f"{s.groups:,}"),
     ("  films each: mean", lambda s: f"{s.films_per_group_mean:.2f}"),
     ("  most", lambda s: f"{s.films_per_group_most:,}"),
-    ("  films without one", lambda s: f"{s.ungrouped:,}"),
+    ("  films of unnamed patients", lambda s: f"{s.ungrouped:,}"),
 )
 
-_NAME, _CELL = 32, 9
+_NAME, _CELL = 36, 9
 """Characters of a line's name, and of a number in the table of labels."""
 
 
@@ -126,10 +155,19 @@ def page(stats: Stats) -> Iterator[str]:
 
 
 def leak_lines(stats: Stats) -> Iterator[str]:
-    """Films that two splits share."""
+    """What lets a model know its test: films that two splits share, patients that may."""
     for pair, count in stats.shared_films.items():
         if count:
             yield f"{count:,} films are in {' and in '.join(pair.split(', '))}, byte for byte: a leak"
+    if any(stats.shared_films.values()):
+        yield "  python -m shards stats DIR --shared FILE lists them, and --data.exclude FILE trains without them"
+    yield from ungrouped_lines({split: numbers.ungrouped for split, numbers in stats.splits.items()})
+
+
+def ungrouped_lines(ungrouped: dict[str, int]) -> Iterator[str]:
+    """What the user has to know who has not said whose the films are: split -> films of unnamed patients."""
+    if len(ungrouped) > 1 and any(ungrouped.values()):
+        yield f"patients are not named: films of one may be in {' and '.join(ungrouped)}; see --group-column"
 
 
 def _label_page(splits: dict[str, SplitStats]) -> Iterator[str]:

@@ -2,10 +2,17 @@
 
 Opening reads the footer, whose digest binds every page's place and length to the manifest; each read checks the pages'
 checksums. Sizes are checked before anything is unpacked: a set may come from anywhere, and be made to fill the memory.
+
+pyarrow reads a row group column by column, page header by page header. On a file system that takes milliseconds to
+answer, one read of all that is wanted, and pyarrow on memory, takes a tenth of the time. The memory is anonymous: no
+file is mapped, so that one that shrinks is an error and no SIGBUS, and pages that nothing was read into cost nothing.
 """
 
+import mmap
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +22,6 @@ from xxhash import xxh3_128_hexdigest
 
 from shards.errors import InputError
 from shards.pages import unpacked_bytes
-from shards.partial import PartialFile
 from shards.schema import LABEL_PREFIX, MAX_BLOCK_TEXT_BYTES, Manifest, ShardInfo, table_schema
 
 _MAX_FOOTER_BYTES = 32 << 20
@@ -24,6 +30,72 @@ _ENCODINGS = frozenset({"PLAIN", "RLE"})
 """Of columns and of which values are there. Dictionaries and deltas let a small file hold any amount of text."""
 _SLACK_BYTES = 4096
 """Page headers and the like in a column of a block."""
+
+Span = tuple[int, int]
+"""First byte, and the byte after the last."""
+_GAP = 256 << 10
+"""Bytes between two spans below which they are read as one: less than a request to a far disk costs."""
+
+
+class PartialFile:
+    """An open file of which what is asked for is in memory, at its place.
+
+    Not locked: `holding` is for one thread at a time, `read` for any.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        """`size`: bytes of the file. OSError where it cannot be opened."""
+        self._memory = mmap.mmap(-1, max(size, 1))
+        # Not blocking: the file may have become a pipe since it was checked, whose opening might never end.
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self.buffer = pa.py_buffer(self._memory)
+        """As long as the file; zeros but for what is held."""
+
+    def read(self, spans: Iterable[Span]) -> list[tuple[int, bytes]]:
+        """The bytes of spans, near ones together, each with its place. OSError, or EOFError where the file ends."""
+        return [(start, self._read(start, end)) for start, end in _together(spans)]
+
+    @contextmanager
+    def holding(self, parts: list[tuple[int, bytes]]) -> Iterator[None]:
+        """Inside the block, what was read is in `buffer`."""
+        try:
+            for start, content in parts:
+                self._memory[start : start + len(content)] = content
+            yield
+        finally:
+            self._memory.madvise(mmap.MADV_DONTNEED)
+
+    def held(self, size: int, offset: int) -> bytes:
+        """Bytes of what is held."""
+        return self._memory[offset : offset + size]
+
+    def close(self) -> None:
+        """Close the file; the memory goes when pyarrow lets go of it."""
+        os.close(self._fd)
+
+    def _read(self, start: int, end: int) -> bytes:
+        pieces = []
+        while start < end:
+            piece = os.pread(self._fd, end - start, start)
+            if not piece:
+                raise EOFError(f"it ends at byte {start:,}")
+            pieces.append(piece)
+            start += len(piece)
+        return b"".join(pieces)
+
+
+def _together(spans: Iterable[Span]) -> Iterator[Span]:
+    """Spans in order of place, those with less than _GAP between them as one."""
+    start = end = -1
+    for first, last in sorted(spans):
+        if start >= 0 and first - end <= _GAP:
+            end = max(end, last)
+            continue
+        if start >= 0:
+            yield start, end
+        start, end = first, last
+    if start >= 0:
+        yield start, end
 
 
 class ShardTable:

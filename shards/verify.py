@@ -7,6 +7,7 @@ A film costs 58 us of one CPU, 380 with its JPEG decoded (EPYC, 27 KB a film). O
 anew under the interpreter lock, so shards go to processes, not to threads.
 """
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -23,13 +24,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from tyro.conf import Positional
 
+from shards import schema
 from shards.audit import Audit, Decode
 from shards.cli import say
 from shards.errors import InputError
-from shards.leaks import Leaks
 from shards.manifest import read_manifest
 from shards.processes import interrupts_held, start_worker
-from shards.schema import MANIFEST_NAME, REJECTS_NAME, REPORT_NAME, REPORT_PAGE_NAME, Manifest, ShardInfo
+from shards.schema import NO_GROUP, Manifest, ShardInfo, sample_key
 
 DECODE = 16
 """Images of a shard to decode by default."""
@@ -39,6 +40,9 @@ RETOKENIZE_NAME = ".retokenize"
 
 _WORTH_PROCESSES = 50_000
 """Samples, a decoded one counting for seven, from which on processes pay (2.5 s alone; starting two takes 1 to 2)."""
+
+_COMPACT = 1 << 20
+"""Group numbers of a split to gather before doubles are dropped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +65,7 @@ class VerifyConfig:
     root: Positional[Path]
     """Folder of shards."""
     workers: int | None = None
-    """Processes; None for one a CPU of this job's affinity mask, or for this one alone where the set is small."""
+    """Processes; none: one for each CPU that this job may use, or this one alone where the set is small."""
     decode: Decode = DECODE
     """Images of each shard to decode, or `all`."""
 
@@ -168,7 +172,76 @@ def _check(root: Path, manifest: Manifest, info: ShardInfo, decode: Decode) -> C
 
 
 def _stray_files(root: Path, manifest: Manifest) -> list[str]:
-    known = {MANIFEST_NAME, REJECTS_NAME, REPORT_NAME, REPORT_PAGE_NAME}
+    known = {schema.MANIFEST_NAME, schema.REJECTS_NAME, schema.REPORT_NAME, schema.REPORT_PAGE_NAME}
     for shards in manifest.splits.values():
         known |= {f"{info.name}.{suffix}" for info in shards for suffix in ("tar", "idx", "parquet")}
     return sorted(name for name in os.listdir(root) if name not in known)
+
+
+class Leaks:
+    """Gathers what each shard holds. One byte a source row for the keys, eight a patient for the groups."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        # Zeroed lazily by the system: a row that no sample came from costs nothing.
+        self._seen = [_zeros(source.rows) for source in manifest.sources]
+        self._groups: dict[str, list[NDArray[np.int64]]] = {split: [] for split in manifest.splits}
+        self._counts = np.zeros(len(manifest.sources), dtype=np.int64)
+
+    def add(
+        self, shard: str, source: NDArray[np.uint8], row: NDArray[np.int64], groups: NDArray[np.int64]
+    ) -> str | None:
+        """Take in one shard's keys, (rows,) each, and its patients; returns what is wrong with the keys, or None."""
+        self._add_groups(shard.rsplit("-", 1)[0], groups[groups != NO_GROUP])
+        for number in np.unique(source):
+            problem = self._add_keys(shard, int(number), row[source == number])
+            if problem:
+                return problem
+        return None
+
+    def problems(self, *, complete: bool) -> Iterator[str]:
+        """What is wrong with the whole, once every shard was taken in, and completely."""
+        for one, other in itertools.combinations(self._groups, 2):
+            both = np.intersect1d(self._gathered(one), self._gathered(other))
+            if len(both):
+                yield (
+                    f"{len(both):,} groups are in {one} and in {other} (leak), group {both[0]} first; "
+                    "ingest again with --group-column"
+                )
+        for number, source in enumerate(self._manifest.sources):
+            if complete and self._counts[number] != source.samples:
+                yield (
+                    f"source {number:02d} has {self._counts[number]:,} samples, the manifest says {source.samples:,}; "
+                    "ingest again"
+                )
+
+    def _add_keys(self, shard: str, source: int, rows: NDArray[np.int64]) -> str | None:
+        if source >= len(self._seen) or rows.min() < 0 or rows.max() >= len(self._seen[source]):
+            return f"shard {shard}: a key names a row that source {source:02d} does not have; ingest again"
+        seen = self._seen[source]
+        unique, counts = np.unique(rows, return_counts=True)
+        double = np.concatenate([unique[counts > 1], unique[seen[unique]]])
+        if len(double):
+            key = sample_key(source, int(double.min()))
+            return f"shard {shard}: key {key} appears twice in the data set; ingest again"
+        seen[unique] = True
+        self._counts[source] += len(unique)
+        return None
+
+    def _add_groups(self, split: str, groups: NDArray[np.int64]) -> None:
+        gathered = self._groups[split]
+        gathered.append(groups)
+        if sum(map(len, gathered)) > _COMPACT + 2 * len(gathered[0]):
+            gathered[:] = [self._gathered(split)]
+
+    def _gathered(self, split: str) -> NDArray[np.int64]:
+        return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *self._groups[split]]))
+
+
+def _zeros(rows: int) -> NDArray[np.bool_]:
+    try:
+        return np.zeros(rows, dtype=bool)
+    except (MemoryError, ValueError):
+        raise InputError(
+            f"the manifest names a source of {rows!r} rows, more than a key can count; ingest again"
+        ) from None

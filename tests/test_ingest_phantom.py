@@ -12,9 +12,8 @@ import pytest
 from conftest import assert_refused, run_module
 
 from ingest import phantom
-from ingest.phantom import COLUMNS, PhantomConfig, make_phantom
+from ingest.phantom import COLUMNS, PhantomConfig, draw_film, make_phantom
 from ingest.phantom_case import LABELS, Device, Effusion, Findings, Opacity, Pneumothorax, make_case, patient_of_film
-from ingest.phantom_film import draw_film
 from ingest.phantom_report import write_report
 
 CASES = [make_case(7, index, index // 2) for index in range(600)]

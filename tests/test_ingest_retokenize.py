@@ -71,7 +71,7 @@ def test_mistakes_are_one_line(shards_dir: Path, tmp_path: Path, monkeypatch: py
     with pytest.raises(InputError, match="another retokenize is at work"):
         retokenize(RetokenizeConfig(root=root, tokenizer="PE-Core-B-16"))
     os.close(handle)
-    monkeypatch.setattr("ingest.clip_bpe._MERGES", 48_893)
+    monkeypatch.setattr("ingest.tokenizer._MERGES", 48_893)
     with pytest.raises(InputError, match=r"the tokenizer of 'PE-Core-B-16' is not CLIP's"):
         retokenize(RetokenizeConfig(root=root, tokenizer="PE-Core-B-16"))
     assert tree(root) == tree(shards_dir)

@@ -230,9 +230,16 @@ class TestImageFolder:
         )
 
     def test_too_many_rejects_are_a_mistake(self, folder: Path, tmp_path: Path) -> None:
-        table = write_csv(tmp_path / "t.csv", ["Path", "impression"], [["gone.png", "Report"]] * 3)
+        table = write_csv(
+            tmp_path / "t.csv", ["Path", "impression"], [[name, "x"] for name in ("a.png", "b.png", "grey.png")]
+        )
         command = ["ingest", "--to-shards", tmp_path / "out", "--images", folder, "--csv", table]
-        assert_refused(run_module(*command), "3 of 3 rows are rejected", "film file is missing or outside the folder")
+        assert_refused(run_module(*command), "2 of 3 rows are rejected", "film file is missing or outside the folder")
+        # A wrong folder is known before a film is read, and leaves nothing that stands in the way of the right one.
+        command = ["ingest", "--to-shards", tmp_path / "new", "--images", tmp_path, "--csv", table]
+        for more in ((), ("--dry-run",)):
+            assert_refused(run_module(*command, *more), "none of 3 rows looked at names an image file", "--path-column")
+        assert not (tmp_path / "new").exists()
 
     def test_the_real_films_are_chexzeros(self, real_data: Path) -> None:
         """Our way from an image file to 320 x 320 is the one that wrote the HDF5 file: equal to the pixel."""
@@ -321,7 +328,9 @@ class TestLabelsAndSplits:
         run(tmp_path / "by-s", h5=(h5,), csv=(table,), **settings)
         assert read_manifest(tmp_path / "by-s").labels == ("Edema|Ma", "Ma", "No Finding")
 
-    def test_group_regex_and_split_column(self, tmp_path: Path, images: np.ndarray) -> None:
+    def test_group_regex_and_split_column(
+        self, tmp_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         rows = [
             [f"files/p{i // 2:03d}/s{i}.png", "x", ("train", "validate", "test", "")[i // 2 % 4]] for i in range(40)
         ]
@@ -338,12 +347,18 @@ class TestLabelsAndSplits:
             ingest(IngestConfig(to_shards=tmp_path / "x", h5=(h5,), csv=(table,), **settings))
         with pytest.raises(InputError, match="names no split"):
             ingest(IngestConfig(to_shards=tmp_path / "x", h5=(h5,), csv=(table,), split_column="impression"))
-        with pytest.raises(InputError, match="40 rows have no 'Path'"):
+        with pytest.raises(InputError, match="40 rows have no patient by --group-regex in 'Path', row 0"):
             ingest(
                 IngestConfig(to_shards=tmp_path / "x", h5=(h5,), csv=(table,), group_column="Path", group_regex="q(.)")
             )
-        with pytest.raises(InputError, match="40 rows have no 'Path'"):  # its group takes no part in the match
+        # Its group takes no part in the match.
+        with pytest.raises(InputError, match="40 rows have no patient by --group-regex in 'Path', row 0"):
             run(tmp_path / "x", h5=(h5,), csv=(table,), group_column="Path", group_regex="files(x)?")
+        monkeypatch.setattr("ingest.table._REGEX_S", 0.2)
+        slow = {**settings, "group_regex": "^(a|aa)+$", "split_column": None}
+        write_csv(table, ["Path", "impression"], [["a" * 60 + "b"] * 2] * 40)
+        with pytest.raises(InputError, match="is not done with row 0 after seconds; write it without"):
+            ingest(IngestConfig(to_shards=tmp_path / "x", h5=(h5,), csv=(table,), **slow))
         assert not (tmp_path / "x").exists()
 
     def test_several_sources(self, tmp_path: Path, images: np.ndarray) -> None:

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import ingest.clip_bpe
-from ingest.clip_bpe import CONTEXT, ClipBpe
-from ingest.tokenizer import CLIP_NAME, Tokenizer
+import ingest.tokenizer
+from ingest.tokenizer import CLIP_NAME, CONTEXT, ClipBpe, Tokenizer
 
 OURS = ClipBpe()
 
@@ -60,16 +59,16 @@ def test_a_word_takes_no_square_of_its_length(monkeypatch):
     """50,000 letters, after which nothing but the letters themselves was looked up (a pass per pair: 46 s)."""
     looked, word = 0, "ab-" * 16_000 + "yz" * 1_000
     word = word.replace("-", "cde")
-    bpe, rank = ClipBpe(), ingest.clip_bpe._Chain._rank
+    bpe, rank = ClipBpe(), ingest.tokenizer._Chain._rank
 
     def counted(*arguments):
         nonlocal looked
         looked += 1
         return rank(*arguments)
 
-    monkeypatch.setattr(ingest.clip_bpe._Chain, "_rank", counted)
+    monkeypatch.setattr(ingest.tokenizer._Chain, "_rank", counted)
     assert len(bpe.encode(word)) > CONTEXT and looked < 5 * len(word)
-    assert bpe.encode("x" * 10**6) == bpe.encode("x" * ingest.clip_bpe._MOST_LETTERS)
+    assert bpe.encode("x" * 10**6) == bpe.encode("x" * ingest.tokenizer._MOST_LETTERS)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +91,7 @@ def test_odd_texts(theirs, text):
 
 
 def test_forgotten_words_come_out_the_same(monkeypatch):
-    monkeypatch.setattr(ingest.clip_bpe, "_MOST_KNOWN", 3)
+    monkeypatch.setattr(ingest.tokenizer, "_MOST_KNOWN", 3)
     small, text = ClipBpe(), "No acute cardiopulmonary abnormality; no effusion, no pneumothorax. " * 3
     assert small.encode(text) == OURS.encode(text) == small.encode(text)
     assert len(small._known) <= 4

@@ -398,6 +398,12 @@ def test_stats_count_what_is_there(small: Path, tmp_path: Path) -> None:
     assert train["labels"]["Cardiomegaly"] == {"1": 8, "0": 8, "-1": 8, "blank": 8, "other": 0}
     assert train["labels"]["Pleural Effusion"] == {"1": 4, "0": 0, "-1": 0, "blank": 28, "other": 0}
     assert "1 films are in train and in val, byte for byte" in done.stdout
+    done = run_module("shards", "stats", small, "--shared", tmp_path / "keys.txt")
+    (key,) = (tmp_path / "keys.txt").read_text().split()
+    shared = {row["xxh3"]: row["key"] for row in table(small, "train")}
+    assert [shared[row["xxh3"]] for row in table(small, "val") if row["xxh3"] in shared] == [key]
+    assert f"{tmp_path / 'keys.txt'}: 1 keys" in done.stdout
+    assert_refused(run_module("shards", "stats", small, "--shared", small / "k"), "--shared", "lies in the data set")
     assert re.search(r"Cardiomegaly +8 +8 +8 +8 +2 +2 +2 +2\n", done.stdout)
     assert_refused(run_module("shards", "stats", small, "--json", tmp_path / "no" / "x.json"), "no folder")
 

@@ -17,10 +17,10 @@ import pandas  # noqa: F401  (pyarrow looks for it, at half a second)
 from PIL import Image
 
 import ingest.assemble
-import ingest.clip_bpe
 import ingest.encode
 import ingest.report
 import ingest.run
+import ingest.tokenizer
 from ingest.__main__ import main
 
 Image.init()
