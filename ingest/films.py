@@ -97,15 +97,23 @@ class H5Films:
 
 
 def _ahead_if_slow(items: Generator[Item]) -> Generator[Item]:
-    """One item or more; where the first took time that the CPU did not, the others are made by a thread.
+    """One item or more; where the first had to wait for the storage, the others are made by a thread.
 
     A thread that does not wait for storage would only take turns from the one that encodes: 15 % of its films.
     """
-    started, cpu = time.perf_counter(), time.thread_time()
+    started, cpu, queued = time.perf_counter(), time.thread_time(), _queued()
     first = next(items)
-    seconds, cpu = time.perf_counter() - started, time.thread_time() - cpu
+    seconds, cpu, queued = time.perf_counter() - started, time.thread_time() - cpu, _queued() - queued
     yield first
-    yield from _ahead(items) if seconds > 1.5 * cpu else items
+    yield from _ahead(items) if seconds - queued > 1.5 * cpu else items
+
+
+def _queued() -> float:
+    """Seconds that this thread could have run but found no CPU free (Linux, Documentation/scheduler/sched-stats)."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):  # a kernel without them
+        return 0.0
 
 
 def _ahead(items: Generator[Item]) -> Generator[Item]:
