@@ -119,19 +119,22 @@ def test_blank_films_become_samples_on_request(tmp_path: Path, images: np.ndarra
         assert (found[key(3)]["pixels"] == 0).all() and (found[key(7)]["pixels"] == 77).all()
 
 
-@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("busy", ["storage", "this", "others"])
 def test_rows_are_read_ahead_where_storage_is_slow(
-    tmp_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch, slow: bool
+    tmp_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch, busy: str
 ) -> None:
     """The same films either way; of slow storage all but the first rows are read by another thread, one step ahead."""
+    slow = busy == "storage"
     path = write_h5(tmp_path / "a.h5", images.astype(np.float32))
     monkeypatch.setattr("ingest.films.READ_ROWS", 3)
-    if not slow:  # all of the time is the CPU's, however busy this machine is
+    if busy == "this":  # all of the time is this thread's, however busy this machine is
         monkeypatch.setattr("ingest.films.time.thread_time", time.perf_counter)
+    if busy == "others":  # it would have run all the time
+        monkeypatch.setattr("ingest.films._queued", time.perf_counter)
     read, threads, before = H5Source.read, [], threading.active_count()
 
     def recorded(source: H5Source, first: int, end: int) -> np.ndarray:
-        time.sleep(0.02 * slow)
+        time.sleep(0.02 * (busy != "this"))
         threads.append((first, threading.current_thread() is threading.main_thread()))
         return read(source, first, end)
 
