@@ -25,8 +25,6 @@ from ingest.gdcm_process import GdcmProcess
 from ingest.images import MAX_PIXELS, Fault
 from shards.errors import InputError
 
-MAGIC_AT, MAGIC = 128, b"DICM"
-"""Where a DICOM file says so. Files without it are not guessed at."""
 MAX_BYTES = 1 << 30
 """A file; 100 million pixels of 16 bits take a fifth of it."""
 

@@ -13,13 +13,11 @@ from ingest.images import Fault
 from ingest.inputs import Inputs, read_inputs
 from ingest.report import namesake_lines
 from shards.encodings import encode
-from shards.schema import NO_GROUP, ImageSpec
+from shards.schema import NO_GROUP, SAMPLE_OVERHEAD, ImageSpec
 from shards.stats import ungrouped_lines
 
 _FILMS = 32
 """Films encoded for the estimate, from the first rows of each source."""
-_OVERHEAD = 2500
-"""Bytes a sample takes in tar and table beside its image."""
 
 
 def dry_run(config: IngestConfig) -> Iterator[str]:
@@ -42,11 +40,12 @@ def dry_run(config: IngestConfig) -> Iterator[str]:
         yield f"none of the first {_FILMS} films of each source can be read"
         return
     kept = inputs.rows - len(inputs.plan.reasons)
-    final = kept * (size + _OVERHEAD)
+    final = kept * (size + SAMPLE_OVERHEAD)
     yield f"{config.encoding}: {size:,.0f} bytes and {seconds * 1e3:.2f} ms a film on one core, over {measured} films"
+    minutes = inputs.rows * seconds / config.worker_count / 60
     yield (
-        f"about {inputs.rows * seconds / config.worker_count / 60:,.1f} minutes with {config.worker_count} workers "
-        f"if the files are read as fast as now; {final / 1e9:,.2f} GB of shards, twice that while it runs"
+        f"{f'about {minutes:,.0f} minutes' if minutes >= 1 else 'less than a minute'} with {config.worker_count} "
+        f"workers if the files are read as fast as now; {final / 1e9:,.2f} GB of shards, twice that while it runs"
     )
     yield f"{shutil.disk_usage(_existing(config.to_shards)).free / 1e9:,.1f} GB are free there; nothing was written"
 

@@ -81,6 +81,7 @@ def read_film(path: Path, size: int) -> NDArray[np.uint8] | Fault:
 
 
 def _is_dicom(file: BinaryIO) -> bool:
+    """Where a DICOM file says so. Files that do not are not guessed at."""
     return file.read(132)[128:] == b"DICM"
 
 

@@ -4,7 +4,6 @@ Numbers and opaque keys only: no path, no patient, no report. The same input giv
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from ingest.images import Fault
 from ingest.inputs import Inputs
+from ingest.loss import psnr
 from shards.atomic import write_atomic
 from shards.schema import REPORT_NAME, REPORT_PAGE_NAME, Manifest, sample_key
 from shards.stats import Stats, gather
@@ -170,15 +170,10 @@ def _encoded(manifest: Manifest, records: NDArray[np.void]) -> Encoded:
         source_bytes=int(records["stored"].sum()),
         set_bytes=sum(files),
         measured=int(measured.sum()),
-        psnr=_psnr(error),
-        resized_psnr=_psnr(resized),
+        psnr=psnr(error) if error else None,
+        resized_psnr=psnr(resized) if resized else None,
         resized_difference=difference,
     )
-
-
-def _psnr(mean_squared_error: float) -> float | None:
-    """Peak signal-to-noise ratio in dB for a peak of 255; None where nothing was lost."""
-    return 10 * math.log10(255**2 / mean_squared_error) if mean_squared_error else None
 
 
 def page(report: Report) -> Iterator[str]:

@@ -75,7 +75,7 @@ def _retokenize(root: Path, manifest: Manifest, tokenizer: Tokenizer, swap: Swap
     swap.begin()
     write_atomic(swap.work / _PLAN, _plan(manifest, tokenizer.spec))
     splits: dict[str, tuple[ShardInfo, ...]] = {}
-    samples, truncated = sum(map(manifest.rows, manifest.splits)), 0
+    samples, truncated = manifest.samples, 0
     with tqdm(total=samples, unit="report", disable=None, leave=False) as progress:
         for split, infos in manifest.splits.items():
             shards = [_new_shard(root, manifest, info, tokenizer, swap, progress) for info in infos]

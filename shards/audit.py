@@ -18,7 +18,7 @@ from shards.digest import file_digest
 from shards.errors import InputError
 from shards.index import VERSION, Member, index_line
 from shards.reader import ShardReader
-from shards.scan import decode_image, read_block
+from shards.scan import decode_image
 from shards.schema import LABEL_PREFIX, FileInfo, Manifest, ShardInfo, sample_key, table_schema
 from shards.writer import sample_json, text_bytes
 
@@ -59,7 +59,7 @@ class Audit:
             self._decode = frozenset(permutation(info.rows, _SEED, int(info.name[-6:]))[: self._count].tolist())
             self._expect(index, f"{VERSION} {info.rows}\n".encode())
             for block in range(reader.blocks):
-                table = read_block(reader, block, columns)
+                table = reader.read_columns(block, columns)
                 self._check_nulls(table)
                 rows = reader.read_rows(block)
                 self._check_tokens(rows.tokens, rows.token_count)

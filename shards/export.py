@@ -25,6 +25,7 @@ from shards.scan import read_image, read_samples, scan
 from shards.schema import (
     LABEL_PREFIX,
     REJECTS_NAME,
+    SAMPLE_OVERHEAD,
     Manifest,
     ShardInfo,
     block_rows_for,
@@ -36,8 +37,6 @@ from shards.verify import verify
 from shards.writer import Sample, ShardWriter, sample_json, text_bytes
 
 NOT_SELECTED = "not selected by export"
-_OVERHEAD = 2500
-"""Bytes a sample takes in the tar beside its image, about. For sizing shards only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +97,7 @@ def run(config: ExportConfig) -> None:
         raise
     sync_folder(config.out.resolve().parent)
     sizes = ", ".join(f"{split} {len(rows):,}" for split, rows in chosen.rows.items())
-    total = sum(map(manifest.rows, manifest.splits))
+    total = manifest.samples
     say(f"{config.out}: {chosen.samples:,} of {total:,} samples ({sizes}) as {config.to}")
 
 
@@ -133,7 +132,7 @@ def write_shards(root: Path, manifest: Manifest, chosen: Chosen, folder: Path, s
     splits = {}
     with tqdm(total=chosen.samples, unit="film", disable=None, leave=False) as progress:
         for split, rows in chosen.rows.items():
-            count = min(len(rows), math.ceil(len(rows) * (mean_bytes + _OVERHEAD) / shard_bytes))
+            count = min(len(rows), math.ceil(len(rows) * (mean_bytes + SAMPLE_OVERHEAD) / shard_bytes))
             parts = enumerate(np.array_split(rows, count))
             splits[split] = tuple(
                 _write_shard(root, manifest, subset, split, number, part, folder, progress) for number, part in parts
@@ -238,7 +237,7 @@ def _begin(out: Path, chosen: Chosen) -> Path:
         folder.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"cannot make a folder in {folder.parent} ({error.strerror})") from None
-    need, free = chosen.image_bytes + chosen.samples * _OVERHEAD, shutil.disk_usage(folder).free
+    need, free = chosen.image_bytes + chosen.samples * SAMPLE_OVERHEAD, shutil.disk_usage(folder).free
     if need > free:
         folder.rmdir()
         raise InputError(

@@ -12,7 +12,7 @@ from shards.cli import say
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
-from shards.scan import read_block, read_image, scan
+from shards.scan import read_image, scan
 from shards.schema import LABEL_PREFIX, Manifest, table_schema
 
 _KEYS_AT_ONCE = 10_000
@@ -67,7 +67,7 @@ def show_sample(root: Path, key: str) -> Iterator[str]:
         if found >= 0:
             number = block.first + found
             columns = table_schema(manifest.tokenizer.context, manifest.labels).names
-            table = read_block(block.reader, number // manifest.block_rows, columns)
+            table = block.reader.read_columns(number // manifest.block_rows, columns)
             (row,) = table.slice(number % manifest.block_rows, 1).to_pylist()
             yield from _describe_row(block.reader, manifest, number, row)
             return

@@ -70,13 +70,8 @@ def _read_rows(
 ) -> Iterator[dict[str, Any]]:
     blocks, starts = np.unique(rows // block_rows, return_index=True)
     for block, mine in zip(blocks, np.split(rows, starts[1:]), strict=True):
-        table = read_block(reader, int(block), columns)
+        table = reader.read_columns(int(block), list(columns))
         yield from table.take(mine - block * block_rows).to_pylist()
-
-
-def read_block(reader: ShardReader, block: int, columns: Sequence[str]) -> pa.Table:
-    """The named columns of one block, page checksums verified."""
-    return reader.read_columns(block, list(columns))
 
 
 def read_image(reader: ShardReader, row: Mapping[str, Any]) -> bytes:

@@ -30,6 +30,9 @@ MINIMUM_BLOCK_ROWS = 16
 """A block is about 4 MiB, and small enough that a set has 1,000 blocks, but never under 16 rows: reading a row group
 costs 0.55 ms whatever it holds (pyarrow 26, one EPYC core: 550 us a sample at 1 row, 48 at 16, 19 at 128)."""
 
+SAMPLE_OVERHEAD = 2500
+"""Bytes a sample takes in the tar beside its image, about: three headers, report, labels, padding."""
+
 MAX_BLOCK_ROWS = 1 << 16
 MAX_BLOCK_TEXT_BYTES = 128 << 20
 MAX_BLOCKS = 1 << 21
@@ -153,6 +156,11 @@ class Manifest:
     its split's range is a leak, seen without a table. Empty where the source has no groups."""
     digest: str = ""
     """xxh3-128 of the manifest's bytes as read or written, 32 hex digits; not stored in them."""
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in all splits."""
+        return sum(map(self.rows, self.splits))
 
     def rows(self, split: str) -> int:
         """Number of samples in a split; 0 where it is absent."""

@@ -85,7 +85,7 @@ def gather(root: Path, manifest: Manifest) -> Stats:
 def _tally(root: Path, manifest: Manifest) -> dict[str, Tally]:
     columns = [*TALLY_COLUMNS, *(LABEL_PREFIX + name for name in manifest.labels)]
     tallies = {split: Tally(manifest, split) for split in manifest.splits}
-    total = sum(map(manifest.rows, manifest.splits))
+    total = manifest.samples
     with tqdm(total=total, unit="film", disable=None, leave=False) as progress:
         for block in scan(root, manifest, columns, rows=_ROWS_AT_ONCE):
             tallies[block.split].add(block.table)

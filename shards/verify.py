@@ -79,7 +79,7 @@ class VerifyConfig:
 def run(config: VerifyConfig) -> None:
     """Print each problem; InputError at the end if there was one."""
     manifest = read_manifest(config.root)
-    samples = sum(map(manifest.rows, manifest.splits))
+    samples = manifest.samples
     rows = {info.name: info.rows for shards in manifest.splits.values() for info in shards}
     decoded = sum(count if config.decode == "all" else min(count, config.decode) for count in rows.values())
     cpus = len(os.sched_getaffinity(0)) if samples + 6 * decoded >= _WORTH_PROCESSES else 1
