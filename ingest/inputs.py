@@ -120,7 +120,7 @@ def _look(source: SourceConfig, table: SourceTable, step: int) -> tuple[tuple[in
 def _check_names(folder: Path, names: list[str]) -> None:
     """InputError where no row names an image file, by 64 rows of all: before minutes go into rejecting every one."""
     tried = names[:: -(-len(names) // 64) or 1]
-    if tried and not any((folder / name).is_file() for name in tried):
+    if tried and not any(os.path.isfile(folder / name) for name in tried):  # Path's raises for a name too long
         raise InputError(
             f"none of {len(tried):,} rows looked at names an image file in {folder}; "
             "is it the folder that the paths in --path-column are relative to, and the right column?"
