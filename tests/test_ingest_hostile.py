@@ -121,6 +121,7 @@ class TestI5:
         config = IngestConfig(to_shards=tmp_path / "out", h5=(small[0],), csv=(table,), label_columns=tuple(names))
         with pytest.raises(InputError, match="1,001 labels"):
             read_inputs(config)
+        (tmp_path / "1").touch()
         with pytest.raises(InputError, match="films of 5000 x 5000"):
             read_inputs(
                 IngestConfig(
