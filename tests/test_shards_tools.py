@@ -17,6 +17,7 @@ from conftest import assert_refused, run_module
 from PIL import Image, ImageFont
 from xxhash import xxh3_128_hexdigest
 
+from pipeline.selection import read_keys
 from shards.encodings import encode
 from shards.errors import InputError
 from shards.export import ExportConfig
@@ -402,7 +403,7 @@ def test_stats_count_what_is_there(small: Path, tmp_path: Path) -> None:
     (key,) = (tmp_path / "keys.txt").read_text().split()
     shared = {row["xxh3"]: row["key"] for row in table(small, "train")}
     assert [shared[row["xxh3"]] for row in table(small, "val") if row["xxh3"] in shared] == [key]
-    assert f"{tmp_path / 'keys.txt'}: 1 keys" in done.stdout
+    assert f"{tmp_path / 'keys.txt'}: 1 keys" in done.stdout and len(read_keys(tmp_path / "keys.txt")) == 1
     assert_refused(run_module("shards", "stats", small, "--shared", small / "k"), "--shared", "lies in the data set")
     assert re.search(r"Cardiomegaly +8 +8 +8 +8 +2 +2 +2 +2\n", done.stdout)
     assert_refused(run_module("shards", "stats", small, "--json", tmp_path / "no" / "x.json"), "no folder")
