@@ -28,8 +28,8 @@ CONTEXT = 77
 
 _MERGES = 49152 - 256 - 2
 """Of the file's merges as many as CLIP uses."""
-_MOST_KNOWN = 100_000
-"""Words looked up at most: about 20 MB. Reports have some ten thousand, accession numbers and typing errors more."""
+_MOST_KNOWN, _LONGEST_KNOWN = 100_000, 100
+"""Words looked up at most, and letters of one: about 20 MB. Reports have some ten thousand, typing errors more."""
 _MOST_LETTERS = 1 << 16
 """Of a word that are looked at. Its first CONTEXT tokens are all that count, and are a few hundred letters."""
 _PATTERN = regex.compile(
@@ -78,8 +78,10 @@ class ClipBpe:
     def _learn(self, word: str) -> list[int]:
         if len(self._known) > _MOST_KNOWN:
             self._known = dict(self._specials)
-        self._known[word] = [self._ids[part] for part in self._merge(word)]
-        return self._known[word]
+        ids = [self._ids[part] for part in self._merge(word)]
+        if len(word) <= _LONGEST_KNOWN:
+            self._known[word] = ids
+        return ids
 
     def _merge(self, word: str) -> list[str]:
         """A word in parts: neighbours merged, the pair of lowest rank first, until no pair is in the list."""
