@@ -326,15 +326,18 @@ MODULE = b"\x80\x02c__torch__\nM\n)\x81"
 
 def tensor_pickle(size: tuple[int, ...], stride: tuple[int, ...], elements: int) -> bytes:
     """A module whose `w` is a tensor of a size over a storage of `elements` float32."""
+    return MODULE + b"}X\x01\0\0\0w" + rebuilt(b"Float", size, stride, elements) + b"sb."
+
+
+def rebuilt(kind: bytes, size: tuple[int, ...], stride: tuple[int, ...], elements: int) -> bytes:
+    """Opcodes that make a tensor over data/0."""
 
     def numbers(values: tuple[int, ...]) -> bytes:
         return b"(" + b"".join(b"\x8a\x08" + struct.pack("<q", value) for value in values) + b"t"
 
-    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu" + numbers((elements,))[1:-1]
-    rebuild = (
-        b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"tQK\0" + numbers(size) + numbers(stride) + b"\x89NtR"
-    )
-    return MODULE + b"}X\x01\0\0\0w" + rebuild + b"sb."
+    storage = b"(X\x07\0\0\0storagectorch\n%sStorage\nX\x01\0\0\x000X\x03\0\0\0cpu" % kind
+    storage += numbers((elements,))[1:-1]
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"tQK\0" + numbers(size) + numbers(stride) + b"\x89NtR"
 
 
 def test_torchscript_by_hand(tmp_path: Path) -> None:
@@ -373,6 +376,10 @@ def header(size: int, text: bytes, data: int = 0) -> Callable[[Path], None]:
     return lambda path: path.write_bytes(struct.pack("<Q", size) + text + bytes(data))
 
 
+TWICE = b"".join(
+    b"X\x01\0\0\0" + kind[:1] + rebuilt(kind, (1,), (1,), elements)
+    for kind, elements in ((b"Float", 16000), (b"Int", 16000))
+)
 LONG = b'{"w":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}} '
 CALL = b"\x80\x02cos\nmkdir\nX\x04\0\0\0evil\x85R."
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -392,6 +399,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "tensor larger than its storage": (script(tensor_pickle((10**6, 10**6), (0, 0), 2), bytes(8)), "smaller storage"),
     "tensor past its storage": (script(tensor_pickle((2,), (9,), 2), bytes(8)), "out of bounds"),
     "storage that lies": (script(tensor_pickle((2,), (1,), 3), bytes(8)), "a storage of 3 elements has 2"),
+    "storage read as two types": (script(MODULE + b"}(" + TWICE + b"ub.", bytes(64000)), "or larger than"),
+    "torchscript of endless opcodes": (script(b"\x80\x02" + b"0" * (17 << 20)), "or larger than 16,777,216 bytes"),
     "module in itself": (script(MODULE + b"q\0}X\x01\0\0\0mh\0sb."), "more than 20,000 modules"),
     "modules 2^40 times": (script(with_itself(40)), "more than 20,000 modules"),
     "packed torchscript": (script(tensor_pickle((2, 1), (1, 1), 2), bytes(8), compressed=True), "is compressed"),

@@ -8,7 +8,6 @@ sum of the parts' gradients is the whole batch's. It costs one more forward pass
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -17,25 +16,6 @@ from train.objective import Forward, Output, Tensors
 
 Loss = Callable[[Tensors], Output]
 """The model's outputs for the whole share of a rank -> its loss, after which their gradients are there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chance:
-    """The state of the generators that a forward pass may draw from."""
-
-    host: torch.Tensor
-    device: torch.Tensor | None
-
-    @classmethod
-    def now(cls, device: torch.device) -> "Chance":
-        """As it is. Both states live on the host: nothing waits for the device."""
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
-
-    def again(self, device: torch.device) -> None:
-        """Draw the same numbers again from here."""
-        torch.set_rng_state(self.host)
-        if self.device is not None:
-            torch.cuda.set_rng_state(self.device, device)
 
 
 def backward_in_parts(
@@ -55,16 +35,23 @@ def backward_in_parts(
     chances, cached = [], []
     with torch.no_grad():
         for part in cut:
-            chances.append(Chance.now(device))
+            chances.append(_chance(device))
             cached.append(forward(*part))
     whole = tuple(_join(column).requires_grad_() for column in zip(*cached, strict=True))
     output = loss(whole)
     gradients = zip(*(_gradients(tensor, parts) for tensor in whole), strict=True)
     for number, (part, chance, gradient) in enumerate(zip(cut, chances, gradients, strict=True), start=1):
-        chance.again(device)
+        torch.set_rng_state(chance[0])
+        if chance[1] is not None:
+            torch.cuda.set_rng_state(chance[1], device)
         with contextlib.nullcontext() if number == parts else no_sync():
             _backward(forward(*part), gradient)
     return output
+
+
+def _chance(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The state of the generators that a forward pass may draw from; both live on the host: nothing waits."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
 def check_parts(batch_size: int, ranks: int, parts: int) -> None:

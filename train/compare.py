@@ -15,7 +15,7 @@ import tyro
 from shards.atomic import check_writable, write_atomic
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
-from train.curves import draw_line, draw_loss, new_figure, save_figure
+from train.curves import draw_line, draw_loss, new_figure, to_png
 from train.metrics import Row, read_rows
 from train.rundir import RunFolder
 
@@ -157,7 +157,7 @@ def draw(runs: Sequence[Path], out: Path) -> None:
     loss.set(xlabel="step")
     speeds.set(title="films/s", xlabel="step", ylim=(0, None))
     speeds.legend(fontsize=8, loc="lower right")
-    save_figure(figure, out)
+    write_atomic(out, to_png(figure))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

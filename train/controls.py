@@ -163,7 +163,7 @@ def thumbnails(settings: TrainConfig, manifest: Manifest, split: str) -> Scores:
     for number, label in enumerate(manifest.labels):
         column = {name: (pixels, labels[:, number]) for name, (pixels, labels) in scaled.items()}
         fits = [fit for fit in (_fit(*column["train"], penalty) for penalty in _PENALTIES) if fit is not None]
-        best = max(fits, key=lambda fit: _number_or_zero(_score(fit, *column["val"])), default=None)
+        best = max(fits, key=lambda fit: _score(fit, *column["val"]) or 0.0, default=None)
         scores[label] = None if best is None else _score(best, *column[split])
     return with_mean(scores)
 
@@ -193,10 +193,6 @@ def _fit(pixels: NDArray[np.float32], label: NDArray[np.float32], penalty: float
 
 def _score(fit: Fit, pixels: NDArray[np.float32], label: NDArray[np.float32]) -> float | None:
     return auroc(fit(pixels), truth_of(label))
-
-
-def _number_or_zero(value: float | None) -> float:
-    return 0.0 if value is None else value
 
 
 def table(record: dict[str, Any]) -> list[str]:

@@ -51,7 +51,7 @@ def draw_curves(metrics: Path, out: Path) -> None:
     draw_line(speed, rows, "images_per_s", "films/s")
     speed.set(title="films/s", xlabel="step", ylim=(0, None))
     draw_time(wait, rows)
-    save_figure(figure, out)
+    write_atomic(out, to_png(figure))
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -64,11 +64,11 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def save_figure(figure: Any, out: Path) -> None:
-    """Write the PNG, whole or not at all."""
+def to_png(figure: Any) -> bytes:
+    """The figure, drawn."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    write_atomic(out, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def draw_loss(axes: Any, rows: list[Row], name: str = "", color: str = "C0") -> None:
@@ -191,13 +191,9 @@ def _draw(
     words: tuple[str, str, str],
 ) -> bytes:
     """The PNG. A label that lacks positives or negatives has an empty panel that says so."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global state as pyplot has
-    from matplotlib.figure import Figure
-
     rows = math.ceil(len(labels) / COLUMNS)
     columns = math.ceil(len(labels) / rows)
-    figure = Figure(figsize=(_PANEL * columns, _PANEL * rows + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(_PANEL * columns, _PANEL * rows + 0.4)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     for number, (axes, (name, found)) in enumerate(zip(grid, labels.items(), strict=False)):
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
@@ -215,9 +211,7 @@ def _draw(
     figure.suptitle(title, fontsize=10, parse_math=False)
     figure.supxlabel(across, fontsize=9)
     figure.supylabel(up, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return to_png(figure)
 
 
 def _note(axes: Any, found: LabelScores, metric: str, name: str, height: float) -> None:

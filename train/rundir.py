@@ -13,7 +13,6 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,51 +76,27 @@ def _ask(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RunFolder:
     """Names within a run's folder."""
 
-    root: Path
-
-    @property
-    def checkpoints(self) -> Path:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.checkpoints = root / "checkpoints"
         """Folder of step-NNNNNNN.pt."""
-        return self.root / "checkpoints"
-
-    @property
-    def best(self) -> Path:
+        self.best = root / "best.pt"
         """The checkpoint with the lowest validation loss."""
-        return self.root / "best.pt"
-
-    @property
-    def metrics(self) -> Path:
+        self.metrics = root / "metrics.jsonl"
         """One JSON object a line."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def config(self) -> Path:
+        self.config = root / "config.json"
         """The resolved settings; `--config` reads them back."""
-        return self.root / "config.json"
-
-    @property
-    def requeue(self) -> Path:
+        self.requeue = root / "requeue"
         """There when the run was stopped before its end and wants to be started again with --resume auto."""
-        return self.root / "requeue"
-
-    @property
-    def curves(self) -> Path:
+        self.curves = root / "curves.png"
         """Loss and speed over the steps."""
-        return self.root / "curves.png"
-
-    @property
-    def tensorboard(self) -> Path:
+        self.tensorboard = root / "tensorboard"
         """Folder of TensorBoard's event files."""
-        return self.root / "tensorboard"
-
-    @property
-    def forced(self) -> Path:
+        self.forced = root / "forced.txt"
         """What --force went over, a line each."""
-        return self.root / "forced.txt"
 
     def check_free(self) -> None:
         """InputError where a run is here already: a second one would mix its files with the first one's."""

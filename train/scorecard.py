@@ -13,7 +13,7 @@ import numpy as np
 
 from shards.schema import Manifest
 from train.retrieval import TOP, Retrieval
-from train.scores import METRICS, Floats, Patients, draws, intervals, mean_known, score_labels
+from train.scores import METRICS, Floats, Patients, draws, interval, mean_known, score_labels
 
 NAME_WIDTH = 26
 """Of a label in the table, which is 100 columns wide at most; `Enlarged Cardiomediastinum` fits."""
@@ -112,7 +112,7 @@ def score_split(
 def _scores(points: Floats, drawn: Floats) -> dict[str, Any]:
     """Fields of Scores from values (6,) and draws (6, rounds)."""
     values = dict(zip(METRICS, map(_known, points), strict=True))
-    return {**values, "intervals": dict(zip(METRICS, intervals(drawn), strict=True))}
+    return {**values, "intervals": dict(zip(METRICS, map(interval, drawn), strict=True))}
 
 
 def _known(value: float) -> float | None:

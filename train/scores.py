@@ -205,11 +205,6 @@ def interval(values: Floats) -> list[float] | None:
     return np.percentile(known, PERCENTILES).tolist() if len(known) else None
 
 
-def intervals(values: Floats) -> list[list[float] | None]:
-    """Intervals of each of values (K, rounds)."""
-    return [interval(row) for row in values]
-
-
 def mean_known(values: Floats) -> Floats:
     """Mean (...) over the labels of values (K, ...), those that are NaN left out; NaN where all are."""
     with warnings.catch_warnings():
@@ -228,4 +223,4 @@ def auroc_intervals(
         for drawn in draws(patients.count, rounds=rounds, seed=seed)
     ]
     values = np.concatenate(parts, axis=1)
-    return intervals(np.concatenate([values, mean_known(values)[None]]))
+    return [interval(row) for row in (*values, mean_known(values))]
