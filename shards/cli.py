@@ -38,6 +38,9 @@ _PLAINER = (
         r"^Error parsing (--[\w.-]+): no type matching (?:\{None\}\|)?(.*?) could be instantiated from \[(.*?)\]\..*",
         r"\1 takes \2, not \3",
     ),
+    (r"^Missing value for argument '(.*?)'\. Expected \d+ values?\.", r"\1 lacks its value"),
+    (r"^(\S+) takes INT,", r"\1 takes a whole number,"),
+    (r"^(\S+) takes FLOAT,", r"\1 takes a number,"),
     (r"^Required options Missing from .*?: ", "missing: "),
 )
 """What tyro says, and the same in fewer words."""

@@ -89,6 +89,8 @@ def test_commands_explain_themselves_and_refuse_nonsense(command: str) -> None:
     [
         ("--label-column c --val-frac 0.1", "unknown: --label-column c --val-frac 0.1; perhaps --label-columns or"),
         ("--seed 3.5", "--seed takes a whole number, not '3.5'"),
+        ("--seed", "--seed lacks its value (see"),
+        ("--workers two", "--workers takes a whole number, not 'two' (see"),
         ("", "missing: --to-shards (see"),
         ("--sed 3", "missing: --to-shards; unknown: --sed 3 (see"),
     ],
