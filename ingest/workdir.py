@@ -50,7 +50,15 @@ def fingerprint(config: IngestConfig) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the bytes of the result, ours included."""
-    return {f"version of {name}": importlib.metadata.version(name) for name in _VERSIONS}
+    return {f"version of {name}": _version(name) for name in _VERSIONS}
+
+
+def _version(name: str) -> str:
+    """`none` for what runs from a folder that was copied, without being installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _source_inputs(source: SourceConfig) -> dict[str, Any]:
