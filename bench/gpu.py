@@ -6,12 +6,12 @@
     together  bench.together: what the loader costs training
     recipe    train.main: the recipe's first 500 steps and the time of all of them extrapolated, or run whole
 
-The films are real ones where `.gpu/shards` holds a set (carried there), else a phantom drawn on the spot. The HDF5
-baseline needs the HDF5 file too: `.gpu/cxr.h5`, or the phantom's. Without DALI all is measured on the `cpu` backend.
-`--device cpu --preset tiny` goes the same way without a GPU, to see that it can be gone.
+Films: `.gpu/shards` where it holds a set, else a phantom drawn on the spot; the HDF5 baseline reads `.gpu/cxr.h5`, or
+the phantom's file. Without DALI the `cpu` backend is measured. `--device cpu --preset tiny` is a dry run.
 
-Where a machine is lent for ten minutes a command, give parts to each (`--parts step --largest-batch 512 --minutes 9`)
-and put the JSON into bench/results before the next: what is in it stays.
+All ends within --minutes; a part that fails or is late leaves the others alone. The JSON is written after each part,
+logs beside it where $OUT is set. Where a machine is lent for minutes, give parts to each call and put the JSON into
+bench/results before the next: what is in it stays. bench/results/README.md has the calls.
 """
 
 import json
@@ -20,14 +20,16 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from bench.machine import environment, has_dali
 from bench.processes import REPOSITORY, bench_guard, run_module
-from bench.recipe import RecipeConfig, run_recipe
+from bench.recipe import run_recipe
 from shards.cli import parse, say
 from shards.errors import InputError
 
@@ -67,8 +69,12 @@ class GpuConfig:
     """cpu: a dry run."""
     threads: int | None = None
     """Threads that decode, and on a CPU those of the arithmetic; none: one a CPU of the affinity mask."""
-    minutes: float = 30
-    """A part that takes longer is given up."""
+    minutes: float = 60
+    """For all of it."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.minutes < 1e6:
+            raise InputError(f"--minutes {self.minutes} is not a positive number")
 
 
 def run_gpu(config: GpuConfig) -> Path:
@@ -81,27 +87,73 @@ def run_gpu(config: GpuConfig) -> Path:
     out = config.out or Path(os.environ.get("OUT", _RESULTS))
     check_writable(out, folder=True)
     name = str(machine["gpu"]) if config.device == "cuda" else "dry run"
-    path = out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    path = out / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
     result = _before(_RESULTS / path.name) | _before(path) | {"bench": "gpu", "environment": machine}
     if not has_dali():
         say("no DALI here (nvidia-dali-cuda120, or -cuda130 for a CUDA 13 driver): the cpu backend is measured")
     with tempfile.TemporaryDirectory() as scratch:
-        films = _films(config, Path(scratch)) if set(config.parts) - {"tests"} else None
+        logs = Path(os.environ.get("OUT", scratch))
+        job = Job(config, scratch=Path(scratch), logs=logs, end=time.monotonic() + config.minutes * 60)
         for part in config.parts:
             began = time.perf_counter()
-            result[part] = _PARTS[part](config, films, Path(scratch))
-            result[part]["took_s"] = round(time.perf_counter() - began, 1)
-            write_atomic(path, _encode(result))  # what is known survives a part that fails
+            say(f"{part}: {job.seconds_left:.0f} s are left")
+            result[part] = _attempt(part, job) | {"took_s": round(time.perf_counter() - began, 1)}
+            write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())  # a call cut off keeps what was done
     return path
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Films:
-    """What the benches read."""
+class Job:
+    """What the parts share: the films, the clock, where logs go."""
 
-    shards: Path
-    h5: Path | None
-    """The HDF5 file that they were made from, for the baselines."""
+    def __init__(self, config: GpuConfig, *, scratch: Path, logs: Path, end: float) -> None:
+        self.config, self.scratch, self._logs, self._end = config, scratch, logs, end
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the end of the call."""
+        return max(0.0, self._end - time.monotonic())
+
+    @cached_property
+    def films(self) -> tuple[Path, list[Any]]:
+        """Folder of shards, and the flag that names their HDF5 file, if there is one. InputError where none can be had.
+
+        A phantom is drawn when a part first asks for it.
+        """
+        shards, carried = self.config.shards or _CARRIED / "shards", _CARRIED / "cxr.h5"
+        if (shards / "manifest.json").exists():
+            return shards, ["--h5", carried] if carried.exists() and not self.config.shards else []
+        if self.config.shards:
+            raise InputError(f"{self.config.shards} holds no manifest.json; give a folder of shards")
+        films, shards = self.scratch / "films", self.scratch / "shards"
+        self.run(["ingest.phantom", "--out", films, "--samples", self.config.samples])
+        source = ["--h5", films / "cxr.h5", "--csv", films / "reports.csv"]
+        self.run(["ingest", "--to-shards", shards, *source, "--group-column", "patient", "--val-fraction", "0.12"])
+        return shards, ["--h5", films / "cxr.h5"]
+
+    def run(self, command: Sequence[Any]) -> None:
+        """Run `python -m COMMAND` for as long as there is time. InputError, with its last line, where it fails."""
+        module, allowed = command[0], self.seconds_left
+        if allowed < 1:
+            raise InputError(f"{module}: no time was left for it")
+        log = self._logs / f"{module}.log"
+        with open(log, "wb") as errors:
+            code = run_module(command, seconds=allowed, stderr=errors)
+        if code:
+            said = log.read_text("utf-8", errors="replace").strip()
+            say(said)
+            why = f"not done after {allowed:.0f} s" if code == 124 else f"exit code {code}"
+            raise InputError(f"{module}: {why}: {(said.splitlines() or ['silent'])[-1][:300]}")
+
+
+def _attempt(part: Part, job: Job) -> dict[str, Any]:
+    """What a part came to, or why it failed: whatever the reason, the others are worth having."""
+    try:
+        return _PARTS[part](job)
+    except InputError as error:
+        return {"failed": str(error)}
+    except Exception as error:
+        say(traceback.format_exc())
+        return {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
 def _before(path: Path) -> dict[str, Any]:
@@ -113,10 +165,6 @@ def _before(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) and found.get("bench") == "gpu" else {}
 
 
-def _encode(result: dict[str, Any]) -> bytes:
-    return (json.dumps(result, indent=1) + "\n").encode()
-
-
 def _require_gpu() -> None:
     import torch
 
@@ -124,38 +172,14 @@ def _require_gpu() -> None:
         raise InputError("make gpu needs a CUDA device and there is none here; nothing was measured")
 
 
-def _films(config: GpuConfig, scratch: Path) -> Films:
-    shards = config.shards or _CARRIED / "shards"
-    if (shards / "manifest.json").exists():
-        carried = _CARRIED / "cxr.h5"
-        return Films(shards=shards, h5=carried if carried.exists() and not config.shards else None)
-    if config.shards:
-        raise InputError(f"{config.shards} holds no manifest.json; give a folder of shards")
-    return _phantom(config, scratch)
-
-
-def _phantom(config: GpuConfig, scratch: Path) -> Films:
-    films, shards = scratch / "films", scratch / "shards"
-    for command in (
-        ["ingest.phantom", "--out", films, "--samples", str(config.samples)],
-        [
-            *("ingest", "--to-shards", shards, "--h5", films / "cxr.h5", "--csv", films / "reports.csv"),
-            *("--group-column", "patient", "--val-fraction", "0.12"),
-        ],
-    ):
-        if run_module(command, seconds=config.minutes * 60):
-            raise InputError(f"could not make the phantom: {command[0]} failed")
-    return Films(shards=shards, h5=films / "cxr.h5")
-
-
-def _tests(config: GpuConfig, _films: Films | None, scratch: Path) -> dict[str, Any]:
+def _tests(job: Job) -> dict[str, Any]:
     """Run the tests marked gpu; their summary and exit code."""
     files = [path for path in sorted(REPOSITORY.glob("tests/test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
-    log = scratch / "tests.log"  # other files may import what such a machine does not have
+    log = job.scratch / "tests.log"  # other files may import what such a machine does not have
     with open(log, "wb") as out:
         code = run_module(
-            ["pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files],
-            seconds=config.minutes * 60, stdout=out, stderr=subprocess.STDOUT,
+            ["pytest", "-m", "gpu", "-q", "-rs", "--durations=5", "-p", "no:cacheprovider", *files],
+            seconds=job.seconds_left, stdout=out, stderr=subprocess.STDOUT,
         )  # fmt: skip
     said = log.read_text("utf-8", errors="replace")
     say(said)
@@ -163,62 +187,44 @@ def _tests(config: GpuConfig, _films: Films | None, scratch: Path) -> dict[str, 
     return {"exit_code": code, "summary": said.strip().splitlines()[-1:], "not_passed": lines}
 
 
-def _loader(config: GpuConfig, films: Films, scratch: Path) -> dict[str, Any]:
-    more = ["--no-together", *(["--h5", films.h5] if films.h5 else [])]
-    return _bench(config, "bench.loader", films, scratch, more)
+def _loader(job: Job) -> dict[str, Any]:
+    return _bench(job, "bench.loader", ["--no-together", *job.films[1]])
 
 
-def _step(config: GpuConfig, films: Films, scratch: Path) -> dict[str, Any]:
-    more = ["--preset", config.preset, "--device", config.device, "--backend", _backend()]
-    more += ["--largest-batch", str(config.largest_batch)]
-    return _bench(config, "bench.step", films, scratch, [*more, "--compiled" if config.compiled else "--no-compiled"])
+def _step(job: Job) -> dict[str, Any]:
+    more = ["--preset", job.config.preset, "--largest-batch", job.config.largest_batch, *_where(job.config)]
+    return _bench(job, "bench.step", [*more, "--compiled" if job.config.compiled else "--no-compiled"])
 
 
-def _together(config: GpuConfig, films: Films, scratch: Path) -> dict[str, Any]:
-    more = ["--preset", config.preset, "--device", config.device, "--backend", _backend()]
-    return _bench(config, "bench.together", films, scratch, [*more, *(["--compile"] if config.compiled else [])])
+def _together(job: Job) -> dict[str, Any]:
+    compiled = ["--compile"] if job.config.compiled else []
+    return _bench(job, "bench.together", ["--preset", job.config.preset, *_where(job.config), *compiled])
 
 
-def _backend() -> str:
-    return "auto" if has_dali() else "cpu"
+def _where(config: GpuConfig) -> list[Any]:
+    return ["--device", config.device, "--backend", "auto" if has_dali() else "cpu"]
 
 
-def _bench(config: GpuConfig, module: str, films: Films, scratch: Path, more: list[Any]) -> dict[str, Any]:
+def _bench(job: Job, module: str, more: list[Any]) -> dict[str, Any]:
     """Run a bench as a process of its own; what it wrote."""
-    path = scratch / f"{module}.json"
-    command: list[Any] = [module, "--shards", films.shards, "--json", path, "--rounds", config.rounds]
+    config, path = job.config, job.scratch / f"{module}.json"
+    command: list[Any] = [module, "--shards", job.films[0], "--json", path, "--rounds", config.rounds]
     command += [] if config.threads is None else ["--threads", config.threads]
-    command += ["--seconds", config.seconds, "--batch-size", config.batch_size, *more]
-    log = scratch / f"{module}.log"
-    with open(log, "wb") as errors:
-        code = run_module(command, seconds=config.minutes * 60, stderr=errors)
-    if code == 0:
-        return json.loads(path.read_bytes())
-    said = log.read_text("utf-8", errors="replace").strip()
-    say(said)
-    late = f"not done after {config.minutes:g} minutes" if code == 124 else f"exit code {code}"
-    return {"failed": f"{module}: {late}: {(said.splitlines() or ['silent'])[-1][:300]}"}
+    job.run([*command, "--seconds", config.seconds, "--batch-size", config.batch_size, *more])
+    return json.loads(path.read_bytes())
 
 
-def _recipe(config: GpuConfig, films: Films, scratch: Path) -> dict[str, Any]:
-    wanted = RecipeConfig(
-        shards=films.shards,
-        preset=config.preset,
-        device=config.device,
-        backend=_backend(),
-        steps=None if config.whole else config.recipe_steps,
-        batch_size=config.batch_size,
-        compile=config.compiled,
-        threads=config.threads,
-        minutes=config.minutes,
-    )
-    try:
-        return run_recipe(wanted, scratch / "recipe")
-    except InputError as error:
-        return {"failed": str(error)}
+def _recipe(job: Job) -> dict[str, Any]:
+    config = job.config
+    options = [*_where(config), "--batch-size", config.batch_size, *(["--compile"] if config.compiled else [])]
+    if config.threads is not None:
+        options += ["--threads", config.threads, "--data.threads", config.threads]
+    steps = None if config.whole else config.recipe_steps
+    found = run_recipe(job.run, config.preset, job.films[0], job.scratch / "recipe", steps=steps, options=options)
+    return found | {"batch_size": config.batch_size, "compile": config.compiled}
 
 
-_PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+_PARTS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "tests": _tests,
     "loader": _loader,
     "step": _step,

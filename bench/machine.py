@@ -1,30 +1,16 @@
 """What a figure was measured on, to stand beside it."""
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "nvidia-dali-cuda120",
-    "nvidia-dali-cuda130",
-    "webdataset",
-    "simplejpeg",
-    "pillow",
-    "h5py",
-    "pyarrow",
-    "numpy",
-)
-
-
+COMMIT = "SHARDCLIP_COMMIT"
+"""Variable that names the commit where the code was copied without its repository."""
 _TELLING = re.compile(
     r"[a-z_]+|(vers|proto|sec|data|errors|lookupcache|local_lock)=[\w.-]+|(?!\w*[ug]id)[a-z_]+=\d+[kKmMgG]?"
 )
@@ -33,20 +19,20 @@ _TELLING = re.compile(
 
 def environment(places: Mapping[str, Path] | None = None) -> dict[str, Any]:
     """Machine, versions, state of the repository, the file systems of `places`. No host name, no user, no path."""
-    found = {name: file_system(path) for name, path in (places or {}).items()}
-    changes = _git("status", "--porcelain")
+    from train.rundir import PACKAGES, package_version, versions
+
+    systems = {name: file_system(path) for name, path in (places or {}).items()}
+    known = versions()
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": known["cpus"],
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpu": _gpu_name(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": None if changes is None else bool(changes),
-        **({"file_system": found} if found else {}),
+        **{name: known.get(name) for name in ("gpu", "driver", "cuda", "kernel", "python")},
+        "packages": {name: found for name in (*PACKAGES, "webdataset", "pillow") if (found := package_version(name))},
+        "commit": known.get("commit", os.environ.get(COMMIT)),
+        "uncommitted_changes": known.get("uncommitted_changes"),
+        **({"file_system": systems} if systems else {}),
     }
 
 
@@ -81,25 +67,3 @@ def _cpu_model() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.machine()
-
-
-def _gpu_name() -> str | None:
-    import torch
-
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    folder = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

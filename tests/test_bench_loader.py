@@ -253,10 +253,14 @@ def test_a_run_that_is_ended_leaves_no_process_and_no_folder(number: int, shards
         [*command, "--threads", "2", "--seconds", "60"], cwd=REPOSITORY, env=os.environ | {"TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    found = until(lambda: with_workers(run.pid), 120)
-    assert found and list(tmp_path.iterdir())
-    run.send_signal(number)
-    _, said = run.communicate(timeout=60)
+    try:
+        found = until(lambda: with_workers(run.pid) or run.poll() is not None, 120)
+        assert found is not True, run.communicate()[1]  # it ended by itself
+        assert found and list(tmp_path.iterdir())
+        run.send_signal(number)
+        _, said = run.communicate(timeout=60)
+    finally:
+        run.kill()
     assert run.returncode == (-number if number == signal.SIGKILL else 128 + number)
     assert said.decode().count("\n") <= 1 and "Traceback" not in said.decode()
     assert until(lambda: all(born(pid) != began for pid, began in found.items()), 60)

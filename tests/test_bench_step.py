@@ -322,3 +322,23 @@ def test_make_gpu_can_be_gone_without_one(shards_dir: Path, tmp_path: Path, monk
     refused = run_module("bench.gpu", "--out", tmp_path)
     if not torch.cuda.is_available():
         assert refused.returncode == 2 and "needs a CUDA device" in refused.stderr
+
+
+def test_a_part_of_make_gpu_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever went wrong in it; and one for which no time is left is not begun."""
+    from bench import gpu
+
+    def broken(_: gpu.Job) -> dict[str, object]:
+        raise KeyError("images")
+
+    def late(job: gpu.Job) -> dict[str, object]:
+        monkeypatch.setattr(gpu.time, "monotonic", lambda: float("inf"))
+        return {"seconds": job.seconds_left}
+
+    parts = {**gpu._PARTS, "tests": broken, "loader": late}
+    monkeypatch.setattr(gpu, "_PARTS", parts)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    path = gpu.run_gpu(gpu.GpuConfig(device="cpu", parts=("tests", "loader", "step")))
+    found = json.loads(path.read_bytes())
+    assert found["tests"]["failed"] == "KeyError: 'images'" and found["loader"]["seconds"] == 0
+    assert found["step"]["failed"] == "ingest.phantom: no time was left for it" and path.parent == tmp_path
