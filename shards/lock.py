@@ -1,8 +1,8 @@
-"""One holder at a time, on any node: a lock file made with O_EXCL, kept warm by a heartbeat.
+"""One holder at a time, on any node: a lock file that only one can make, kept warm by a heartbeat.
 
-`flock` may not reach other nodes of a parallel file system; O_EXCL and rename do. A holder whose process is gone (same
-machine and boot) or whose heartbeat stopped (elsewhere) is dead, and its lock is taken over by renaming it away, which
-only one can do.
+`flock` may not reach other nodes of a parallel file system; links (or O_EXCL) and renames do. A holder whose process is
+gone (same machine and boot) or whose heartbeat stopped (elsewhere) is dead, and its lock is taken over by renaming it
+away, which only one can do.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from shards.atomic import TEMPORARY_PREFIX
 from shards.errors import InputError
 
 HEARTBEAT_S = 5.0
@@ -90,6 +91,21 @@ class _Heartbeat:
 
 
 def _create(path: Path, holder: bytes) -> bool:
+    """Make the lock file with its content in one step: who is killed on the way must not leave a lock of nobody's."""
+    draft = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{uuid.uuid4().hex}")
+    try:
+        draft.write_bytes(holder)
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        return _create_empty(path, holder)
+    finally:
+        draft.unlink(missing_ok=True)
+    return True
+
+
+def _create_empty(path: Path, holder: bytes) -> bool:
     try:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:

@@ -335,7 +335,7 @@ class TestMistakes:
 def test_dry_run_writes_nothing(source: tuple[Path, Path], tmp_path: Path) -> None:
     done = run_module(*arguments(tmp_path / "out", source, "--dry-run"))
     assert done.returncode == 0, done.stderr
-    assert "96 rows of 1 sources" in done.stdout and "val" in done.stdout and "nothing was written" in done.stdout
+    assert "96 rows, films of" in done.stdout and "val" in done.stdout and "nothing was written" in done.stdout
     assert not (tmp_path / "out").exists()
 
 

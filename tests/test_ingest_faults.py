@@ -160,7 +160,7 @@ def test_killed_at_a_system_call(
     strace: str, small: list[str], forked: Ingest, whole: tuple[dict[str, str], int], tmp_path: Path
 ) -> None:
     """I1 on the real command: a process of it, parent or worker, dies at its Nth write, fsync or rename."""
-    kills = [("write", 3), ("write", 25), ("fsync", 12), ("rename", 4), ("rename", 9)]
+    kills = [("write", 1), ("write", 3), ("write", 25), ("fsync", 12), ("rename", 4), ("rename", 9)]
     if SOAK:
         kills = [(call, number) for call in CALLS for number in range(1, 60)]
     hit = 0
