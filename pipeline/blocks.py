@@ -15,18 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import stall
-from pipeline.buffers import Buffers, block_bytes
+from pipeline.buffers import Buffers, row_bytes
 from pipeline.order import Visit
 from pipeline.quarantine import Quarantine
 from pipeline.read import ReadStats
 from pipeline.visits import Loaded, VisitLoader
-from shards.schema import Manifest, ShardInfo
+from shards.schema import ShardInfo
 
 CLOSE_WAIT_S = 10.0
 """Seconds that closing waits for reads under way; those that take longer are left behind, to close the files."""
 
 KEEPS_UP = 8
-"""Blocks for which there may be room before one more thread is woken for them, for each that is at work."""
+"""One part in so many of the memory may be free, for each thread that is awake, before one more is woken."""
+LEAST = 8
+"""Visits ahead of the consumer, fewer of which wake a thread."""
+STARVES_S = 0.05
+"""Seconds that the consumer waits for one visit before all threads are woken."""
 
 
 class _Slot:
@@ -45,7 +49,6 @@ class BlockReader:
     def __init__(
         self,
         loader: VisitLoader,
-        manifest: Manifest,
         infos: tuple[ShardInfo, ...],
         visits: Iterator[Visit],
         memory: int,
@@ -54,13 +57,13 @@ class BlockReader:
         stall_abort_s: float = 0,
     ) -> None:
         """`memory`: bytes of encoded blocks; `stall_abort_s`: longest wait for one visit, 0: no limit."""
-        self._loader, self._manifest, self._infos, self._visits = loader, manifest, infos, visits
+        self._loader, self._infos, self._visits = loader, infos, visits
         self._stall_abort_s = stall_abort_s
         self._slots: deque[_Slot] = deque()
         self._buffers = Buffers(memory)
         self._pending = 0
-        self._waiting = self._ended = self._closed = self._failed = self._abandoned = False
-        self._running, self._at_work = threads, 0
+        self._waiting = self._starved = self._ended = self._closed = self._failed = self._abandoned = False
+        self._running = self._awake = threads
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
         """What the consumer waits on."""
@@ -91,7 +94,7 @@ class BlockReader:
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes in all buffers, free ones included."""
+        """Bytes of memory that buffers took, free ones between them included."""
         return self._buffers.total
 
     def next_first(self) -> int | None:
@@ -107,9 +110,9 @@ class BlockReader:
             slot = self._slots[0]
             if slot.result is None:
                 self._waiting = True
-                self._room.notify_all()
+                self._wake_another()
                 self._wait(slot)
-                self._waiting = False
+                self._waiting = self._starved = False
             if isinstance(slot.result, BaseException):
                 raise slot.result
             if slot.result is None:
@@ -153,8 +156,11 @@ class BlockReader:
             self._loader.shards.close()
 
     def _wait(self, slot: _Slot) -> None:
+        self._arrived.wait(STARVES_S)
         if slot.result is not None:
             return
+        self._starved = True
+        self._wake_another()
         patience = stall.Patience(self._infos[slot.visit.shard].name, self._loader.shards.busy, self._stall_abort_s)
         while slot.result is None and not self._closed:
             self._arrived.wait(stall.TICK_S)
@@ -170,7 +176,6 @@ class BlockReader:
                 result = error
             with self._lock:
                 slot.result = result
-                self._at_work -= 1
                 self._failed |= isinstance(result, BaseException)
                 self._arrived.notify()
         with self._lock:
@@ -187,16 +192,21 @@ class BlockReader:
                 if slot is not None and self._admit(slot):
                     slot.claimed = True
                     self._pending += slot.estimate
-                    self._at_work += 1
-                    self._wake_another(slot.estimate)
+                    self._wake_another()
                     return slot
+                self._awake -= 1
                 self._room.wait()
             return None
 
-    def _wake_another(self, size: int) -> None:
-        """Where the threads at work do not keep up: then there is room for many blocks of this size, or the consumer
-        waits. One thread reads from the page cache what two cores decode; more of them would only take turns."""
-        if self._waiting or self._has_room(KEEPS_UP * self._at_work * size):
+    def _wake_another(self) -> None:
+        """Where those awake do not keep up: much memory is free, few visits are left, or the consumer waits for long.
+        One thread reads from the page cache what two cores decode; more would only take turns. And one that reads a
+        dozen visits in one go finds its code in the core's cache."""
+        few = not self._awake and len(self._slots) < LEAST
+        if self._awake < self._running and (
+            few or self._starved or self._has_room((self._awake + 1) * self._buffers.limit // KEEPS_UP)
+        ):
+            self._awake += 1
             self._room.notify()
 
     def _admit(self, slot: _Slot) -> bool:
@@ -213,7 +223,7 @@ class BlockReader:
         if visit is None:
             self._ended = True
             return None
-        self._slots.append(_Slot(visit, block_bytes(self._manifest, self._infos[visit.shard])))
+        self._slots.append(_Slot(visit, len(visit.rows) * row_bytes(self._infos[visit.shard])))
         return self._slots[-1]
 
     def _plan_until(self, count: int) -> None:
@@ -237,7 +247,7 @@ class BlockReader:
         with self._lock:
             for buffer in buffers:
                 self._buffers.give(buffer)
-            self._room.notify()
+            self._wake_another()
 
     def _forget_estimate(self, slot: _Slot) -> None:
         """Where reading failed before it took a buffer."""

@@ -1,69 +1,88 @@
-"""Memory for encoded blocks: how much it has to be, and buffers that are used again.
+"""Memory for encoded blocks: how much it has to be, and one piece of it that is used again and again.
 
-Fresh memory costs more than the reading, page by page.
+Fresh memory costs more than the reading, page by page, and many buffers of many sizes leave holes between them that a
+general allocator keeps. The system gives out what is written to, so that the piece costs what is used of it.
 """
+
+import bisect
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.order import Layout
 from shards.errors import InputError
 from shards.schema import Manifest, ShardInfo
 
-ROUND = 64 << 10
-"""Buffers are this many bytes, times a whole number, so that blocks of about one size share them."""
+PAGE = 4096
+"""Buffers are whole pages."""
 MOST_MEMORY = 256 << 20
 """Bytes that are read ahead unless more is asked for."""
+AHEAD_BYTES = 24 << 20
+"""Of those, for visits that nobody needs yet, unless threads need more to be at work all the time."""
 
 
 class Buffers:
-    """A pool with a limit. Not locked: BlockReader calls it under its own lock."""
+    """Memory with a limit, given out by first fit. Not locked: BlockReader calls it under its own lock."""
 
     def __init__(self, limit: int) -> None:
+        """InputError for more than there is."""
         self.limit = limit
-        self.total = self.used = 0
-        """Bytes in all buffers, and in those that are out."""
-        self._free: dict[int, list[NDArray[np.uint8]]] = {}
+        self.used = self.total = 0
+        """Bytes that are out, and the most that there were from the first to the last of them."""
+        self._holes = [(0, limit)]
+        try:
+            self._memory = np.empty(limit, dtype=np.uint8)
+        except MemoryError:
+            raise InputError(f"memory_mb {limit >> 20} is more than this machine has; lower it") from None
 
     def take(self, size: int) -> NDArray[np.uint8]:
-        """A buffer of at least `size` bytes: the smallest free one that will do, else a new one."""
-        fitting = min((bytes for bytes, free in self._free.items() if free and bytes >= size), default=None)
-        if fitting is None:
-            buffer = np.empty(-(-size // ROUND) * ROUND, dtype=np.uint8)
-            self.total += buffer.nbytes
-            self._trim()
-        else:
-            buffer = self._free[fitting].pop()
-        self.used += buffer.nbytes
-        return buffer
+        """A buffer of at least `size` bytes; one of its own where no hole is large enough."""
+        size = -(-size // PAGE) * PAGE
+        self.used += size
+        for number, (begin, end) in enumerate(self._holes):
+            if end - begin >= size:
+                self._holes[number : number + 1] = [(begin + size, end)] if end - begin > size else []
+                self.total = max(self.total, begin + size)
+                return self._memory[begin : begin + size]
+        return np.empty(size, dtype=np.uint8)
 
     def give(self, buffer: NDArray[np.uint8]) -> None:
         """Take a buffer back."""
         self.used -= buffer.nbytes
-        self._free.setdefault(buffer.nbytes, []).append(buffer)
-        self._trim()
+        if buffer.base is not self._memory:
+            return
+        begin = buffer.ctypes.data - self._memory.ctypes.data
+        end = begin + buffer.nbytes
+        number = bisect.bisect(self._holes, (begin, end))
+        if number < len(self._holes) and self._holes[number][0] == end:
+            end = self._holes.pop(number)[1]
+        if number and self._holes[number - 1][1] == begin:
+            number -= 1
+            begin = self._holes.pop(number)[0]
+        self._holes.insert(number, (begin, end))
 
-    def _trim(self) -> None:
-        """Drop the smallest free buffers while there is more than the limit."""
-        while self.total > self.limit and (
-            smallest := min((size for size in self._free if self._free[size]), default=0)
-        ):
-            self._free[smallest].pop()
-            self.total -= smallest
+
+def row_bytes(shard: ShardInfo) -> int:
+    """About how many bytes of the tar a row takes: a tenth over the mean."""
+    return int(1.1 * shard.tar.bytes / shard.rows)
 
 
 def block_bytes(manifest: Manifest, shard: ShardInfo) -> int:
-    """About how many bytes of the tar one block takes: a tenth over the shard's mean."""
-    rows = min(manifest.block_rows, shard.rows)
-    return int(1.1 * shard.tar.bytes * rows / shard.rows)
+    """About how many bytes of the tar one block takes."""
+    return row_bytes(shard) * min(manifest.block_rows, shard.rows)
 
 
-def read_ahead(manifest: Manifest, shards: tuple[ShardInfo, ...], streams: int, threads: int) -> int:
-    """Bytes that reading needs not to wait for memory: each stream's block and its next, and four for each thread.
+def read_ahead(shards: tuple[ShardInfo, ...], layout: Layout, live: int, threads: int) -> int:
+    """Bytes that reading needs not to wait for memory: each stream's visit, its next, and four for each thread.
 
-    Reading on would only take memory from others, 256 MiB at the most.
+    A visit is a block but where streams meet in one; then those that are live at a time are the longer ones, by a third
+    where all lengths are as frequent. Reading on would only take memory from others.
     """
-    block = max(block_bytes(manifest, shard) for shard in shards)
-    return min((2 * streams + 4 * threads) * block, MOST_MEMORY)
+    row = max(shard.tar.bytes / shard.rows for shard in shards)
+    mean, block = layout.samples / (layout.blocks + live - 1), layout.block_rows
+    ahead = max(AHEAD_BYTES, 2 * threads * block * row)
+    needed = live * min(block, 4 / 3 * mean) * row + min((live + 4 * threads) * block * row, ahead)
+    return min(int(needed), MOST_MEMORY)
 
 
 def check_memory(manifest: Manifest, shards: tuple[ShardInfo, ...], memory: int, streams: int) -> None:

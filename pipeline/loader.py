@@ -18,7 +18,7 @@ import torch
 from pipeline.balance import BalancedOrder, read_classes
 from pipeline.batch import Batch, World
 from pipeline.blocks import BlockReader
-from pipeline.buffers import check_memory, read_ahead
+from pipeline.buffers import MOST_MEMORY, check_memory, read_ahead
 from pipeline.config import LoaderConfig, stream_count
 from pipeline.encoded import EncodedBatches
 from pipeline.handles import OpenShards
@@ -206,14 +206,13 @@ def _make_reader(
     shards, image = manifest.splits[config.split], manifest.image
     if image.channels != 1:
         raise InputError(f"{config.shards} holds images of {image.channels} channels; the backends here read grey ones")
-    memory = read_ahead(manifest, shards, live, config.read_threads)
-    if config.memory_mb is not None:
-        memory = config.memory_mb << 20
-    check_memory(manifest, shards, memory, live)
+    limit = MOST_MEMORY if config.memory_mb is None else config.memory_mb << 20
+    check_memory(manifest, shards, limit, live)
+    memory = limit if config.memory_mb else read_ahead(shards, layout, live, config.read_threads)
     opened = OpenShards(Path(config.shards), manifest, shards, _stage(config, manifest))
     loader = VisitLoader(opened, manifest, quarantine, layout.chosen_of)
     threads, patience = config.read_threads, config.stall_abort_s
-    return BlockReader(loader, manifest, shards, visits, memory, threads=threads, stall_abort_s=patience)
+    return BlockReader(loader, shards, visits, memory, threads=threads, stall_abort_s=patience)
 
 
 def make_mixed_order(config: LoaderConfig, manifests: Sequence[Manifest], streams: int) -> MixedOrder:

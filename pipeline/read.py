@@ -8,8 +8,10 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
@@ -26,6 +28,8 @@ TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, e
 """Errors of a network file system that often pass."""
 BACKOFF_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 """Pauses before the second and later attempts."""
+MOST_PARTS = os.sysconf("SC_IOV_MAX")
+"""Pieces of memory that one read takes."""
 
 
 @dataclass(slots=True)
@@ -98,25 +102,27 @@ class OpenShard:
         with self._busy.doing(f"at {self.name}.parquet, block {block},"):
             return retried(attempt, self._stats, self._mend)
 
-    def read_into(self, buffer: NDArray[np.uint8], offset: int) -> None:
-        """Fill a buffer from the tar's bytes at an offset. InputError where that cannot be done, with the reason."""
-        view, done = buffer.data, 0
+    def read_into(self, buffer: NDArray[np.uint8], offset: int, gaps: Sequence[tuple[int, int]] = ()) -> None:
+        """Fill a buffer from the tar's bytes at an offset, in one request. InputError, with the reason, where that
+        cannot be done. `gaps`: places in the buffer behind which so many bytes of the tar are left out.
+        """
+        parts, size, done = _parts(buffer.data, gaps), len(buffer) + sum(gap for _, gap in gaps), 0
 
         def attempt() -> None:
             nonlocal done
-            while done < len(view):
-                count = os.preadv(self._reader.fd, [view[done:]], offset + done)
+            while done < size:
+                count = os.preadv(self._reader.fd, _behind(parts, done), offset + done)
                 if not count:
                     raise self._changed()
                 done += count
 
-        with self._busy.doing(f"at {self.name}.tar, {len(view):,} bytes at offset {offset},"):
+        with self._busy.doing(f"at {self.name}.tar, {size:,} bytes at offset {offset},"):
             try:
                 retried(attempt, self._stats, self._mend)
             except OSError as error:
-                raise self._unreadable(offset, len(view), error) from None
+                raise self._unreadable(offset, size, error) from None
         self._check_size()
-        self._stats.add(bytes=len(view))
+        self._stats.add(bytes=size)
 
     def reread(self, image: NDArray[np.uint8], offset: int) -> None:
         """Read an image's bytes once more, from the disk rather than the page cache where the system allows it."""
@@ -170,3 +176,27 @@ class OpenShard:
             f"shard {self.name}: cannot read {size:,} bytes at offset {offset} ({tries}{error.strerror}); "
             "check the file system"
         )
+
+
+_UNWANTED = memoryview(bytearray(256 << 10))
+"""Where bytes go that nobody looks at: small, so that it stays in the core's cache."""
+
+
+def _parts(buffer: memoryview, gaps: Sequence[tuple[int, int]]) -> list[memoryview]:
+    """Where the bytes of a request go, one after the other."""
+    parts, begin = [], 0
+    for place, size in gaps:
+        parts.append(buffer[begin:place])
+        whole, rest = divmod(size, len(_UNWANTED))
+        parts += [_UNWANTED] * whole + [_UNWANTED[:rest]]
+        begin = place
+    return [*parts, buffer[begin:]]
+
+
+def _behind(parts: list[memoryview], done: int) -> list[memoryview]:
+    """What is left of them after so many bytes, at most as many as one call takes."""
+    if done:
+        ends = list(accumulate(map(len, parts)))
+        first = bisect_right(ends, done)
+        parts = [parts[first][done - ends[first] :], *parts[first + 1 :]]
+    return parts[:MOST_PARTS]

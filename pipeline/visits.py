@@ -109,14 +109,37 @@ def read_images(shard: OpenShard, records: Records, pool: Pool) -> tuple[NDArray
     """A buffer from the pool and the images of records as views of it, read in one go; they get their addresses."""
     starts, sizes = records["offset"].tolist(), records["size"].tolist()
     begin, end = min(starts), max(map(int.__add__, starts, sizes))
-    buffer = pool.take(end - begin)
+    places = [start - begin for start in starts]
+    gaps: list[tuple[int, int]] = []
+    if end - begin - sum(sizes) > UNWANTED_BYTES:
+        places, gaps = _close_up(places, sizes)
+    size = end - begin - sum(gap for _, gap in gaps)
+    buffer = pool.take(size)
     try:
-        shard.read_into(buffer[: end - begin], begin)
+        shard.read_into(buffer[:size], begin, gaps)
     except BaseException:
         pool.give(buffer)
         raise
-    records["address"] = records["offset"] + (buffer.ctypes.data - begin)
-    return buffer, [buffer[at - begin : at - begin + size] for at, size in zip(starts, sizes, strict=True)]
+    records["address"] = buffer.ctypes.data + np.array(places)
+    return buffer, [buffer[at : at + size] for at, size in zip(places, sizes, strict=True)]
+
+
+UNWANTED_BYTES = 64 << 10
+"""Bytes between two images from which on they take no memory: films of a visit lie scattered where it is a part of a
+block, and bare pixels of those between would be most of what it holds."""
+
+
+def _close_up(places: list[int], sizes: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """The places of images (n,) when what lies between them is left out where that is much, and these gaps: behind
+    which place, so counted, how many bytes."""
+    gaps, moved, end, closed = [], 0, 0, dict[int, int]()
+    for place, size in sorted(zip(places, sizes, strict=True)):
+        if place - end > UNWANTED_BYTES:
+            gaps.append((end - moved, place - end))
+            moved += place - end
+        closed[place] = place - moved
+        end = max(end, place + size)
+    return [closed[place] for place in places], gaps
 
 
 def is_sound(shard: OpenShard, image: NDArray[np.uint8], xxh3: int, offset: int) -> bool:

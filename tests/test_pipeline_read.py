@@ -1,13 +1,18 @@
 """The block reader: damage is caught and named, transient errors are retried, memory is bounded."""
 
+import ctypes
 import errno
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from pipeline import read
 from pipeline.batch import World
@@ -19,7 +24,7 @@ from pipeline.loader import build_loader
 from pipeline.order import Layout, ShuffledOrder
 from pipeline.quarantine import Quarantine
 from pipeline.stall import Busy
-from pipeline.visits import VisitLoader
+from pipeline.visits import VisitLoader, read_images
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import Rows, ShardReader
@@ -169,17 +174,78 @@ def test_an_error_that_will_not_pass_is_not_retried(shards_dir: Path, monkeypatc
     assert flaky.calls <= 4  # one for each reading thread
 
 
-def test_buffers_are_reused_and_bounded() -> None:
+def test_memory_is_given_out_by_first_fit_and_holes_grow_together() -> None:
     buffers = Buffers(1 << 20)
-    first = buffers.take(200_000)
-    second = buffers.take(400_000)
-    assert buffers.used == buffers.total >= 600_000
+    first, second, third = (buffers.take(size) for size in (200_000, 400_000, 300_000))
+    assert buffers.used == buffers.total >= 900_000
     buffers.give(first)
-    assert buffers.take(100_000) is first
-    buffers.give(first)
-    buffers.give(second)
-    large = buffers.take(900_000)
-    assert large.nbytes >= 900_000 and buffers.total <= 1 << 20 and buffers.used == large.nbytes
+    assert buffers.take(100_000).ctypes.data == first.ctypes.data
+    beyond = buffers.take(500_000)  # no hole is as large: memory of its own, which leaves with it
+    assert beyond.nbytes >= 500_000 and buffers.total <= 1 << 20
+    beyond[:] = 1
+    for buffer in (second, beyond, third, first[:102_400]):
+        buffers.give(buffer)
+    assert buffers.used == 0
+    assert buffers.take(1 << 20).ctypes.data == first.ctypes.data, "the holes did not become one"
+
+
+@given(sizes=st.lists(st.integers(1, 60_000), min_size=1, max_size=60), seed=st.integers(0, 9))
+def test_buffers_that_are_out_never_overlap(sizes: list[int], seed: int) -> None:
+    buffers, out, rng = Buffers(200_000), list[tuple[int, NDArray[np.uint8]]](), np.random.default_rng(seed)
+    for number, size in enumerate(sizes):
+        buffer = buffers.take(size)
+        buffer[:] = number
+        out.append((number, buffer))
+        while out and rng.random() < 0.5:
+            mark, given_back = out.pop(rng.integers(len(out)))
+            assert (given_back == mark).all()
+            buffers.give(given_back)
+    assert buffers.used == sum(buffer.nbytes for _, buffer in out)
+
+
+def test_more_memory_than_there_is_is_refused() -> None:
+    with pytest.raises(InputError, match="more than this machine has"):
+        Buffers(1 << 60)
+
+
+def test_what_lies_between_scattered_images_takes_no_memory(tmp_path: Path) -> None:
+    """Bytes are where they belong, also over many short reads, and where images overlap or come twice."""
+    content = np.random.default_rng(0).integers(0, 256, 3 << 20, dtype=np.uint8)
+    path = tmp_path / "train-000000.tar"
+    path.write_bytes(content.tobytes())
+    info = SimpleNamespace(name=path.stem, tar=SimpleNamespace(bytes=len(content)))
+    with open(path, "rb") as file:
+        source = SimpleNamespace(fd=file.fileno(), info=info)
+        shard = read.OpenShard(lambda: source, read.ReadStats(), Busy())  # type: ignore[arg-type,return-value]
+        records = np.zeros(6, dtype=[("offset", np.int64), ("size", np.int64), ("address", np.int64)])
+        records["offset"] = 2_900_000, 1_000, 900_000, 905_000, 1_000, 400_000
+        records["size"] = 100_000, 90_000, 10_000, 120_000, 90_000, 1
+        buffers = Buffers(1 << 20)
+        for most in (None, 7_777):
+            with pytest.MonkeyPatch.context() as patch:
+                if most:
+                    patch.setattr(read.os, "preadv", short_reads(most))
+                buffer, images = read_images(shard, records, buffers)
+            assert buffer.nbytes < 400_000
+            for record, image in zip(records, images, strict=True):
+                begin, size = int(record["offset"]), int(record["size"])
+                assert np.array_equal(image, content[begin : begin + size])
+                assert ctypes.string_at(int(record["address"]), size) == image.tobytes()
+            buffers.give(buffer)
+
+
+def short_reads(most: int) -> Callable[[int, list[memoryview], int], int]:
+    """os.preadv that reads so many bytes at most."""
+    preadv = os.preadv
+
+    def short(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        room, kept = most, []
+        for each in buffers:
+            kept.append(each[:room])
+            room -= len(kept[-1])
+        return preadv(descriptor, kept, offset)
+
+    return short
 
 
 def test_read_ahead_stays_within_its_memory(shards_dir: Path) -> None:
@@ -191,7 +257,7 @@ def test_read_ahead_stays_within_its_memory(shards_dir: Path) -> None:
     loader = VisitLoader(
         OpenShards(shards_dir, manifest, shards), manifest, Quarantine("train", 0), order.layout.chosen_of
     )
-    reader = BlockReader(loader, manifest, shards, order.visits(0, World()), limit)
+    reader = BlockReader(loader, shards, order.visits(0, World()), limit)
     for expected, _ in zip(order.visits(0, World()), range(40), strict=False):
         assert reader.next_first() == expected.first
         loaded = reader.get()
