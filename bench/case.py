@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.processes import REPOSITORY
+from bench.processes import REPOSITORY, forks_die_too
 from shards.cli import main_guard
 from shards.errors import InputError
 from shards.processes import die_with_parent
@@ -114,9 +114,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def run_task(task: Task) -> dict[str, Any]:
     """In the child."""
-    from bench.peers import add_path
-
-    add_path(Path(task.peers_path) if task.peers_path else None)
+    if task.peers_path:
+        sys.path.append(task.peers_path)  # after everything that is installed here
     actions = {"measure": _measure, "write": _write, "look": _look, "profile": _profile, "together": _together}
     return actions[task.action](task)
 
@@ -224,26 +223,6 @@ def _profile(task: Task) -> dict[str, Any]:
     from bench.stages import stages
 
     return stages(_settings(task), task.seconds)
-
-
-def forks_die_too() -> None:
-    """From now on whatever this process forks, and they fork, dies with its parent.
-
-    A DataLoader's worker looks for its parent every 5 s, but takes whoever is its parent once it is set up: one whose
-    parent was killed before that would live for ever.
-    """
-    parent = 0
-
-    def note() -> None:
-        nonlocal parent
-        parent = os.getpid()
-
-    def follow() -> None:
-        die_with_parent()
-        if os.getppid() != parent:  # it died before we asked
-            os._exit(1)
-
-    os.register_at_fork(before=note, after_in_child=follow)
 
 
 def main() -> None:

@@ -36,46 +36,15 @@ class DemoConfig:
     """Rounds of the loader bench."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Places:
-    """Where the demo puts things."""
+    """Where the demo puts things, all of them under `root`."""
 
-    root: Path
-
-    @property
-    def h5(self) -> Path:
-        """Films."""
-        return self.root / "films" / "cxr.h5"
-
-    @property
-    def csv(self) -> Path:
-        """Reports and labels."""
-        return self.root / "films" / "reports.csv"
-
-    @property
-    def shards(self) -> Path:
-        """Shards."""
-        return self.root / "shards"
-
-    @property
-    def run(self) -> Path:
+    def __init__(self, root: Path) -> None:
+        self.h5, self.csv, self.shards = root / "films" / "cxr.h5", root / "films" / "reports.csv", root / "shards"
+        self.run = root / "run"
         """Checkpoints, metrics, curves, evaluation."""
-        return self.root / "run"
-
-    @property
-    def evaluation(self) -> Path:
-        """Zero-shot AUROC."""
-        return self.run / "evaluation-test.json"
-
-    @property
-    def bench(self) -> Path:
-        """Results of the loader bench."""
-        return self.root / "bench.json"
-
-    @property
-    def result(self) -> Path:
-        """All results together."""
-        return self.root / "demo.json"
+        self.evaluation = self.run / "evaluation-test.json"
+        self.bench, self.result = root / "bench.json", root / "demo.json"
 
 
 def demo_commands(config: DemoConfig, places: Places) -> list[list[str]]:
@@ -88,33 +57,20 @@ def demo_commands(config: DemoConfig, places: Places) -> list[list[str]]:
     shards = ["--shards", str(places.shards)]
     splits = ["--group-column", "patient", "--val-fraction", "0.1", "--test-fraction", "0.1", "--shard-mb", "32"]
     train = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "train.main", "--preset", "tiny"]
+    bench = ["--json", str(places.bench), "--rounds", str(config.rounds), "--seconds", "2"]
     return [
         ["ingest.phantom", "--out", str(places.h5.parent), "--samples", str(config.samples), *seed],
         ["ingest", "--to-shards", str(places.shards), *source, "--label-columns", *LABELS, *splits, *seed],
         ["shards", "verify", str(places.shards)],
         [*train, *shards, "--out", str(places.run), *steps, *seed],
         ["train.evaluate", "--checkpoint", str(places.run), *shards, "--split", "test"],
-        [
-            "bench.loader",
-            *shards,
-            *source,
-            "--json",
-            str(places.bench),
-            "--rounds",
-            str(config.rounds),
-            "--seconds",
-            "2",
-            "--only",
-            "hdf5",
-            "hdf5-tuned",
-            "cpu",
-        ],
+        ["bench.loader", *shards, *source, *bench, "--only", "hdf5", "hdf5-tuned", "cpu"],
     ]
 
 
 def run_demo(config: DemoConfig) -> None:
     """Run every command; InputError, naming it, where one fails."""
-    places = Places(root=config.out)
+    places = Places(config.out)
     _clear(config.out)
     started = time.monotonic()
     seconds = run_commands(demo_commands(config, places), what="the demo")

@@ -4,7 +4,6 @@ Bytes, CPU time to encode and to decode on one core, and what is lost, over the 
 in every round, one after the other; medians over rounds.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.processes import bench_guard
+from bench.machine import bench_main, environment
 from ingest.loss import loss, psnr
 from shards import tar
-from shards.cli import parse, say
+from shards.cli import say
 from shards.encodings import ENCODINGS, Pixels, decode, encode
 from shards.errors import InputError
 from shards.schema import CODEC_EXTENSIONS, ImageSpec, sample_key
@@ -71,8 +70,6 @@ class Encoded:
 
 def run_bench(config: EncodingsBenchConfig) -> dict[str, Any]:
     """Measure everything; the result is what `--json` writes."""
-    from bench.machine import environment
-
     readers: list[Callable[[], list[Pixels]]] = [
         *(lambda path=path: _h5_films(path, config.dataset, config.films) for path in config.h5),
         *(lambda path=path: _shard_films(path, config.films) for path in config.shards),
@@ -215,20 +212,7 @@ def _lost(row: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print tables, write JSON."""
-    with bench_guard("bench.encodings"):
-        config = parse(EncodingsBenchConfig, argv, prog="python -m bench.encodings")
-        from bench.machine import one_line
-        from shards.atomic import check_writable, write_atomic
-
-        if config.json:
-            check_writable(config.json)
-        result = run_bench(config)
-        for line in table(result):
-            say(line)
-        say(f"median of {config.rounds} rounds, on {one_line(result['environment'])}")
-        if config.json:
-            write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
-            say(f"written to {config.json}")
+    bench_main("bench.encodings", EncodingsBenchConfig, argv, run_bench, table)
 
 
 if __name__ == "__main__":

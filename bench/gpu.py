@@ -6,8 +6,8 @@
     together  bench.together: what the loader costs training
     recipe    train.main: the recipe's first 500 steps and the time of all of them extrapolated, or run whole
 
-Films: `.gpu/shards` where it holds a set, else a phantom drawn on the spot; the HDF5 baseline reads `.gpu/cxr.h5`, or
-the phantom's file. Without DALI the `cpu` backend is measured. `--device cpu --preset tiny` is a dry run.
+Films: `.gpu/shards` where it holds a set, else a phantom drawn on the spot; the HDF5 baseline reads `cxr.h5` beside the
+shards, or a file made of them. Without DALI the `cpu` backend is measured. `--device cpu --preset tiny` is a dry run.
 
 All ends within --minutes; a part that fails or is late leaves the others alone. The JSON is written after each part,
 logs beside it where $OUT is set. Where a machine is lent for minutes, give parts to each call and put the JSON into
@@ -25,15 +25,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bench.machine import environment, has_dali
 from bench.processes import REPOSITORY, bench_guard, run_module
 from bench.recipe import run_recipe
+from bench.sizes import store_from_shards
 from shards.cli import parse, say
 from shards.errors import InputError
+from shards.manifest import read_manifest
 
 _CARRIED, _RESULTS = REPOSITORY / ".gpu", REPOSITORY / "bench" / "results"
+_FEW = 10_000
+"""Films of which a float32 file is made for the baselines: 4 GB."""
 Part = Literal["tests", "loader", "step", "together", "recipe"]
 
 
@@ -43,7 +47,7 @@ class GpuConfig:
 
     out: Path | None = None
     """Folder of the JSON; None for $OUT, or bench/results. Parts that are in it already stay, if they are not run."""
-    parts: tuple[Part, ...] = ("tests", "loader", "step", "together", "recipe")
+    parts: tuple[Part, ...] = get_args(Part)
     """What to run, in this order."""
     shards: Path | None = None
     """Folder of shards; none: .gpu/shards, else a phantom."""
@@ -72,15 +76,13 @@ class GpuConfig:
     minutes: float = 60
     """For all of it."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.minutes < 1e6:
-            raise InputError(f"--minutes {self.minutes} is not a positive number")
-
 
 def run_gpu(config: GpuConfig) -> Path:
-    """Run everything; InputError where there is no GPU. Returns the path of the JSON."""
-    if config.device == "cuda":
-        _require_gpu()
+    """Run everything; the path of the JSON. InputError where there is no GPU."""
+    import torch
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("make gpu needs a CUDA device and there is none here; nothing was measured")
     from shards.atomic import check_writable, write_atomic
 
     machine = environment()
@@ -114,21 +116,24 @@ class Job:
         return max(0.0, self._end - time.monotonic())
 
     @cached_property
-    def films(self) -> tuple[Path, list[Any]]:
-        """Folder of shards, and the flag that names their HDF5 file, if there is one. InputError where none can be had.
+    def films(self) -> tuple[Path, Path | None]:
+        """Folder of shards, and the HDF5 file that they are made from or, of few films, could be made from.
 
-        A phantom is drawn when a part first asks for it.
+        A phantom is drawn when a part first asks for it. InputError where no films can be had.
         """
-        shards, carried = self.config.shards or _CARRIED / "shards", _CARRIED / "cxr.h5"
+        shards = self.config.shards or _CARRIED / "shards"
         if (shards / "manifest.json").exists():
-            return shards, ["--h5", carried] if carried.exists() and not self.config.shards else []
+            if (h5 := shards.parent / "cxr.h5").exists():
+                return shards, h5
+            few = read_manifest(shards).sources[0].rows <= _FEW
+            return shards, store_from_shards(shards, self.scratch / "cxr.h5") if few else None
         if self.config.shards:
             raise InputError(f"{self.config.shards} holds no manifest.json; give a folder of shards")
         films, shards = self.scratch / "films", self.scratch / "shards"
         self.run(["ingest.phantom", "--out", films, "--samples", self.config.samples])
         source = ["--h5", films / "cxr.h5", "--csv", films / "reports.csv"]
         self.run(["ingest", "--to-shards", shards, *source, "--group-column", "patient", "--val-fraction", "0.12"])
-        return shards, ["--h5", films / "cxr.h5"]
+        return shards, films / "cxr.h5"
 
     def run(self, command: Sequence[Any]) -> None:
         """Run `python -m COMMAND` for as long as there is time. InputError, with its last line, where it fails."""
@@ -139,8 +144,7 @@ class Job:
         with open(log, "wb") as errors:
             code = run_module(command, seconds=allowed, stderr=errors)
         if code:
-            said = log.read_text("utf-8", errors="replace").strip()
-            say(said)
+            say(said := log.read_text("utf-8", errors="replace").strip())
             why = f"not done after {allowed:.0f} s" if code == 124 else f"exit code {code}"
             raise InputError(f"{module}: {why}: {(said.splitlines() or ['silent'])[-1][:300]}")
 
@@ -165,13 +169,6 @@ def _before(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) and found.get("bench") == "gpu" else {}
 
 
-def _require_gpu() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise InputError("make gpu needs a CUDA device and there is none here; nothing was measured")
-
-
 def _tests(job: Job) -> dict[str, Any]:
     """Run the tests marked gpu; their summary and exit code."""
     files = [path for path in sorted(REPOSITORY.glob("tests/test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
@@ -188,7 +185,8 @@ def _tests(job: Job) -> dict[str, Any]:
 
 
 def _loader(job: Job) -> dict[str, Any]:
-    return _bench(job, "bench.loader", ["--no-together", *job.films[1]])
+    h5 = job.films[1]
+    return _bench(job, "bench.loader", ["--no-together", *(["--h5", h5] if h5 else [])])
 
 
 def _step(job: Job) -> dict[str, Any]:

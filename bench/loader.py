@@ -4,7 +4,6 @@ Each round measures every case once, each time in a fresh process (`case`), so t
 all alike; ratios are taken within a round, and medians over rounds are reported.
 """
 
-import json
 import math
 import os
 import sys
@@ -17,10 +16,11 @@ from typing import Any
 
 from bench.case import Task, run_child
 from bench.cases import FLOORS, Case, case_task, cases, convert, look_task
-from bench.processes import bench_guard, pinned
+from bench.machine import bench_main, environment
+from bench.processes import pinned
 from bench.storage import SlowFileSystem, SlowSettings, evict
 from bench.summary import Key, Rounds, summarise, table
-from shards.cli import parse, say
+from shards.cli import say
 from shards.errors import InputError
 
 
@@ -210,8 +210,6 @@ def _measure(
 
 def _describe(config: LoaderBenchConfig, found: dict[str, Any]) -> dict[str, Any]:
     """Machine and settings. Last of all: to ask for the GPU's name takes torch."""
-    from bench.machine import environment
-
     places = {"shards": config.shards, "raw_shards": config.raw_shards, "h5": config.h5, "scratch": config.scratch}
     machine = environment({name: path for name, path in places.items() if path is not None})
     names = ["batch_size", "rounds", "seconds", "warmup_batches", "cold"]
@@ -230,22 +228,13 @@ def main(argv: list[str] | None = None) -> None:
         from bench import tune
 
         return tune.main([each for each in arguments if each != "--tune"])
-    with bench_guard("bench.loader"):
-        config = parse(LoaderBenchConfig, argv, prog="python -m bench.loader")
-        from shards.atomic import check_writable, write_atomic
+    bench_main("bench.loader", LoaderBenchConfig, argv, run_bench, _told)
 
-        if config.json:
-            check_writable(config.json)
-        from bench.machine import one_line
 
-        result = run_bench(config)
-        say("\n".join(table(result)))
-        for at, found in result.get("together", {}).items():
-            say(f"On {at}: {found.get('verdict') or 'training was not measured: ' + found['failed']}")
-        say(f"median of {config.rounds} rounds, batch {config.batch_size}, on {one_line(result['environment'])}")
-        if config.json:
-            write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
-            say(f"written to {config.json}")
+def _told(result: dict[str, Any]) -> Iterator[str]:
+    yield from table(result)
+    for at, found in result.get("together", {}).items():
+        yield f"On {at}: {found.get('verdict') or 'training was not measured: ' + found['failed']}"
 
 
 if __name__ == "__main__":

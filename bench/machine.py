@@ -1,13 +1,17 @@
-"""What a figure was measured on, to stand beside it."""
+"""What a figure was measured on, to stand beside it; and a bench from its command line to its JSON."""
 
 import importlib.util
+import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from bench.processes import bench_guard
+from shards.cli import parse, say
 
 COMMIT = "SHARDCLIP_COMMIT"
 """Variable that names the commit where the code was copied without its repository."""
@@ -67,3 +71,28 @@ def _cpu_model() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.machine()
+
+
+def bench_main(
+    prog: str,
+    kind: type[Any],
+    argv: Sequence[str] | None,
+    run: Callable[[Any], dict[str, Any]],
+    table: Callable[[dict[str, Any]], Iterable[str]],
+) -> None:
+    """Parse a configuration of this kind, which has `json` and `rounds`; measure, print a table, write JSON.
+
+    Exit code 2 for a user's mistake, also where the JSON cannot be written, which is seen before anything is measured.
+    """
+    with bench_guard(prog):
+        config = parse(kind, argv, prog=f"python -m {prog}")
+        from shards.atomic import check_writable, write_atomic
+
+        if config.json:
+            check_writable(config.json)
+        result = run(config)
+        say("\n".join(table(result)))
+        say(f"median of {config.rounds} rounds, on {one_line(result['environment'])}")
+        if config.json:
+            write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
+            say(f"written to {config.json}")

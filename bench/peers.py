@@ -8,7 +8,6 @@ and crops drawn as it likes, no digests, reports left aside. What it cannot do i
 import importlib.util
 import os
 import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,19 +25,19 @@ from shards.reader import ShardReader
 EPOCH = 10_000
 """Films an epoch has at least, by repeating them: at the end of an epoch some peers stop their workers' work."""
 
-MODULES = {"spdl": "spdl.io", "streaming": "streaming", "litdata": "litdata", "ffcv": "ffcv"}
-"""Case -> what has to be importable."""
-PACKAGES = {"spdl": "spdl-core spdl-io", "streaming": "mosaicml-streaming", "litdata": "litdata", "ffcv": "ffcv"}
-"""Case -> what to install."""
+PACKAGES = {"spdl": ("spdl.io", "spdl-core spdl-io"), "streaming": ("streaming", "mosaicml-streaming")}
+PACKAGES |= {name: (name, name) for name in ("litdata", "ffcv")}
+"""Case -> what has to be importable, and what to install."""
 
 
 def missing(name: str) -> str | None:
     """Why a peer cannot run here; None where it is installed. Whether importing it works, measuring it will show."""
+    module, packages = PACKAGES[name]
     try:
-        found = importlib.util.find_spec(MODULES[name]) is not None
+        found = importlib.util.find_spec(module) is not None
     except ImportError:
         found = False
-    return None if found else f"not installed (pip install {PACKAGES[name]})"
+    return None if found else f"not installed (pip install {packages})"
 
 
 def films(job: Job) -> Iterator[tuple[bytes, str]]:
@@ -70,9 +69,8 @@ def spdl(job: Job) -> Iterator[Iterator[torch.Tensor]]:
     def jpegs() -> Iterator[bytes]:
         while True:
             for tar in random.sample(tars, len(tars)):
-                for name, content in spdl.io.iter_tarfile(tar.read_bytes()):
-                    if name.endswith(".jpg"):
-                        yield bytes(content)
+                members = spdl.io.iter_tarfile(tar.read_bytes())
+                yield from (bytes(content) for name, content in members if name.endswith(".jpg"))
 
     torch.set_num_threads(1)
     pipeline = (
@@ -150,11 +148,8 @@ def write_litdata(job: Job) -> None:
     from litdata.streaming.writer import BinaryWriter
 
     writer = BinaryWriter(str(job.data), chunk_bytes=64 << 20)
-    at = 0
-    for _ in range(repeated(job)):
-        for jpg, _text in films(job):
-            writer.add_item(at, jpg)
-            at += 1
+    for at, (jpg, _) in enumerate(film for _ in range(repeated(job)) for film in films(job)):
+        writer.add_item(at, jpg)
     writer.done()
     writer.merge()
 
@@ -183,20 +178,14 @@ def write_ffcv(job: Job) -> None:
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
-    class Films:
-        def __init__(self) -> None:
-            self.jpegs = [jpg for jpg, _ in films(job)]
-
-        def __len__(self) -> int:
-            return len(self.jpegs)
-
-        def __getitem__(self, at: int) -> tuple[np.ndarray, int]:
-            return simplejpeg.decode_jpeg(self.jpegs[at], "RGB"), at
+    class Films(list[bytes]):
+        def __getitem__(self, at: Any) -> Any:
+            return simplejpeg.decode_jpeg(super().__getitem__(at), "RGB"), at
 
     writer = DatasetWriter(
         str(job.data / "films.beton"), {"image": RGBImageField(write_mode="raw"), "label": IntField()}, num_workers=2
     )
-    writer.from_indexed_dataset(Films())
+    writer.from_indexed_dataset(Films(jpg for jpg, _ in films(job)))
 
 
 @contextmanager
@@ -257,9 +246,3 @@ LOADERS: dict[str, Callable[[Job], Any]] = {"spdl": spdl, "streaming": streaming
 """By the name of their case."""
 WRITERS: dict[str, Callable[[Job], None]] = {"streaming": write_streaming, "litdata": write_litdata, "ffcv": write_ffcv}
 """What makes their data; a peer without one reads the shards."""
-
-
-def add_path(folder: Path | None) -> None:
-    """Look for peers in a folder too, after everything that is installed here."""
-    if folder is not None:
-        sys.path.append(str(folder))

@@ -14,6 +14,7 @@ from typing import Any
 
 from shards.cli import main_guard
 from shards.errors import InputError
+from shards.processes import die_with_parent
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _LOOK_EVERY_S, _SAMPLE_EVERY_S, _GRACE_S = 0.02, 0.2, 10.0
@@ -40,6 +41,26 @@ def _leave(number: int, _frame: object) -> None:
     for each in _ENDINGS:
         signal.signal(each, signal.SIG_IGN)  # a second one does not stop the tidying
     raise SystemExit(128 + number)
+
+
+def forks_die_too() -> None:
+    """From now on whatever this process forks, and they fork, dies with its parent.
+
+    A DataLoader's worker looks for its parent every 5 s, but takes whoever is its parent once it is set up: one whose
+    parent was killed before that would live for ever.
+    """
+    parent = 0
+
+    def note() -> None:
+        nonlocal parent
+        parent = os.getpid()
+
+    def follow() -> None:
+        die_with_parent()
+        if os.getppid() != parent:  # it died before we asked
+            os._exit(1)
+
+    os.register_at_fork(before=note, after_in_child=follow)
 
 
 @contextmanager

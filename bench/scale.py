@@ -28,7 +28,6 @@ from pipeline.selection import RowBits
 from shards.cli import parse, say
 from shards.errors import InputError
 from shards.manifest import read_manifest
-from shards.schema import Manifest
 
 BATCH = 64
 SHARD_ROWS, BLOCK_ROWS = 11_000, 190
@@ -113,7 +112,7 @@ def measure_set(samples: int, shards: int, config: ScaleConfig) -> dict[str, Any
         manifest_bytes = (root / "manifest.json").stat().st_size
     row = {"samples": samples, "shards": shards, "block_rows": manifest.block_rows, "manifest_bytes": manifest_bytes}
     row |= {"first_batch_s": statistics.median(firsts), "first_batches_s": firsts, "manifest_s": manifest_s}
-    row |= measure_order(lambda: _layout(manifest))
+    row |= measure_order(lambda: Layout(tuple(shard.rows for shard in manifest.splits["train"]), manifest.block_rows))
     say(
         f"{samples:>11,} samples, {shards:>6,} shards: first batch {row['first_batch_s']:6.3f} s, of it manifest "
         f"{manifest_s:6.3f} s, order {row['order_s']:6.3f} s; order {row['kept_bytes'] / 1e6:6.2f} MB, at most "
@@ -125,10 +124,6 @@ def measure_set(samples: int, shards: int, config: ScaleConfig) -> dict[str, Any
 def first_batch(root: Path) -> float:
     """Seconds from building the loader to its first batch, in a process that has done nothing before."""
     return run_child(Task(loader="cpu", shards=str(root), batch_size=BATCH, seconds=1e-3))["first_batch_s"]
-
-
-def _layout(manifest: Manifest) -> Layout:
-    return Layout(tuple(shard.rows for shard in manifest.splits["train"]), manifest.block_rows)
 
 
 def selected_row(samples: int, shards: int) -> dict[str, Any]:
@@ -234,17 +229,11 @@ def _thread_case(threads: int, rounds: list[dict[str, Any]]) -> dict[str, Any]:
     return {"name": name, "threads": threads, "images_per_s": rate, "rounds": rounds}
 
 
-def png_of(result: dict[str, Any]) -> bytes:
-    """All plots, as one picture."""
-    from bench.plots import draw, scale_panels
-
-    return draw([panel for panel in scale_panels(result) if panel is not None], "png", columns=2)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure as the command line says. Exit code 2 for a user's mistake."""
     with bench_guard("bench.scale"):
         config = parse(ScaleConfig, argv, prog="python -m bench.scale")
+        from bench.plots import draw, scale_panels
         from shards.atomic import check_writable, write_atomic
 
         for path in filter(None, (config.json, config.png)):
@@ -253,7 +242,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.json:
             write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
         if config.png:
-            write_atomic(config.png, png_of(result))
+            panels = [panel for panel in scale_panels(result) if panel is not None]
+            write_atomic(config.png, draw(panels, "png", columns=2))
 
 
 if __name__ == "__main__":

@@ -76,6 +76,11 @@ def no_cases(_: Row) -> tuple[tuple[Case, ...], str]:
     return (), ""
 
 
+def cells(form: str, *names: str, **titles: str) -> list[Cell]:
+    """Columns of one format: those called as their keys, then key=title."""
+    return [*((name, name, form) for name in names), *((key, title, form) for key, title in titles.items())]
+
+
 def rows_table(title: str, rows: Any, columns: Sequence[Cell]) -> Table:
     """A list of JSON objects as a table; a column that no row has is left out."""
     found = [row for row in items(rows) if isinstance(row, dict)]
@@ -114,21 +119,12 @@ def ingest_tables(raw: Row) -> Iterator[Table]:
         | {"share": row.get("of_floor_cpu")}
         for row in cases
     ]
-    named = [(name, f"{name}, s", "{:.2f}") for name in ("start", "encode", "assemble", "finish")]
-    yield rows_table(
-        "Phases of the ingest", phases, [("case", "films", ""), *named, ("share", "floor's CPU to its", "{:.2f}")]
-    )
-    yield rows_table(
-        "More workers",
-        raw.get("scaling"),
-        [
-            ("layout", "films", ""),
-            ("from", "from", "{:.0f}"),
-            ("to", "to workers", "{:.0f}"),
-            ("ingest", "ingest, x", "{:.2f}"),
-            ("floor", "floor, x", "{:.2f}"),
-        ],
-    )
+    named = cells("{:.2f}", **{name: f"{name}, s" for name in ("start", "encode", "assemble", "finish")})
+    share = cells("{:.2f}", share="floor's CPU to its")
+    yield rows_table("Phases of the ingest", phases, [*cells("", case="films"), *named, *share])
+    workers = [*cells("", layout="films"), *cells("{:.0f}", "from", to="to workers")]
+    speeds = cells("{:.2f}", ingest="ingest, x", floor="floor, x")
+    yield rows_table("More workers", raw.get("scaling"), [*workers, *speeds])
     memory = [
         {**run, "mib": (number(run.get("peak")) or 0) / 2**20}
         for run in items(mapping(raw.get("memory")).get("runs"))
@@ -137,32 +133,18 @@ def ingest_tables(raw: Row) -> Iterator[Table]:
     yield rows_table(
         "Memory of an ingest, all processes together",
         memory,
-        [
-            ("gigabytes", "float32, GB", "{:.1f}"),
-            ("films", "films", "{:,.0f}"),
-            ("seconds", "s", "{:.1f}"),
-            ("mib", "peak, MiB", "{:,.0f}"),
-        ],
+        cells("{:,.1f}", gigabytes="float32, GB", seconds="s") + cells("{:,.0f}", "films", mib="peak, MiB"),
     )
 
 
 def encodings_tables(raw: Row) -> Iterator[Table]:
     """Bytes, times and losses of each codec."""
-    for found in items(raw.get("inputs")):
-        found = mapping(found)
-        yield rows_table(
-            text(f"{found.get('name', '?')}: {found.get('films', '?')} films"),
-            found.get("encodings"),
-            [
-                ("name", "encoding", ""),
-                ("bytes", "bytes", "{:,.0f}"),
-                ("tar_bytes", "in the tar", "{:,.0f}"),
-                ("encode_ms", "encode, ms", "{:.2f}"),
-                ("decode_ms", "decode, ms", "{:.2f}"),
-                ("psnr", "dB", "{:.1f}"),
-                ("resized_difference", "grey levels at 224", "{:.2f}"),
-            ],
-        )
+    sizes = [*cells("", name="encoding"), *cells("{:,.0f}", "bytes", tar_bytes="in the tar")]
+    times = [*cells("{:.2f}", encode_ms="encode, ms", decode_ms="decode, ms"), *cells("{:.1f}", psnr="dB")]
+    columns = [*sizes, *times, *cells("{:.2f}", resized_difference="grey levels at 224")]
+    for found in map(mapping, items(raw.get("inputs"))):
+        title = text(f"{found.get('name', '?')}: {found.get('films', '?')} films")
+        yield rows_table(title, found.get("encodings"), columns)
 
 
 def order_tables(raw: Row) -> Iterator[Table]:
@@ -173,33 +155,16 @@ def order_tables(raw: Row) -> Iterator[Table]:
 
 def scale_tables(raw: Row) -> Iterator[Table]:
     """Cost against samples, shards, ranks, threads."""
-    sizes: list[Cell] = [
-        ("samples", "samples", "{:,.0f}"),
-        ("shards", "shards", "{:,.0f}"),
-        ("selected", "used", "{:,.0f}"),
-        ("blocks", "blocks", "{:,.0f}"),
-        ("manifest_s", "manifest, s", "{:.3f}"),
-        ("order_s", "order, s", "{:.3f}"),
-        ("seconds", "s", "{:.3f}"),
-        ("first_batch_s", "first batch, s", "{:.3f}"),
-        ("locate_us", "a batch located, us", "{:,.0f}"),
-        ("kept_bytes", "index, bytes", "{:,.0f}"),
-        ("peak_bytes", "at most, bytes", "{:,.0f}"),
-    ]
+    times = {"manifest_s": "manifest, s", "order_s": "order, s", "seconds": "s", "first_batch_s": "first batch, s"}
+    memory = {"locate_us": "a batch located, us", "kept_bytes": "index, bytes", "peak_bytes": "at most, bytes"}
+    counts = cells("{:,.0f}", "samples", "shards", selected="used", blocks="blocks")
+    sizes = [*counts, *cells("{:.3f}", **times), *cells("{:,.0f}", **memory)]
     yield rows_table("Start", raw.get("start"), sizes)
     yield rows_table("More samples", raw.get("samples"), sizes)
     yield rows_table("More shards, the same samples", raw.get("shards"), sizes)
-    yield rows_table(
-        "More ranks",
-        raw.get("ranks", raw.get("reads")),
-        [
-            ("ranks", "ranks", "{:.0f}"),
-            ("reads", "block reads an epoch", "{:,.0f}"),
-            ("bound", "at most", "{:,.0f}"),
-            ("ratio", "reads a block", "{:.3f}"),
-            ("plan_us", "a visit planned, us", "{:,.0f}"),
-        ],
-    )
+    reads = cells("{:,.0f}", "ranks", reads="block reads an epoch", bound="at most")
+    spent = [*cells("{:.3f}", ratio="reads a block"), *cells("{:,.0f}", plan_us="a visit planned, us")]
+    yield rows_table("More ranks", raw.get("ranks", raw.get("reads")), [*reads, *spent])
 
 
 def demo_tables(raw: Row) -> Iterator[Table]:
@@ -207,7 +172,7 @@ def demo_tables(raw: Row) -> Iterator[Table]:
     yield pairs_table("Time of each command", raw.get("seconds"), ("command", "s"), "{:,.1f}")
     labels = mapping(mapping(raw.get("evaluation")).get("labels"))
     rows = [{"label": name, **mapping(found)} for name, found in labels.items()]
-    columns = [("label", "label", ""), ("auroc", "AUROC", "{:.3f}"), ("positives", "films with it", "{:.0f}")]
+    columns = [*cells("", "label"), *cells("{:.3f}", auroc="AUROC"), *cells("{:.0f}", positives="films with it")]
     yield rows_table("Zero-shot, test split", rows, columns)
 
 
@@ -215,7 +180,7 @@ def nih_tables(raw: Row) -> Iterator[Table]:
     """AUROC of the labels, beside what they are measured against."""
     rows = [{"label": name, **mapping(found)} for name, found in mapping(raw.get("test")).items()]
     names = ("model", "thumbnails", "untrained_0", "view_ap", "model_among_abnormal")
-    yield rows_table("AUROC, test split", rows, [("label", "label", ""), *((name, name, "{:.3f}") for name in names)])
+    yield rows_table("AUROC, test split", rows, [*cells("", "label"), *cells("{:.3f}", *names)])
 
 
 def controls_tables(raw: Row) -> Iterator[Table]:
@@ -228,19 +193,9 @@ def controls_tables(raw: Row) -> Iterator[Table]:
 
 def tune_tables(raw: Row) -> Iterator[Table]:
     """What was tried, and what each choice bought."""
-    yield rows_table(
-        "What each choice bought",
-        raw.get("choices"),
-        [
-            ("setting", "setting", ""),
-            ("default", "default", ""),
-            ("chosen", "chosen", ""),
-            ("ratio", "x as fast", "{:.3f}"),
-            ("lowest", "lowest", "{:.3f}"),
-            ("highest", "highest", "{:.3f}"),
-            ("kept", "kept", ""),
-        ],
-    )
+    bought = cells("{:.3f}", ratio="x as fast", lowest="lowest", highest="highest")
+    columns = [*cells("", "setting", "default", "chosen"), *bought, *cells("", "kept")]
+    yield rows_table("What each choice bought", raw.get("choices"), columns)
 
 
 def recipe_tables(raw: Row) -> Iterator[Table]:
@@ -275,12 +230,7 @@ KINDS = {
     "together": Kind(title="Loader and step together", fits=lambda _: False, cases=loader_cases, tables=loader_tables),
     "tune": Kind(title="Tuned loader", fits=lambda _: False, cases=loader_cases, tables=tune_tables),
     "scale": Kind(title="Scale", fits=_has("samples", "ranks"), cases=loader_cases, tables=scale_tables),
-    "ingest": Kind(
-        title="Ingest",
-        fits=_has_floor,
-        cases=ingest_cases,
-        tables=ingest_tables,
-    ),
+    "ingest": Kind(title="Ingest", fits=_has_floor, cases=ingest_cases, tables=ingest_tables),
     "encodings": Kind(title="Encodings", fits=_has("inputs"), cases=no_cases, tables=encodings_tables),
     "order": Kind(title="Order of samples", fits=_has("shuffle"), cases=no_cases, tables=order_tables),
     "recipe": Kind(title="Recipe", fits=_has("whole", "steps", "wall_s"), cases=no_cases, tables=recipe_tables),

@@ -201,6 +201,23 @@ def store_repeated(path: Path, dataset: str, times: int, target: Path) -> Path:
     return target
 
 
+def store_from_shards(shards: Path, target: Path) -> Path:
+    """The float32 file that shards could have been made from, as far as JPEG kept it; what they lack is black."""
+    import h5py
+
+    from shards.manifest import read_manifest
+    from shards.scan import decode_image, read_image, read_samples
+
+    manifest, columns = read_manifest(shards), ("key", "row", "offset", "size", "xxh3")
+    with h5py.File(target, "w") as file:
+        shape = manifest.sources[0].rows, manifest.image.height, manifest.image.width
+        films = file.create_dataset("cxr", shape, "f4")
+        for split in manifest.splits:
+            for reader, row in read_samples(shards, manifest, split, np.arange(manifest.rows(split)), columns):
+                films[row["row"]] = decode_image(read_image(reader, row), manifest.image)
+    return target
+
+
 def repeat_csv(path: Path, target: Path, times: int) -> Path:
     """The rows of a CSV file so many times over."""
     try:
@@ -216,13 +233,11 @@ def repeat_csv(path: Path, target: Path, times: int) -> Path:
 def write_uint8(source: Path, target: Path) -> None:
     """The film dataset once more, contiguous, a quarter of the bytes. InputError where levels are not whole."""
     import h5py
-    import numpy as np
 
     from ingest.source import H5Source
 
     with H5Source(source) as films, h5py.File(target, "w") as file:
-        shape = films.rows, films.height, films.width
-        out = file.create_dataset("cxr", shape, "u1")
+        out = file.create_dataset("cxr", (films.rows, films.height, films.width), "u1")
         for first in range(0, films.rows, 256):
             levels = films.read(first, min(first + 256, films.rows))
             grey = levels.astype(np.uint8)

@@ -4,74 +4,46 @@ The cases of a batch size are measured in turn, round by round, on equal towers 
 no loader plays a part (that is bench.together's business). `bench.trainers` says what each trainer is given.
 """
 
-import json
-import math
 import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from bench.processes import bench_guard
+from bench.machine import bench_main, environment
 from bench.step_cases import COMPILED, OURS, Pace, measure_size
-from shards.cli import parse, say
+from bench.together import TrainBenchConfig, train_config
+from shards.cli import say
 from shards.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepBenchConfig:
+class StepBenchConfig(TrainBenchConfig):
     """Measure the training step, eager and compiled, at batch 64 and at the best one, next to open_clip's trainer."""
 
     shards: Path | None = None
     """Folder of shards that the batch is read from; none: a phantom of 256 films, drawn for the purpose."""
-    preset: str | None = None
-    """What to train; none: cxr-dinov3-clip on a GPU, tiny on a CPU. Weights are drawn by chance, no file is read."""
-    json: Path | None = None
-    """Where the results go, as JSON."""
-    batch_size: int = 64
-    """Films in a batch."""
     largest_batch: int = 4096
     """Where the search for the best batch ends at the latest; 0: no search."""
-    rounds: int = 5
-    """Rounds; medians are taken over them."""
     seconds: float = 2.0
     """About how long each case takes in each round."""
     compiled: bool = True
     """Measure compiled steps as well."""
-    backend: Literal["auto", "cpu", "dali"] = "auto"
-    """Loader that reads the batch."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU where there is one."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
-    threads: int | None = None
-    """Threads that decode, and on a CPU those of the arithmetic; none: one a CPU of the affinity mask."""
-
-    @property
-    def compile(self) -> bool:
-        """For `bench.together.train_config`: the loop's overhead is measured on the eager step."""
-        return False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "rounds"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is not a positive number")
+        TrainBenchConfig.__post_init__(self)
         if self.largest_batch < 0:
             raise InputError(f"--largest-batch {self.largest_batch} is below 0")
-        if not 0 < self.seconds < math.inf:
-            raise InputError(f"--seconds {self.seconds} is not a positive number")
 
 
 def run_step(config: StepBenchConfig) -> dict[str, Any]:
     """Measure everything; the result is what `--json` writes."""
-    from bench.machine import environment
-    from bench.together import train_config
     from bench.turns import BARE, RESIDENT, take_turns
 
     with tempfile.TemporaryDirectory() as scratch:
         config = replace(config, shards=config.shards or phantom(Path(scratch)))
-        settings = train_config(config, Path(scratch) / "run")
+        settings = train_config(config, Path(scratch) / "run", compiled=False)  # the loop is timed on the eager step
         setup, batch = prepare(settings)
         from bench.limits import peak
 
@@ -222,19 +194,7 @@ def _or_dash(value: Any, show: Callable[[Any], str]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
-    with bench_guard("bench.step"):
-        config = parse(StepBenchConfig, argv, prog="python -m bench.step")
-        from bench.machine import one_line
-        from shards.atomic import check_writable, write_atomic
-
-        if config.json:
-            check_writable(config.json)
-        result = run_step(config)
-        say("\n".join(table(result)))
-        say(f"median of {config.rounds} rounds on {one_line(result['environment'])}")
-        if config.json:
-            write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
-            say(f"written to {config.json}")
+    bench_main("bench.step", StepBenchConfig, argv, run_step, table)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Training on live batches is compared, turn by turn, with training on batches tha
 that waiting and what decoding takes away from the step both show. The verdict is one sentence.
 """
 
-import json
 import math
 import statistics
 import tempfile
@@ -13,8 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.processes import bench_guard
-from shards.cli import parse, say
+from bench.machine import bench_main, environment
 from shards.errors import InputError
 
 CASES = ("bare step", "resident", "replayed", "live", "loader alone")
@@ -22,16 +20,17 @@ WAITING = 0.01
 """DESIGN's bound: training waits for data under 1 % of the time."""
 HELD_UP = 0.05
 """Waiting above this is the loader's pace; below it is a hitch now and then, or cores that are shared."""
+IDLE = 0.5
+"""A loader that keeps less than this share of its threads busy waits for files: more threads do not help it."""
+TUNE = "python -m bench.loader --tune, and train.main --loader-config with what it writes"
 SPARE = 1.25
 """CPUs to ask for, over those that decode without a pause: others read, copy and launch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TogetherConfig:
-    """Measure what the loader costs training: live, replayed and resident batches, through train.main's own loop."""
+class TrainBenchConfig:
+    """What the benches of training share."""
 
-    shards: Path
-    """Folder of shards."""
     preset: str | None = None
     """What to train; none: cxr-dinov3-clip on a GPU, tiny on a CPU. Weights are drawn by chance, no file is read."""
     json: Path | None = None
@@ -41,9 +40,7 @@ class TogetherConfig:
     rounds: int = 5
     """Rounds; medians are taken over them."""
     seconds: float = 3.0
-    """About how long each turn takes in each round."""
-    compile: bool = False
-    """Compile the step."""
+    """About how long each case takes in each round."""
     backend: Literal["auto", "cpu", "dali"] = "auto"
     """Loader; auto: dali where the device is a GPU, else cpu."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -52,6 +49,8 @@ class TogetherConfig:
     """auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
     threads: int | None = None
     """Threads that decode, and on a CPU those of the arithmetic; none: one a CPU of the affinity mask."""
+    loader_config: Path | None = None
+    """The loader's settings as `bench.loader --tune` wrote them: what they bring to training."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "rounds"):
@@ -61,13 +60,22 @@ class TogetherConfig:
             raise InputError(f"--seconds {self.seconds} is not a positive number")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TogetherConfig(TrainBenchConfig):
+    """Measure what the loader costs training: live, replayed and resident batches, through train.main's own loop."""
+
+    shards: Path
+    """Folder of shards."""
+    compile: bool = False
+    """Compile the step."""
+
+
 def run_together(config: TogetherConfig) -> dict[str, Any]:
     """Measure everything; the result is what `--json` writes."""
-    from bench.machine import environment
     from bench.turns import take_turns
 
     with tempfile.TemporaryDirectory() as scratch:
-        settings = train_config(config, Path(scratch) / "run")
+        settings = train_config(config, Path(scratch) / "run", compiled=config.compile)
         taken = take_turns(settings, CASES, rounds=config.rounds, seconds=config.seconds)
     found = environment({"shards": config.shards})
     rounds = {name: [turns[name].row(config.batch_size) for turns in taken.rounds] for name in CASES}
@@ -81,7 +89,8 @@ def run_together(config: TogetherConfig) -> dict[str, Any]:
         "backend": taken.backend,
         "device": taken.device.type,
         "precision": taken.precision,
-        "threads": taken.threads or found["cpus"],
+        "threads": settings.data.threads or found["cpus"],
+        **({"loader_config": True} if config.loader_config else {}),
         "log_every": settings.log_every,
         "text_length": taken.text_length,
     }
@@ -89,24 +98,26 @@ def run_together(config: TogetherConfig) -> dict[str, Any]:
     return {**result, "advice": advice(findings, said), "verdict": verdict(findings, said)}
 
 
-def train_config(config: Any, out: Path) -> Any:
+def train_config(config: Any, out: Path, *, compiled: bool) -> Any:
     """The run to measure: the preset from chance weights, without validation and checkpoints."""
     import torch
 
-    from train.commandline import preset
+    from train.commandline import preset, tuned
 
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     base = preset(config.preset or ("cxr-dinov3-clip" if cuda else "tiny"))
-    data = replace(base.data, threads=config.threads)
+    if config.loader_config:
+        base = tuned(base, config.loader_config)
+    data = base.data if config.threads is None else replace(base.data, threads=config.threads)
     return replace(
         base,
         shards=config.shards,
         out=out,
         batch_size=config.batch_size,
-        backend=config.backend,
+        backend=base.backend if config.backend == "auto" else config.backend,
         device=config.device,
         precision=config.precision,
-        compile=config.compile,
+        compile=compiled,
         vision_weights="none",
         text_weights="none",
         threads=config.threads,
@@ -141,6 +152,7 @@ def compare(rounds: dict[str, list[dict[str, float]]], *, cpus: int, device: str
         "loader_over_step": middle(
             row["images_per_s"] / base["images_per_s"] for row, base in zip(loader, rounds["replayed"], strict=True)
         ),
+        "loader_busy_cpus": middle(row["images_per_s"] * row["cpu_s_per_1000"] / 1e3 for row in loader),
         "loader_cpu_s_per_1000": middle(row["cpu_s_per_1000"] for row in loader),
         "step_images_per_s": middle(row["images_per_s"] for row in rounds["replayed"]),
         "cpus": cpus,
@@ -163,13 +175,15 @@ def advice(findings: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]
 def first_change(findings: dict[str, Any], settings: dict[str, Any], cpus: int | None) -> str:
     """The one setting that promises most."""
     if findings["wait_share"] > WAITING and (cpus is not None or is_loader_bound(findings)):
+        if findings["loader_busy_cpus"] < IDLE * min(settings["threads"], findings["cpus"]):
+            return f"how it reads, for its CPUs wait ({findings['loader_busy_cpus']:.1f} busy): {TUNE}"
         if settings["threads"] < findings["cpus"]:
             return f"--data.threads {findings['cpus']} (now {settings['threads']})"
         if settings["device"] == "cuda" and settings["backend"] == "cpu":
             return "--backend dali, which decodes on the GPU"
         if cpus is not None and cpus > findings["cpus"]:
             return f"--cpus-per-task {cpus} for each GPU (now {findings['cpus']})"
-        return "python -m bench.loader --tune, and train.main --loader-config with what it writes"
+        return TUNE
     if settings["device"] == "cuda" and not settings["compile"]:
         return "--compile"
     if settings["device"] == "cpu":
@@ -218,19 +232,7 @@ def table(result: dict[str, Any]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
-    with bench_guard("bench.together"):
-        config = parse(TogetherConfig, argv, prog="python -m bench.together")
-        from bench.machine import one_line
-        from shards.atomic import check_writable, write_atomic
-
-        if config.json:
-            check_writable(config.json)
-        result = run_together(config)
-        say("\n".join(table(result)))
-        say(f"median of {config.rounds} rounds, batch {config.batch_size}, on {one_line(result['environment'])}")
-        if config.json:
-            write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
-            say(f"written to {config.json}")
+    bench_main("bench.together", TogetherConfig, argv, run_together, table)
 
 
 if __name__ == "__main__":

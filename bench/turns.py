@@ -1,7 +1,7 @@
 """train.main's own loop, fed in turn by the live loader, by replayed batches and by one resident batch.
 
-All turns are taken in one process, on the same towers, with the same compiled code: in place of the loop's loader
-stands one that changes its source between stretches and looks at the clock. Turns of a round differ in that alone:
+All turns are taken in one process on the same towers: in place of the loop's loader stands one that changes its source
+between stretches and looks at the clock. Turns of a round differ in that alone:
 
     bare step     the step called again and again on one batch, no loop around it
     resident      the loop, the same batch each time
@@ -24,8 +24,8 @@ from unittest import mock
 import torch
 
 import train.loop
-from pipeline.batch import Batch
-from pipeline.loader import Loader
+from pipeline.batch import Batch, World
+from pipeline.loader import resolve_backend
 from shards.cli import say
 from train.config import TrainConfig
 from train.job import Job, build_job, build_setting, prepare_folder
@@ -203,7 +203,6 @@ class Taken:
     device: torch.device
     precision: str
     backend: str
-    threads: int | None
     text_length: int
 
 
@@ -228,18 +227,9 @@ def take_turns(config: TrainConfig, names: Sequence[str], *, rounds: int, second
         rounds=loader.turns,
         device=job.precision.device,
         precision=job.precision.name,
-        backend=loader_name(job.loader, job.precision.device),
-        threads=config.data.threads,
+        backend=resolve_backend(job.loader.config, World(device=job.precision.device)),
         text_length=loader.text_length,
     )
-
-
-def loader_name(loader: Loader, device: torch.device) -> str:
-    """The backend that a loader runs on."""
-    from pipeline.batch import World
-    from pipeline.loader import resolve_backend
-
-    return resolve_backend(loader.config, World(device=device))
 
 
 def keep(batch: Batch) -> Batch:

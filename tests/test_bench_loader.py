@@ -272,7 +272,7 @@ def test_what_a_killed_child_has_forked_dies_with_it(late: bool) -> None:
     """Also a worker that is still being set up, or has hardly begun: a DataLoader's would outlive it for ever."""
     code = """if True:
         import os, signal, sys, time
-        from bench.case import forks_die_too
+        from bench.processes import forks_die_too
         parent = os.getpid()
         def wait():
             while os.getppid() == parent: time.sleep(0.001)

@@ -12,8 +12,8 @@ from PIL import Image
 from bench.files import read_results
 from bench.order import OrderBenchConfig
 from bench.order import run_bench as shuffle_bench
-from bench.plots import plots_of
-from bench.scale import ScaleConfig, measure_order, measure_ranks, measure_set, png_of, thread_counts
+from bench.plots import draw, plots_of, scale_panels
+from bench.scale import ScaleConfig, measure_order, measure_ranks, measure_set, thread_counts
 from bench.simulate import write_set
 from bench.standards import judged
 from pipeline.batch import World
@@ -85,7 +85,7 @@ def made_up() -> dict[str, Any]:
 def test_plots_and_standards(tmp_path: Path) -> None:
     """A PNG, the same plots on the report's page, and the standards of the start."""
     (tmp_path / "scale.json").write_text(json.dumps(made_up()))
-    (tmp_path / "scale.png").write_bytes(png_of(made_up()))
+    (tmp_path / "scale.png").write_bytes(draw([panel for panel in scale_panels(made_up()) if panel], "png", columns=2))
     with Image.open(tmp_path / "scale.png") as picture:
         assert picture.format == "PNG" and picture.width > 1000
     (result,) = read_results(tmp_path / "scale.json")

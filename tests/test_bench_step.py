@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 import torch
 from conftest import run_module
@@ -13,6 +15,7 @@ from torch import nn
 
 from bench.limits import best_batch, count_flops, gaps, half_peak, search_batch, sized
 from bench.recipe import pace, total_seconds
+from bench.sizes import store_from_shards
 from bench.step import StepBenchConfig, run_step
 from bench.step import table as step_table
 from bench.together import advice, compare, verdict
@@ -242,11 +245,13 @@ def slowly(take: Callable[[Loader], Batch]) -> Callable[[Loader], Batch]:
     return later
 
 
-def turns(live: float, wait: float, *, replayed: float = 0.1, alone: float = 0.02) -> dict[str, list[dict[str, float]]]:
+def turns(
+    live: float, wait: float, *, replayed: float = 0.1, alone: float = 0.02, cpu: float = 0.4
+) -> dict[str, list[dict[str, float]]]:
     """Three rounds at batch 64, seconds a step."""
 
     def rows(step_s: float, wait_s: float = 0.0) -> list[dict[str, float]]:
-        row = {"step_s": step_s, "images_per_s": 64 / step_s, "wait_share": wait_s / step_s, "cpu_s_per_1000": 0.4}
+        row = {"step_s": step_s, "images_per_s": 64 / step_s, "wait_share": wait_s / step_s, "cpu_s_per_1000": cpu}
         return [row] * 3
 
     return {
@@ -265,11 +270,15 @@ def test_the_verdict_follows_the_figures() -> None:
     assert verdict(found, settings).startswith("Step-bound: training waits for data 0.2%")
     assert "--cpus-per-task 2 for each GPU" in verdict(found, settings)
     assert advice(found, {**settings, "compile": False})["first"] == "--compile"
-    found = compare(turns(0.2, 0.1, alone=0.2), cpus=8, device="cuda")
+    found = compare(turns(0.2, 0.1, alone=0.2), cpus=8, device="cuda")  # 0.1 CPUs of 8 are busy
+    assert (
+        "how it reads, for its CPUs wait (0.1 busy): python -m bench.loader --tune" in advice(found, settings)["first"]
+    )
+    found = compare(turns(0.2, 0.1, alone=0.2, cpu=20), cpus=8, device="cuda")  # 6.4
     assert verdict(found, settings).startswith("Loader-bound: training waits for data 50.0%")
     assert "--backend dali" in advice(found, settings)["first"]
     assert advice(found, {**settings, "threads": 2})["first"] == "--data.threads 8 (now 2)"
-    fast = compare(turns(0.01, 0.005, replayed=0.004), cpus=4, device="cuda")
+    fast = compare(turns(0.01, 0.005, replayed=0.004, alone=0.01), cpus=4, device="cuda")
     assert advice(fast, {**settings, "backend": "dali", "threads": 4}) == {
         "cpus_per_gpu": 9,
         "first": "--cpus-per-task 9 for each GPU (now 4)",
@@ -342,3 +351,13 @@ def test_a_part_of_make_gpu_that_fails_leaves_the_others(tmp_path: Path, monkeyp
     found = json.loads(path.read_bytes())
     assert found["tests"]["failed"] == "KeyError: 'images'" and found["loader"]["seconds"] == 0
     assert found["step"]["failed"] == "ingest.phantom: no time was left for it" and path.parent == tmp_path
+
+
+def test_a_file_for_the_baselines_is_made_of_shards(
+    shards_dir: Path, source: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Every film in its row, as far as JPEG keeps it."""
+    with h5py.File(store_from_shards(shards_dir, tmp_path / "cxr.h5")) as made, h5py.File(source[0]) as given:
+        assert made["cxr"].dtype == given["cxr"].dtype == "f4" and made["cxr"].shape == given["cxr"].shape
+        for one, other in zip(made["cxr"], given["cxr"], strict=True):
+            assert np.abs(one - other).mean() < 3
