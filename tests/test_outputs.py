@@ -118,12 +118,28 @@ def test_lists_given_twice_are_refused() -> None:
         (["--seed", "q"], "--seed takes a whole number, not 'q'"),
         (["--val-fraction", "q"], "--val-fraction takes a number, not 'q'"),
         (["--value-range", "1"], "--value-range takes {FLOAT FLOAT}, not '1'"),
-        (["--frob"], "Unrecognized options: --frob"),
+        (["--workers", "two"], "--workers takes a whole number, not 'two'"),
+        (["--seed"], "--seed lacks its value"),
+        (["--frob"], "unknown: --frob"),
+        (
+            ["--label-column", "c", "--val-frac", "0.1"],
+            "unknown: --label-column c --val-frac 0.1; "
+            "perhaps --label-columns or --label-list-column or --val-fraction",
+        ),
     ],
 )
 def test_a_wrong_flag_is_said_in_few_words(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(IngestConfig, ["--to-shards", "x", *flags], prog="ingest")
+    assert capsys.readouterr().err == f"ingest: {said} (see --help)\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [([], "missing: --to-shards"), (["--sed", "3"], "missing: --to-shards; unknown: --sed 3")]
+)
+def test_a_missing_flag_is_named(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(IngestConfig, flags, prog="ingest")
     assert capsys.readouterr().err == f"ingest: {said} (see --help)\n"
 
 

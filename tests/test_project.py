@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, assert_refused, run_module
 
-from ingest.config import IngestConfig
-from shards.cli import parse
-
 OURS = ("shards", "ingest", "pipeline", "train", "bench")
 ALLOWED = {
     "shards": set(),
@@ -82,25 +79,6 @@ def test_commands_explain_themselves_and_refuse_nonsense(command: str) -> None:
     done = run_module(command, "--help")
     assert done.returncode == 0 and "--" in done.stdout, done.stderr
     assert_refused(run_module(command, "--no-such-flag", "1"), "--no-such-flag")
-
-
-@pytest.mark.parametrize(
-    ("command", "line"),
-    [
-        ("--label-column c --val-frac 0.1", "unknown: --label-column c --val-frac 0.1; perhaps --label-columns or"),
-        ("--seed 3.5", "--seed takes a whole number, not '3.5'"),
-        ("--seed", "--seed lacks its value (see"),
-        ("--workers two", "--workers takes a whole number, not 'two' (see"),
-        ("", "missing: --to-shards (see"),
-        ("--sed 3", "missing: --to-shards; unknown: --sed 3 (see"),
-    ],
-)
-def test_a_mistyped_flag_is_named_without_pages_of_help(command: str, line: str, capsys) -> None:
-    given = ["--to-shards", "x"] if "missing" not in line else []
-    with pytest.raises(SystemExit, match="2"):
-        parse(IngestConfig, [*given, *command.split()], prog="ingest")
-    said = capsys.readouterr().err
-    assert said.startswith(f"ingest: {line}") and said.count("\n") == 1 and len(said) < 140
 
 
 def test_a_wheel_holds_all_five_packages_and_no_tests(tmp_path: Path) -> None:
