@@ -68,7 +68,7 @@ def _result(file: str, kind: str, raw: dict[str, Any], environment: Mapping[str,
     shape = KINDS[kind]
     cases, reference = shape.cases(raw)
     settings = mapping(raw.get("settings")) or mapping(raw.get("config"))
-    said = raw.get("verdict")
+    said = raw.get("verdict", raw.get("failed"))
     return Result(
         file=text(file),
         kind=kind,

@@ -77,7 +77,7 @@ def _bar_plot(cases: Sequence[Case], metric: str) -> Panel:
             axes.plot(values, [place] * len(values), ".", color="#1f3d66", markersize=4)
         axes.set_yticks(places, [_short(case.label) for case in cases])
         axes.invert_yaxis()
-        axes.set_xlim(0, None)
+        axes.set_xlim(0, None if any(any(case.rounds[metric]) for case in cases) else 1)
 
     return Panel(title=title, fill=fill, height=0.8 + 0.26 * len(cases))
 

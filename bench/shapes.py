@@ -209,6 +209,11 @@ def gpu_test_tables(raw: Row) -> Iterator[Table]:
     yield Table(title="", header=("said",), rows=tuple((text(line),) for line in lines))
 
 
+def failed_tables(raw: Row) -> Iterator[Table]:
+    """A part of `make gpu`, or the training beside the loaders, that could not be measured."""
+    yield Table(title="", header=("failed",), rows=((text(raw.get("failed")),),))
+
+
 def _has(*names: str) -> Callable[[Row], bool]:
     return lambda raw: all(name in raw for name in names)
 
@@ -237,6 +242,7 @@ KINDS = {
     "gpu tests": Kind(
         title="Tests on the GPU", fits=_has("exit_code", "summary"), cases=no_cases, tables=gpu_test_tables
     ),
+    "failed": Kind(title="Not measured", fits=_has("failed"), cases=no_cases, tables=failed_tables),
     "demo": Kind(title="Demo", fits=_has("evaluation", "loader"), cases=loader_cases, tables=demo_tables),
     "nih": Kind(title="NIH films", fits=_has("test", "bootstrap"), cases=no_cases, tables=nih_tables),
     "controls": Kind(title="Controls", fits=_has("auroc", "passed"), cases=no_cases, tables=controls_tables),

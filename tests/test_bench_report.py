@@ -434,3 +434,16 @@ def test_a_screenshot_is_not_blank(tmp_path: Path) -> None:
     chromium("--window-size=500,900", f"--screenshot={tmp_path}/shot.png", f"file://{tmp_path}/page.html")
     shot = np.asarray(Image.open(tmp_path / "shot.png").convert("L"))
     assert shot.shape[1] == 500 and 0.01 < (shot < 128).mean() < 0.3
+
+
+def test_a_part_of_make_gpu_that_failed_is_said(tmp_path: Path) -> None:
+    """Not passed over in silence: a page without it would look like one on which nothing was tried."""
+    parts = {
+        "step": {"failed": "bench.step: not done after 540 s"},
+        "tests": {"exit_code": 0, "summary": ["17 passed"]},
+    }
+    (tmp_path / "gpu.json").write_text(json.dumps({"bench": "gpu", "environment": {"gpu": "NVIDIA H200"}, **parts}))
+    report = make_report([tmp_path / "gpu.json"])
+    short, *_ = sections(report)
+    assert "bench.step: not done after 540 s" in short.paragraphs
+    assert "Not measured: gpu.json: step" in [section.title for section in sections(report)]
