@@ -347,6 +347,8 @@ def test_mistakes_are_one_line(run: Path, shards_dir: Path, tmp_path: Path, caps
     assert "--prompt-forms 'PA'" in refused(*good, "--prompt-forms", "PA")
     assert "here are 4 checkpoints" in refused(*good, "--top", "5") and "--top 0" in refused(*good, "--top", "0")
     assert "here are 3 checkpoints" in refused(*good, "--top", "4")  # two of the files are of one step
+    assert "--seed -1" in refused(*good, "--seed", "-1")
+    assert "takes all 77 tokens, or more" in refused(*good, "--prompt-forms", "word " * 80 + "{}")
     assert "twice" in refused("--checkpoint", str(run), str(run / "best.pt"), *shards)
     assert "no averaged weights" in refused(*good, "--weights", "ema")
     assert "cannot read the prompts" in refused(*good, "--prompts-file", str(tmp_path / "none.toml"))

@@ -88,6 +88,7 @@ def test_a_file_of_ones_own_goes_first(tmp_path: Path) -> None:
         ('[Edema]\npositive = ["a"]\nnegative = ["b"]\nneutral = []', "two lists"),
         ('[Edema]\npositive = "a"\nnegative = ["b"]', "`positive`"),
         ('[Edema]\npositive = ["a"]\nnegative = []', "`negative`"),
+        ('[Edema]\npositive = ["a", "b"]\nnegative = ["b", "a"]', "say the same"),
         ('[Edema]\npositive = ["a", " "]\nnegative = ["b"]', "`positive`"),
         ('[Edema]\npositive = [1]\nnegative = ["b"]', "`positive`"),
         ("a=" + "[" * 100_000, "not TOML"),

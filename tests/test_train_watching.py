@@ -19,6 +19,7 @@ from shards.cli import say
 from shards.errors import InputError
 from train.commandline import config_json, preset
 from train.compare import compare, table
+from train.compare import draw as draw_all
 from train.compare import main as lay_out
 from train.config import TrainConfig
 from train.curves import main as draw
@@ -266,6 +267,20 @@ def test_compare_says_when_samples_differ_and_draws(tmp_path: Path, capsys) -> N
     assert re.search(r"^seed +0 +3$", told, re.M) and "other samples up to step 20" in told
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "c.json").read_text())["samples"] == {"step": 20, "same": False}
+
+
+def test_runs_whose_files_are_broken_are_compared_all_the_same(tmp_path: Path) -> None:
+    odd = {"val_loss": "low", "step_ms": [1], "loader_wait_ms": None, "images_per_s": "x", "order_digest": [1]}
+    runs = [
+        write_run(tmp_path / name, [row(10, val_loss=2.0), row(20, **more)]) for name, more in (("a", {}), ("b", odd))
+    ]
+    (runs[1] / "evaluation-test.json").write_text('{"mean_auroc": NaN}')
+    found = compare(runs)["figures"]["b"]
+    assert (found["best_val_loss"], found["step"], found["auroc"]) == (2.0, 20, {})
+    draw_all(runs, tmp_path / "c.png")
+    (runs[1] / "versions.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"versions\.json is not JSON"):
+        compare(runs)
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys) -> None:

@@ -16,7 +16,7 @@ from shards.atomic import check_writable, write_atomic
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from train.curves import draw_line, draw_loss, new_figure, to_png
-from train.metrics import Row, read_rows
+from train.metrics import Row, is_number, read_rows
 from train.rundir import RunFolder
 
 PROG = "train.compare"
@@ -89,7 +89,7 @@ def read_figures(run: Path) -> dict[str, Any]:
     if not rows:
         raise InputError(f"{folder.metrics} has no rows yet; give folders of runs (train.main --out)")
     figures: dict[str, Any] = {"step": rows[-1]["step"], "steps": _read_json(folder.config).get("steps")}
-    validated = [row for row in rows if row.get("val_loss") is not None]
+    validated = [row for row in rows if is_number(row.get("val_loss"))]
     if validated:
         best = min(validated, key=lambda row: row["val_loss"])
         figures |= {"best_val_loss": best["val_loss"], "best_step": best["step"]}
@@ -100,7 +100,7 @@ def read_figures(run: Path) -> dict[str, Any]:
 def speed(rows: list[Row]) -> dict[str, float | None]:
     """Median films/s, and the share of all time that waited for the loader; the first row, which warms up, left out."""
     steady = rows[1:] or rows
-    timed = [row for row in steady if row.get("step_ms") and row.get("loader_wait_ms") is not None]
+    timed = [row for row in steady if is_number(row.get("step_ms")) and is_number(row.get("loader_wait_ms"))]
     total = sum(row["step_ms"] for row in timed)
     wait = sum(row["loader_wait_ms"] for row in timed)
     return {"images_per_s": _median(steady, "images_per_s"), "wait_share": wait / total if total else None}
@@ -111,14 +111,17 @@ def read_auroc(run: Path) -> dict[str, float]:
     found = {}
     for path in sorted(run.glob("evaluation-*.json")):
         mean = _read_json(path).get("mean_auroc")
-        if isinstance(mean, int | float):
+        if is_number(mean):
             found[path.stem.removeprefix("evaluation-")] = float(mean)
     return found
 
 
 def same_samples(rows: dict[str, list[Row]]) -> dict[str, Any] | None:
     """Whether the runs had trained on the same samples at the last step that all have logged; None where none is."""
-    digests = [{row["step"]: row["order_digest"] for row in found if "order_digest" in row} for found in rows.values()]
+    digests = [
+        {row["step"]: row["order_digest"] for row in found if isinstance(row.get("order_digest"), str)}
+        for found in rows.values()
+    ]
     common = set(digests[0]).intersection(*digests[1:])
     if not common:
         return None
@@ -165,7 +168,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror}); give folders of runs (train.main --out)") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{path} is not JSON; give folders of runs (train.main --out)") from None
     if not isinstance(found, dict):
         raise InputError(f"{path} does not hold an object; give folders of runs (train.main --out)")
@@ -177,7 +180,7 @@ def _is_own(name: str) -> bool:
 
 
 def _median(rows: list[Row], name: str) -> float | None:
-    values = [row[name] for row in rows if isinstance(row.get(name), int | float)]
+    values = [row[name] for row in rows if is_number(row.get(name))]
     return statistics.median(values) if values else None
 
 

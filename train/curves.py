@@ -17,7 +17,7 @@ import tyro
 from shards.atomic import check_writable, write_atomic
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
-from train.metrics import Row, read_rows
+from train.metrics import Row, is_number, read_rows
 from train.rundir import RunFolder
 from train.scorecard import LabelScores
 from train.scores import Floats
@@ -124,7 +124,7 @@ def trend(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _points(rows: list[Row], name: str) -> list[tuple[float, float]]:
     """(step, value) where a row has the figure and it is a number."""
-    return [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    return [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
 
 
 def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -92,8 +92,9 @@ class EvaluateConfig:
             raise InputError("--checkpoint names nothing; give a run's folder or a checkpoint file")
         if self.top is not None and self.top < 1:
             raise InputError(f"--top {self.top} is below 1")
-        if self.resamples < 0:
-            raise InputError(f"--resamples {self.resamples} is below 0")
+        for name in ("resamples", "seed"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name} {getattr(self, name)} is below 0")
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:

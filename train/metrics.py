@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from tqdm import tqdm
@@ -129,6 +130,11 @@ def read_rows(path: Path) -> list[Row]:
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)
     return rows
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a figure of a row, which anybody may have written, is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def trim(path: Path, step: int) -> None:

@@ -74,6 +74,8 @@ def _prompt(path: Path, label: str, table: Any) -> Prompt:
     for side, texts in table.items():
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
             raise InputError(f'{path}: `{side}` of ["{label}"] has to be a list of one or more texts')
+    if set(table["positive"]) == set(table["negative"]):
+        raise InputError(f'{path}: both sides of ["{label}"] say the same, which tells nothing')
     return Prompt(positive=tuple(table["positive"]), negative=tuple(table["negative"]))
 
 
@@ -211,6 +213,8 @@ def embed_prompts(
         sides = []
         for texts in prompt.sides:
             tokens = tokenize(texts, manifest).to(device)
+            if tokens[:, -1].any():  # it may have been cut, and would be read without its end
+                raise InputError(f"a prompt of {label} takes all {tokens.shape[1]} tokens, or more; make it shorter")
             vectors = F.normalize(model.encode_text(tokens).float(), dim=-1)  # type: ignore[operator]
             sides.append(F.normalize(vectors.mean(dim=0), dim=-1))
     model.train(was_training)
