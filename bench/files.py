@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.kinds import Result, machine, mapping, text
+from bench.kinds import MAX_SAID, Result, machine, mapping, text
 from bench.shapes import KINDS
 
 BUNDLE = "bundle"
@@ -79,7 +79,7 @@ def _result(file: str, kind: str, raw: dict[str, Any], environment: Mapping[str,
         cases=cases,
         reference=reference,
         tables=tuple(table for table in shape.tables(raw) if table.rows),
-        said=tuple(text(each) for each in (said if isinstance(said, list) else [said]) if each),
+        said=tuple(text(each, MAX_SAID) for each in (said if isinstance(said, list) else [said]) if each),
     )
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-MAX_ITEMS, MAX_TEXT = 2_000, 400
-"""No file of ours comes near: cases or rows of a table, characters of a text."""
+MAX_ITEMS, MAX_TEXT, MAX_SAID = 2_000, 400, 1_500
+"""No file of ours comes near: cases or rows of a table, characters of a text, of a verdict."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,13 +155,13 @@ def number(value: Any) -> float | None:
         return None
 
 
-def text(value: Any) -> str:
+def text(value: Any, most: int = MAX_TEXT) -> str:
     """Anything as one line of printable text, cut where it is long."""
     if isinstance(value, float):
         value = f"{value:.6g}"
-    shown = "".join(each if each.isprintable() else " " for each in str(value)[: 2 * MAX_TEXT])
+    shown = "".join(each if each.isprintable() else " " for each in str(value)[: 2 * most])
     shown = " ".join(shown.split())
-    return shown if len(shown) <= MAX_TEXT else shown[: MAX_TEXT - 1] + "…"
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
 
 
 def mapping(value: Any) -> dict[str, Any]:

@@ -447,3 +447,9 @@ def test_a_part_of_make_gpu_that_failed_is_said(tmp_path: Path) -> None:
     short, *_ = sections(report)
     assert "bench.step: not done after 540 s" in short.paragraphs
     assert "Not measured: gpu.json: step" in [section.title for section in sections(report)]
+
+
+def test_a_verdict_is_not_cut() -> None:
+    """Its end is what to do. The longest that there is, from the results of this repository."""
+    (found,) = read_results(REPOSITORY / "bench" / "results" / "cpu-2core-together.json")
+    assert found.said == (found.raw["verdict"],) and "change first: " in found.said[0]
