@@ -120,6 +120,10 @@ class BlockReader:
             self._slots.popleft()
             return slot.result
 
+    def block_rows(self, shard: int) -> int:  # noqa: ARG002  # the same for all shards of a set
+        """Rows of a block of a shard."""
+        return self._loader.block_rows
+
     def retire(self, shard: int, row: int, why: str) -> None:
         """See `VisitLoader.retire`."""
         self._loader.retire(shard, row, why)

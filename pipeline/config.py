@@ -41,7 +41,7 @@ class LoaderConfig:
     where: str | None = None
     """Use only the samples for which this query holds, e.g. "View == 1 and token_count > 5"; see shards/query.py."""
     exclude: Path | None = None
-    """File of keys, one 00-0000000123 a line, of samples to leave out."""
+    """File of keys, one 00-0000000123 a line, of samples to leave out; 2:00-0000000123 is of the second data set."""
     balance: str | None = None
     """Label whose values, or query whose yes and no, get equal shares of each training epoch; evaluation ignores it."""
     more_shards: tuple[Path, ...] = ()
@@ -149,9 +149,6 @@ def _check_mixture(config: LoaderConfig) -> None:
         raise InputError(f"mix {config.mix} has to be of numbers above 0")
     if config.backend.startswith("hdf5"):
         raise InputError(f"backend {config.backend} reads one HDF5 file; --more-shards needs cpu or dali")
-    if config.max_bad or config.exclude:
-        name = "max_bad" if config.max_bad else "exclude"
-        raise InputError(f"{name} names samples of one data set and does not go with --more-shards; use one set")
 
 
 def available_cpus() -> int:

@@ -22,10 +22,11 @@ from pipeline.config import LoaderConfig, thread_count
 from pipeline.decode import check_jpeg
 from pipeline.effects import for_graph, in_graph
 from pipeline.encoded import Encoded, EncodedBatches, make_batch
+from pipeline.quarantine import ShardNames
 from pipeline.trial import Trial
 from shards.encodings import check_header, decode
 from shards.errors import InputError
-from shards.schema import ImageSpec, Manifest, shard_name
+from shards.schema import ImageSpec, Manifest
 
 DALI_DTYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "FLOAT"}
 """Loader dtype -> DALI's; it has no bfloat16, which torch makes from FLOAT."""
@@ -108,7 +109,7 @@ class DaliBackend:
         self._device = torch.device(world.device)
         self._gathered: queue.Queue[Encoded | BaseException] = queue.Queue(maxsize=config.ahead)
         self._fed: deque[Encoded] = deque()
-        self._trial = Trial(manifest, manifest.splits[config.split], batches) if config.max_bad else None
+        self._trial = Trial(manifest, batches) if config.max_bad else None
         self._last_fed: Encoded | None = None
         self._empty: Encoded | None = None
         self._closed = threading.Event()
@@ -196,7 +197,7 @@ class DaliBackend:
             for encoded in self._batches:
                 if self._trial is not None:
                     self._trial.run(encoded)
-                check_headers(encoded, self._image, self._config.split)
+                check_headers(encoded, self._image, self._batches.names)
                 self._put(encoded)
             self._put(StopIteration())
         except BaseException as error:  # raised by next(), where the trainer sees it
@@ -216,12 +217,12 @@ class DaliBackend:
     def _undecodable(self, error: RuntimeError) -> InputError:
         """DALI fails a batch as a whole and does not say which sample: name the shards it came from."""
         shards = np.unique(self._fed[0].records["shard"]).tolist() if self._fed else []
-        names = ", ".join(shard_name(self._config.split, shard) for shard in shards)
+        names = ", ".join(map(self._batches.names, shards))
         reason = next((line for line in str(error).splitlines() if line.startswith("Error")), "")[:160]
-        return InputError(f"DALI cannot decode a batch of shards {names} ({reason}); --backend cpu names the image")
+        return InputError(f"DALI cannot decode a batch of {names} ({reason}); --backend cpu names the image")
 
 
-def check_headers(encoded: Encoded, spec: ImageSpec, split: str) -> None:
+def check_headers(encoded: Encoded, spec: ImageSpec, names: ShardNames) -> None:
     """InputError where an image is not what the data set says: inside DALI it would cost the batch its name, and a
     larger one would be cropped as if it were of the right size."""
     for index, image in enumerate(encoded.images):
@@ -233,4 +234,4 @@ def check_headers(encoded: Encoded, spec: ImageSpec, split: str) -> None:
             else:
                 check_header(image.data, spec)
         except ValueError as error:
-            raise InputError(f"{encoded.describe(index, split)} cannot be decoded ({error}); ingest again") from None
+            raise InputError(f"{encoded.describe(index, names)} cannot be decoded ({error}); ingest again") from None

@@ -20,9 +20,10 @@ from pipeline.config import LoaderConfig
 from pipeline.effects import draw
 from pipeline.mixture import MixedReader
 from pipeline.order import Visit
+from pipeline.quarantine import ShardNames
 from pipeline.records import Records, key_of, record_type
 from pipeline.visits import Loaded
-from shards.schema import Manifest, shard_name
+from shards.schema import Manifest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,10 +56,10 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.images)
 
-    def describe(self, index: int, split: str) -> str:
+    def describe(self, index: int, names: ShardNames) -> str:
         """Shard and opaque key of a sample, for an error message."""
         record = self.records[index]
-        return f"shard {shard_name(split, int(record['shard']))}: image {key_of(record)} (row {record['row']})"
+        return f"{names(int(record['shard']))}: image {key_of(record)} (row {record['row']})"
 
 
 def make_batch(images: torch.Tensor, records: Records, position: int, device: torch.device) -> Batch:
@@ -136,6 +137,11 @@ class EncodedBatches:
         fate = self._fates.of(positions, records["side_words"])
         return Encoded(position=begin, images=images, records=records, fate=fate, finished=finished)
 
+    @property
+    def names(self) -> ShardNames:
+        """What the shards are called."""
+        return self._reader.quarantine.names
+
     def release(self, encoded: Encoded) -> None:
         """Give back what ended with this batch. In the batches' order: earlier ones may have used the same visits."""
         self._reader.release(encoded.finished)
@@ -150,7 +156,7 @@ class EncodedBatches:
         shard = int(record["shard"])
         self._reader.retire(shard, int(record["row"]), f"cannot be decoded ({error})")
         position = encoded.position + self._world.rank + index * self._world.size
-        block, within = divmod(int(record["planned"]), self._manifest.block_rows)
+        block, within = divmod(int(record["planned"]), self._reader.block_rows(shard))
         visit = Visit(first=position, step=1, shard=shard, block=block, rows=np.array([within]))
         loaded = self._reader.load_one(visit)
         image, records = loaded.images[0].copy(), loaded.records

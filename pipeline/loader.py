@@ -7,8 +7,9 @@ A loader's whole state is one integer, `position`: build it with `position=p` an
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -24,7 +25,7 @@ from pipeline.encoded import EncodedBatches
 from pipeline.handles import OpenShards
 from pipeline.mixture import MixedOrder, MixedReader, check_alike, deal_streams, set_seed
 from pipeline.order import Layout, Order, RowOrder, ShuffledOrder, Visit
-from pipeline.quarantine import Quarantine
+from pipeline.quarantine import Quarantine, ShardNames
 from pipeline.selection import Selection, select_rows
 from pipeline.stage import Stage
 from pipeline.visits import VisitLoader
@@ -140,13 +141,15 @@ def build_loader(
         order = make_order(config, manifest, streams)
         baseline = Hdf5Backend(config, manifest, world, order, position, tuned=name == "hdf5-tuned")
         return Loader(config, order.samples, streams, position, baseline)
-    quarantine = Quarantine(config.split, config.max_bad if config.mode == "train" else 0, bad_samples)
+    limit = config.max_bad if config.mode == "train" else 0
     reader: BlockReader | MixedReader
     if mixed:
-        order, reader = _make_mixture(config, manifest, world, quarantine, streams, position)
+        make = partial(Quarantine, limit=limit, known=bad_samples)
+        order, reader = _make_mixture(config, manifest, world, make, streams, position)
     else:
         order = make_order(config, manifest, streams)
         live = 1 if config.mode == "eval" else streams // world.size
+        quarantine = Quarantine(ShardNames(split=config.split), limit, bad_samples)
         reader = _make_reader(config, manifest, order.layout, order.visits(position, world), quarantine, live)
     try:
         batches = EncodedBatches(config, manifest, world, reader, position, order.samples)
@@ -157,9 +160,10 @@ def build_loader(
     return Loader(config, order.samples, streams, position, backend, reader)
 
 
-def make_order(config: LoaderConfig, manifest: Manifest, streams: int) -> Order:
-    """The order that the config asks for. InputError where the split is absent, or too little of it is selected."""
-    layout = make_layout(config, manifest)
+def make_order(config: LoaderConfig, manifest: Manifest, streams: int, number: int = 0) -> Order:
+    """The order that the config asks for, of the data set `number` of a mixture. InputError where the split is absent,
+    or too little of it is selected."""
+    layout = make_layout(config, manifest, number)
     if config.mode == "eval":
         return RowOrder(layout)
     if config.balance is None:
@@ -168,13 +172,14 @@ def make_order(config: LoaderConfig, manifest: Manifest, streams: int) -> Order:
     return BalancedOrder(layout, classes, seed=config.seed, streams=streams)
 
 
-def make_layout(config: LoaderConfig, manifest: Manifest) -> Layout:
+def make_layout(config: LoaderConfig, manifest: Manifest, number: int = 0) -> Layout:
     """Where the rows lie that the config selects. InputError where there are none, or fewer than a training batch."""
     shards = manifest.splits.get(config.split)
     if not shards:
         present = ", ".join(manifest.splits) or "none"
         raise InputError(f"{config.shards} has no split {config.split!r}; it has: {present}")
-    selection = Selection(where=config.where, exclude=config.exclude)
+    sets = 1 + len(config.more_shards)
+    selection = Selection(where=config.where, exclude=config.exclude, number=number, sets=sets)
     selected = select_rows(Path(config.shards), manifest, config.split, selection)
     layout = Layout(tuple(shard.rows for shard in shards), manifest.block_rows, selected)
     least = config.batch_size if config.mode == "train" and selection else 1
@@ -201,6 +206,7 @@ def _make_reader(
     visits: Iterator[Visit],
     quarantine: Quarantine,
     live: int,
+    first_shard: int = 0,
 ) -> BlockReader:
     """A reader of visits, `live` of which are open at once."""
     shards, image = manifest.splits[config.split], manifest.image
@@ -210,7 +216,7 @@ def _make_reader(
     check_memory(manifest, shards, limit, live)
     memory = limit if config.memory_mb else read_ahead(shards, layout, live, config.read_threads)
     opened = OpenShards(Path(config.shards), manifest, shards, _stage(config, manifest))
-    loader = VisitLoader(opened, manifest, quarantine, layout.chosen_of)
+    loader = VisitLoader(opened, manifest, quarantine, layout.chosen_of, first_shard)
     threads, patience = config.read_threads, config.stall_abort_s
     return BlockReader(loader, shards, visits, memory, threads=threads, stall_abort_s=patience)
 
@@ -219,22 +225,28 @@ def make_mixed_order(config: LoaderConfig, manifests: Sequence[Manifest], stream
     """The order over all sets, by the mix or by their sizes. InputError where they do not go together."""
     for root, manifest in zip(config.more_shards, manifests[1:], strict=True):
         check_alike(manifests[0], manifest, str(root))
-    sets = [replace(config, shards=Path(root), more_shards=(), mix=()) for root in (config.shards, *config.more_shards)]
-    sizes = [make_layout(each, manifest).samples for each, manifest in zip(sets, manifests, strict=True)]
+    sets = [replace(config, shards=Path(root)) for root in (config.shards, *config.more_shards)]
+    sizes = [make_layout(*each, number).samples for number, each in enumerate(zip(sets, manifests, strict=True))]
     owner = deal_streams(config.mix or sizes, streams)
     orders = [
-        make_order(replace(each, seed=set_seed(config.seed, number)), manifest, int((owner == number).sum()))
+        make_order(replace(each, seed=set_seed(config.seed, number)), manifest, int((owner == number).sum()), number)
         for number, (each, manifest) in enumerate(zip(sets, manifests, strict=True))
     ]
     return MixedOrder([order for order in orders if isinstance(order, ShuffledOrder)], owner)
 
 
 def _make_mixture(
-    config: LoaderConfig, manifest: Manifest, world: World, quarantine: Quarantine, streams: int, position: int
+    config: LoaderConfig,
+    manifest: Manifest,
+    world: World,
+    make_quarantine: Callable[[ShardNames], Quarantine],
+    streams: int,
+    position: int,
 ) -> tuple[MixedOrder, MixedReader]:
-    """Order and readers of all sets; each has its part of the memory."""
+    """Order and readers of all sets; each has its part of the memory, and all have one quarantine."""
     manifests = [manifest, *(read_manifest(Path(root)) for root in config.more_shards)]
     order = make_mixed_order(config, manifests, streams)
+    quarantine = make_quarantine(ShardNames(split=config.split, first=tuple(order.first_shard)))
     readers: list[tuple[int, BlockReader]] = []
     try:
         for number, root in enumerate((config.shards, *config.more_shards)):
@@ -245,8 +257,8 @@ def _make_mixture(
             part = replace(config, shards=Path(root), memory_mb=share)
             visits = order.set_visits(number, position, world)
             layout = order.orders[number].layout
-            reader = _make_reader(part, manifests[number], layout, visits, quarantine, live)
-            readers.append((order.first_shard[number], reader))
+            first = order.first_shard[number]
+            readers.append((first, _make_reader(part, manifests[number], layout, visits, quarantine, live, first)))
     except BaseException:
         for _, reader in readers:
             reader.close()

@@ -156,6 +156,10 @@ class MixedReader:
         for each in loaded:
             self._of(each.visit.shard)[1].release([each])
 
+    def block_rows(self, shard: int) -> int:
+        """Rows of a block of a shard; data sets differ in it."""
+        return self._of(shard)[1].block_rows(shard)
+
     def retire(self, shard: int, row: int, why: str) -> None:
         """See `VisitLoader.retire`."""
         first_shard, reader = self._of(shard)

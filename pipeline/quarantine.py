@@ -8,6 +8,7 @@ delivered (blocks are read ahead) but count, and are told of, when a batch would
 same batch however far it had read.
 """
 
+import bisect
 import logging
 import threading
 from collections.abc import Callable, Iterable
@@ -29,7 +30,7 @@ class BadSample:
     """One sample that cannot be trained on."""
 
     shard: int
-    """Number of the shard in its split."""
+    """Number of the shard in its split, or in the mixture."""
     row: int
     """Row in the shard."""
     key: str
@@ -39,9 +40,19 @@ class BadSample:
     why: str
     """What is wrong with it."""
 
-    def describe(self, split: str) -> str:
-        """Shard, key, offset and reason, for people."""
-        return f"shard {shard_name(split, self.shard)}: image {self.key} at offset {self.offset} {self.why}"
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardNames:
+    """What shards are called by people; in a mixture they are numbered on through the data sets."""
+
+    split: str
+    first: tuple[int, ...] = (0,)
+    """Number of each set's first shard."""
+
+    def __call__(self, shard: int) -> str:
+        number = bisect.bisect(self.first, shard) - 1
+        name = f"shard {shard_name(self.split, shard - self.first[number])}"
+        return name if len(self.first) == 1 else f"{name} of data set {number + 1}"
 
 
 def check_count(split: str, count: int, limit: int) -> None:
@@ -56,9 +67,9 @@ def check_count(split: str, count: int, limit: int) -> None:
 class Quarantine:
     """The bad samples that one rank knows of. Safe to share between threads."""
 
-    def __init__(self, split: str, limit: int, known: Iterable[dict[str, Any]] = ()) -> None:
+    def __init__(self, names: ShardNames, limit: int, known: Iterable[dict[str, Any]] = ()) -> None:
         """`known`: what an earlier run `listed`, on all its ranks."""
-        self._split, self.limit = split, limit
+        self.names, self.limit = names, limit
         told = [BadSample(**fields) for fields in known]
         self._bad = {(bad.shard, bad.row): bad for bad in told}
         self._counted = set(self._bad)
@@ -68,7 +79,7 @@ class Quarantine:
         """Note a bad sample. InputError where none is tolerated."""
         if not self.limit:
             raise InputError(
-                f"{bad.describe(self._split)}; restore the shard (python -m shards verify finds all damage) or ingest "
+                f"{self._describe(bad)}; restore the shard (python -m shards verify finds all damage) or ingest "
                 "again, or train without such images (max_bad)"
             )
         with self._lock:
@@ -90,8 +101,8 @@ class Quarantine:
             return rows
         good = [row for row in candidates().tolist() if not self.is_bad(shard, first + row)]
         if not good:
-            name = shard_name(self._split, shard)
-            raise InputError(f"shard {name}: no image of the block at row {first} is good; restore it or ingest again")
+            name = self.names(shard)
+            raise InputError(f"{name}: no image of the block at row {first} is good; restore it or ingest again")
         replaced, sorted_good = rows.copy(), np.array(good)
         replaced[wrong] = sorted_good[np.searchsorted(sorted_good, rows[wrong]) % len(good)]
         return replaced
@@ -101,10 +112,13 @@ class Quarantine:
         for shard, row in replaced.tolist():
             if (shard, row) not in self._counted:
                 self._counted.add((shard, row))
-                told = self._bad[shard, row].describe(self._split)
+                told = self._describe(self._bad[shard, row])
                 log.warning("bad sample: %s; the next good one of its block takes its place", told)
-        check_count(self._split, len(self._counted), self.limit)
+        check_count(self.names.split, len(self._counted), self.limit)
 
     def listed(self) -> list[dict[str, Any]]:
         """The bad samples that counted so far, in shard and row order, for a checkpoint."""
         return [asdict(self._bad[place]) for place in sorted(self._counted)]
+
+    def _describe(self, bad: BadSample) -> str:
+        return f"{self.names(bad.shard)}: image {bad.key} at offset {bad.offset} {bad.why}"

@@ -1,7 +1,8 @@
 """Which samples of a split are used, without writing its shards anew: a query, an exclusion list, or both.
 
     --where QUERY     samples for which a query of `shards.query` holds, e.g. "View == 1 and token_count > 5"
-    --exclude FILE    all but the samples whose keys stand in a file, one `00-0000000123` a line
+    --exclude FILE    all but the samples whose keys stand in a file, one `00-0000000123` a line; where several sets are
+                      mixed, `2:00-0000000123` is of the second
 
 The answer is one bit a sample, worked out once when a loader is built by reading the columns asked about, and no
 others, of every block. `order.Layout` takes it: the order is then a pure function of the position as before, over
@@ -35,7 +36,9 @@ Test = Callable[[pa.Table], Mask]
 
 SCAN_THREADS = 4
 """As many requests on the way to a parallel file system as the block reader has."""
-_KEY = re.compile(r"([0-9]{2})-([0-9]{10})")
+_KEY = re.compile(r"(?:([1-9][0-9]{0,3}):)?([0-9]{2})-([0-9]{10})")
+_SET_KEYS = 100 * MAX_SOURCE_ROWS
+"""More than the keys of one data set can be numbers."""
 
 
 class RowBits:
@@ -70,6 +73,10 @@ class Selection:
     """Query; None: every sample."""
     exclude: Path | None = None
     """File of keys; None: leave no sample out."""
+    number: int = 0
+    """Which of the mixed data sets is meant."""
+    sets: int = 1
+    """How many there are."""
 
     def __bool__(self) -> bool:
         return self.where is not None or self.exclude is not None
@@ -96,7 +103,7 @@ def select_rows(root: Path, manifest: Manifest, split: str, selection: Selection
         tests.append(partial(query.mask, split=split))
     if selection.exclude is not None:
         columns.update(("source", "row"))
-        tests.append(_not_in(_check_keys(read_keys(selection.exclude), selection.exclude, manifest)))
+        tests.append(_not_in(_own_keys(selection, selection.exclude, manifest)))
     # A table of no columns has no rows either; every query but one of `split` alone names a column.
     named = sorted(columns) or ["source"]
 
@@ -123,7 +130,7 @@ def read_tables(root: Path, manifest: Manifest, info: ShardInfo, columns: list[s
 
 
 def read_keys(path: Path) -> Ints:
-    """The keys in a file, one a line, as sorted numbers `source * MAX_SOURCE_ROWS + row`, each once."""
+    """The keys in a file, one a line, as sorted numbers (set * 100 + source) * MAX_SOURCE_ROWS + row, each once."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -139,11 +146,15 @@ def _number(key: str, line: int, path: Path) -> int:
     if match is None:
         # Not quoted: a list of paths or patients given by mistake must not end up in a log.
         raise InputError(f"line {line} of {path} is no key; a key looks like 00-0000000123, one a line")
-    return int(match[1]) * MAX_SOURCE_ROWS + int(match[2])
+    return (int(match[1] or 1) - 1) * _SET_KEYS + int(match[2]) * MAX_SOURCE_ROWS + int(match[3])
 
 
-def _check_keys(keys: Ints, path: Path, manifest: Manifest) -> Ints:
-    """InputError for a key that no sample of the data set can have: the list was made for another."""
+def _own_keys(selection: Selection, path: Path, manifest: Manifest) -> Ints:
+    """The keys of the selection's data set. InputError for those that no sample can have: the list is another's."""
+    keys = read_keys(path)
+    if len(keys) and (most := int(keys[-1]) // _SET_KEYS) >= selection.sets:
+        raise InputError(f"{path} names a sample of data set {most + 1}; there are {selection.sets}")
+    keys = keys[keys // _SET_KEYS == selection.number] % _SET_KEYS
     rows = np.array([source.rows for source in manifest.sources], dtype=np.int64)
     source, row = np.divmod(keys, MAX_SOURCE_ROWS)
     known = (source < len(rows)) & (row < rows[np.minimum(source, len(rows) - 1)])

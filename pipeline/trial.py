@@ -4,21 +4,18 @@ With libjpeg-turbo and Pillow, as the `cpu` backend does, so that all backends c
 decode on the CPU for each image of the first epoch; none later, and none where no bad sample is tolerated.
 """
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pipeline.encoded import Encoded, EncodedBatches
 from pipeline.kernels import ImageKernel, Normalise
-from shards.schema import Manifest, ShardInfo
+from shards.schema import Manifest
 
 
 class Trial:
     """Replaces what cannot be decoded. One bit a sample remembers what was tried."""
 
-    def __init__(self, manifest: Manifest, shards: tuple[ShardInfo, ...], batches: EncodedBatches) -> None:
-        self._batches, self._shards = batches, shards
+    def __init__(self, manifest: Manifest, batches: EncodedBatches) -> None:
+        self._batches = batches
         self._kernel = ImageKernel(manifest.image, size=1, normalise=Normalise((0, 0, 0), (1, 1, 1)))
-        self._tried: dict[int, NDArray[np.uint8]] = {}
+        self._tried: dict[int, bytearray] = {}
 
     def run(self, encoded: Encoded) -> None:
         """Try each image of a batch that was not tried before."""
@@ -32,11 +29,12 @@ class Trial:
                     self._remember(*_place(encoded, index))
 
     def _is_known(self, shard: int, row: int) -> bool:
-        bits = self._tried.get(shard)
-        return bits is not None and bool(bits[row >> 3] >> (row & 7) & 1)
+        bits = self._tried.get(shard, b"")
+        return row >> 3 < len(bits) and bool(bits[row >> 3] >> (row & 7) & 1)
 
     def _remember(self, shard: int, row: int) -> None:
-        bits = self._tried.setdefault(shard, np.zeros(self._shards[shard].rows // 8 + 1, dtype=np.uint8))
+        bits = self._tried.setdefault(shard, bytearray())
+        bits.extend(bytes(max(0, (row >> 3) + 1 - len(bits))))
         bits[row >> 3] |= 1 << (row & 7)
 
 

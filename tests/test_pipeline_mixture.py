@@ -1,5 +1,6 @@
 """Several sets at once: each has its share of every stretch and its own epochs; the same for any ranks."""
 
+import dataclasses
 import itertools
 import shutil
 from collections import Counter
@@ -17,8 +18,10 @@ from pipeline.batch import World
 from pipeline.loader import build_loader
 from pipeline.mixture import MixedOrder, deal_streams, set_seed
 from pipeline.order import ShuffledOrder
+from pipeline.read import OpenShard
 from shards.errors import InputError
 from shards.manifest import read_manifest
+from shards.reader import ShardReader
 from train.checkpoint import list_checkpoints, read_checkpoint
 from train.evaluate import EvaluateConfig, evaluate
 from train.main import main as train
@@ -169,14 +172,62 @@ def test_evaluation_is_of_the_first_set(shards_dir: Path, other: Path) -> None:
         ({"mix": (1.0, 2.0, 3.0)}, "--mix has 3 shares for 2 data sets"),
         ({"mix": (1.0, 0.0)}, "numbers above 0"),
         ({"backend": "hdf5", "h5": Path("x.h5")}, "reads one HDF5 file"),
-        ({"exclude": Path("keys")}, "exclude names samples of one data set"),
-        ({"max_bad": 3}, "max_bad names samples of one data set"),
     ],
 )
 def test_what_cannot_be_mixed_is_one_line(shards_dir: Path, other: Path, more: dict, words: str) -> None:
     with pytest.raises(InputError) as error:
         config(shards_dir, more_shards=(other,), **more)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_exclusion_list_names_samples_of_each_set(shards_dir: Path, other: Path, tmp_path: Path) -> None:
+    keys, shards = tmp_path / "keys.txt", len(read_manifest(shards_dir).splits["train"])
+    rows = [{(row["place"]): row["key"] for row in table(root)} for root in (shards_dir, other)]
+    first, second = (list(row.items())[7] for row in rows)
+    settings_ = config(shards_dir, more_shards=(other,), mix=(0.5, 0.5), exclude=keys)
+    keys.write_text(f"{first[1]}\n2:{second[1]}\n")
+    seen = set(delivered(settings_, 12).values())
+    left_out = {first[0], (shards + second[0][0], second[0][1])}
+    assert not left_out & seen
+    assert len([place for place in seen if place[0] >= shards]) == len(rows[1]) - 1
+    keys.write_text(f"3:{second[1]}\n")
+    with pytest.raises(InputError, match="names a sample of data set 3; there are 2"):
+        build_loader(settings_, World())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+@pytest.mark.parametrize("damage", ["bytes", "film"])
+def test_a_bad_sample_of_either_set_is_named_and_replaced(
+    shards_dir: Path, other: Path, tmp_path: Path, backend: str, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both sets have a row of that number in a shard of that number; only the second set's is bad."""
+    copy = Path(shutil.copytree(other, tmp_path / "set"))
+    manifest, first = read_manifest(copy), len(read_manifest(shards_dir).splits["train"])
+    row = manifest.block_rows + 1
+    with ShardReader(copy, manifest, manifest.splits["train"][0]) as reader:
+        rows = reader.read_rows(1)
+    at, size = int(rows.offset[1]), int(rows.size[1])
+    content = bytearray((copy / "train-000000.tar").read_bytes())
+    content[at : at + size] = bytes(size)
+    (copy / "train-000000.tar").write_bytes(content)
+    if damage == "film":  # what was ingested is no film: its digest holds
+        sound = OpenShard.is_sound
+        monkeypatch.setattr(
+            OpenShard, "is_sound", lambda self, image, *more: not image.any() or sound(self, image, *more)
+        )
+    settings_ = config(shards_dir, more_shards=(copy,), mix=(0.5, 0.5), batch_size=16, backend=backend)
+    with (
+        build_loader(settings_, World()) as loader,
+        pytest.raises(InputError, match="train-000000 of data set 2: image"),
+    ):
+        for _ in zip(range(8), loader, strict=False):
+            pass
+    tolerant = dataclasses.replace(settings_, max_bad=1)
+    whole, plain = delivered(tolerant, 8), delivered(dataclasses.replace(settings_, more_shards=(other,)), 8)
+    changed = {position for position, place in plain.items() if place == (first, row)}
+    assert changed and {position for position in plain if plain[position] != whole[position]} == changed
+    assert {whole[position] for position in changed} == {(first, row + 1)}
+    assert delivered(tolerant, 8, ranks=2) == whole
 
 
 def test_sets_that_differ_are_refused(shards_dir: Path, other: Path, tmp_path: Path) -> None:

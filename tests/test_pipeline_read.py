@@ -22,7 +22,7 @@ from pipeline.config import LoaderConfig
 from pipeline.handles import OpenShards
 from pipeline.loader import build_loader
 from pipeline.order import Layout, ShuffledOrder
-from pipeline.quarantine import Quarantine
+from pipeline.quarantine import Quarantine, ShardNames
 from pipeline.stall import Busy
 from pipeline.visits import VisitLoader, read_images
 from shards.errors import InputError
@@ -255,7 +255,10 @@ def test_read_ahead_stays_within_its_memory(shards_dir: Path) -> None:
     order = ShuffledOrder(Layout(tuple(shard.rows for shard in shards), manifest.block_rows), seed=0, streams=2)
     limit = 1 << 20
     loader = VisitLoader(
-        OpenShards(shards_dir, manifest, shards), manifest, Quarantine("train", 0), order.layout.chosen_of
+        OpenShards(shards_dir, manifest, shards),
+        manifest,
+        Quarantine(ShardNames(split="train"), 0),
+        order.layout.chosen_of,
     )
     reader = BlockReader(loader, shards, order.visits(0, World()), limit)
     for expected, _ in zip(order.visits(0, World()), range(40), strict=False):
