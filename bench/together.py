@@ -199,7 +199,8 @@ def is_loader_bound(findings: dict[str, Any]) -> bool:
 def verdict(findings: dict[str, Any], settings: dict[str, Any]) -> str:
     """The result in one sentence."""
     wait, cost, told = findings["wait_share"], findings["loader_cost"], advice(findings, settings)
-    spread = f"{findings['loader_cost_lowest']:+.1%} to {findings['loader_cost_highest']:+.1%}"
+    low, high = findings["loader_cost_lowest"], findings["loader_cost_highest"]
+    spread = f"{low:+.1%} to {high:+.1%}" + (", lost in the noise" if low < 0 < high else "")
     bound = "Loader-bound" if is_loader_bound(findings) else "Step-bound"
     why = (
         f"{bound}: training waits for data {wait:.1%} of the time, and "

@@ -271,6 +271,8 @@ def test_the_verdict_follows_the_figures() -> None:
     assert "--cpus-per-task 2 for each GPU" in verdict(found, settings)
     assert advice(found, {**settings, "compile": False})["first"] == "--compile"
     found = compare(turns(0.2, 0.1, alone=0.2), cpus=8, device="cuda")  # 0.1 CPUs of 8 are busy
+    noisy = {**found, "loader_cost_lowest": -0.1, "loader_cost_highest": 0.2}
+    assert "lost in the noise" in verdict(noisy, settings) and "noise" not in verdict(found, settings)
     assert (
         "how it reads, for its CPUs wait (0.1 busy): python -m bench.loader --tune" in advice(found, settings)["first"]
     )
