@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.batch import Batch, World
 from pipeline.config import LoaderConfig, thread_count
-from pipeline.effects import apply
+from pipeline.effects import apply, compiled_functions
 from pipeline.encoded import Encoded, EncodedBatches, make_batch
 from pipeline.kernels import Crop, ImageKernel, Normalise
 from shards.schema import Manifest
@@ -140,6 +140,8 @@ class CpuBackend:
         self._kernels: queue.SimpleQueue[ImageKernel] = queue.SimpleQueue()
         for _ in range(self.threads):
             self._kernels.put(self._kernel())
+        if config.changes_films:
+            compiled_functions()
         self._feeder = threading.Thread(target=self._feed, name="shardclip-feed", daemon=True)
         self._decoders = start_single_threaded(self._decode, self.threads)
         self._feeder.start()

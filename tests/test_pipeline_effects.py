@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2 import functional as transforms
 
+from pipeline import effects
 from pipeline.batch import Batch, World
 from pipeline.config import CLIP_MEAN, CLIP_STD, LoaderConfig
 from pipeline.effects import (
@@ -97,6 +98,21 @@ def test_rotation_and_blur_are_torchvisions_on_real_films(films: np.ndarray) -> 
         size = 2 * int(np.ceil(3 * sigma)) + 1
         blurred = transforms.gaussian_blur(tensor, [size, size], [sigma, sigma])[0].numpy()
         assert np.abs(blur(film, sigma).astype(int) - blurred).max() <= 1
+
+
+def test_compiled_steps_are_pillows_and_numpys_to_the_bit(films: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    assert effects.compiled_functions() is not None
+    cases = [(films[0], angle, 1.5) for angle in (-179.9, -90.0, -7.3, 1e-6, 45.0, 90.0, 180.0)]
+    for _ in range(60):
+        film = rng.integers(0, 256, rng.integers(3, 90, 2), dtype=np.uint8)
+        film.flags.writeable = bool(rng.random() < 0.5)  # Pillow's are not
+        cases.append((film, float(np.float32(rng.uniform(-180, 180))), float(np.float32(rng.uniform(0.02, 9)))))
+    ours = [(effects.rotate(film, angle), effects.blur(film, sigma)) for film, angle, sigma in cases]
+    monkeypatch.setattr(effects, "compiled_functions", lambda: None)
+    for (turned, blurred), (film, angle, sigma) in zip(ours, cases, strict=True):
+        assert np.array_equal(turned, effects.rotate(film, angle)), (film.shape, angle)
+        assert np.array_equal(blurred, effects.blur(film, sigma)), (film.shape, sigma)
 
 
 def test_jitter_is_what_it_says(films: np.ndarray) -> None:
