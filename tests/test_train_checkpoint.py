@@ -304,6 +304,8 @@ def check_and_restore(payload: dict) -> Progress:
         (("schedule",), None),
         (("schedule",), {}),
         (("schedule", "plateau"), {"patience": {"worst": 1}, "cuts": 0}),
+        (("schedule", "plateau", "cuts"), "x"),
+        (("schedule", "patience", "bad"), "x"),
         (("skipped",), "x"),
         (("step",), -1),
         (("position",), 2**70),

@@ -297,16 +297,18 @@ def test_what_differs_is_named_field_by_field(server: Server, shards_dir: Path, 
 def test_force_goes_on_and_notes_it(server: Server, shards_dir: Path, whole: Path, tmp_path: Path) -> None:
     """Also with another batch size, whose positions follow those of the old one."""
     run = copy(whole, tmp_path)
-    other = ("--seed", "7", "--batch-size", "4", "--steps", "12", "--force")
+    other = ("--seed", "7", "--batch-size", "4", "--steps", "12", "--optim.weight-decay", "0.5", "--force")
     codes, errors = server.run(arguments(shards_dir, run, *other))
     assert codes == [0] and "warning: going on by --force although seed was 0, is now 7" in errors, errors
     noted = (run / "forced.txt").read_text().splitlines()
     assert sorted(line.removeprefix("after step 10: ") for line in noted) == [
-        *("batch_size was 8, is now 4", "seed was 0, is now 7", "steps was 10, is now 12")
+        *("batch_size was 8, is now 4", "optim.weight_decay was 0.2, is now 0.5"),
+        *("seed was 0, is now 7", "steps was 10, is now 12"),
     ]
     payload = read_checkpoint(list_checkpoints(run / "checkpoints")[0][1])
     assert (payload["step"], payload["position"]) == (12, 10 * 8 + 2 * 4)
     assert payload["fingerprint"]["seed"] == 7
+    assert [group["weight_decay"] for group in payload["optimizer"]["param_groups"]] == [0.5, 0.0]
 
 
 # T12: nothing of a patient

@@ -23,7 +23,6 @@ from train.config import TrainConfig, loader_config
 from train.model import ClipModel, build_model
 from train.resume import check_fields, check_weights
 from train.rundir import RunFolder
-from train.state import placeholder_config
 from train.zeroshot import Predicted, Wording, predict
 
 Weights = Literal["auto", "ema", "model"]
@@ -98,7 +97,7 @@ def read_member(path: Path, weights: Weights = "auto") -> Member:
 
 def _settings(path: Path, payload: dict[str, Any]) -> TrainConfig:
     try:
-        return from_fields(TrainConfig, placeholder_config(payload["config"]))
+        return from_fields(TrainConfig, {**payload["config"], "shards": "", "out": "", "h5": None})  # no path is in it
     except ValueError as error:
         raise InputError(f"{path} has settings that this version does not know ({error})") from None
 

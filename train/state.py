@@ -198,13 +198,15 @@ def _restore(payload: dict[str, Any], learner: Learner, ranks: Ranks) -> Progres
     learner.model.load_state_dict(payload["model"])
     if learner.ema is not None:
         learner.ema.load_state_dict(payload.get("ema", payload["model"]))  # --force may have turned it on
-    learner.optimizer.load_state_dict(payload["optimizer"])
+    # The settings of its groups are this run's: those of the file would undo what --force has changed.
+    groups = learner.optimizer.state_dict()["param_groups"]
+    learner.optimizer.load_state_dict({"state": payload["optimizer"]["state"], "param_groups": groups})
     learner.scaler.load_state_dict(payload["scaler"])
     if len(payload["rng"]) == ranks.size:
         torch.set_rng_state(payload["rng"][ranks.rank])
         if torch.cuda.is_initialized() and payload["device_rng"][ranks.rank] is not None:
             torch.cuda.set_rng_state(payload["device_rng"][ranks.rank])
-    patience, plateau = payload["schedule"]["patience"], payload["schedule"]["plateau"]
+    plateau = payload["schedule"]["plateau"]
     return Progress(
         step=payload["step"],
         position=payload["position"],
@@ -212,9 +214,13 @@ def _restore(payload: dict[str, Any], learner: Learner, ranks: Ranks) -> Progres
         best_loss=payload["best_loss"],
         best_step=payload["best_step"],
         skipped=payload["skipped"],
-        patience=Patience(**patience),
-        plateau=Plateau(patience=Patience(**plateau["patience"]), cuts=plateau["cuts"]),
+        patience=_patience(payload["schedule"]["patience"]),
+        plateau=Plateau(patience=_patience(plateau["patience"]), cuts=int(plateau["cuts"])),
     )
+
+
+def _patience(counts: dict[str, Any]) -> Patience:
+    return Patience(best=None if counts["best"] is None else float(counts["best"]), bad=int(counts["bad"]))
 
 
 def to_host(tree: Any) -> Any:
@@ -244,8 +250,3 @@ def _copy(tree: Any) -> Any:
 
 def _device_rng() -> torch.Tensor | None:
     return torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-
-
-def placeholder_config(settings: dict[str, Any]) -> dict[str, Any]:
-    """A payload's settings with the paths, which it does not hold, filled in for `from_fields`."""
-    return {**settings, "shards": "", "out": "", "h5": None}

@@ -20,9 +20,9 @@ from train.weightfile import read_tensors
 SCHEME = "hub:"
 NAMES = (
     *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors"),
-    *("open_clip_pytorch_model.bin", "pytorch_model.bin", "ViT-B-32.pt"),
+    *("open_clip_pytorch_model.bin", "pytorch_model.bin", "ViT-B-32.pt", "best.pt"),
 )
-"""What weight files of timm's, open_clip's and OpenAI's are called, the preferred ones first."""
+"""What weight files of timm's, open_clip's, OpenAI's and of our runs are called, the preferred ones first."""
 
 
 @dataclass(frozen=True, slots=True)
