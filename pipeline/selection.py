@@ -36,6 +36,8 @@ Test = Callable[[pa.Table], Mask]
 
 SCAN_THREADS = 4
 """As many requests on the way to a parallel file system as the block reader has."""
+SCAN_ROWS = 16_384
+"""Rows read at once: a block of a few dozen costs as much as one of thousands."""
 _KEY = re.compile(r"(?:([1-9][0-9]{0,3}):)?([0-9]{2})-([0-9]{10})")
 _SET_KEYS = 100 * MAX_SOURCE_ROWS
 """More than the keys of one data set can be numbers."""
@@ -122,11 +124,12 @@ def scan_shards(shards: tuple[ShardInfo, ...], scan: Callable[[ShardInfo], Resul
 
 
 def read_tables(root: Path, manifest: Manifest, info: ShardInfo, columns: list[str]) -> Iterator[pa.Table]:
-    """The columns of a shard, block by block; what often passes is tried again."""
-    stats = ReadStats()
+    """The columns of a shard, many blocks at a time; what often passes is tried again."""
+    stats, at_once = ReadStats(), max(1, SCAN_ROWS // manifest.block_rows)
     with retried(lambda: ShardReader(root, manifest, info), stats) as reader:
-        for block in range(reader.blocks):
-            yield retried(partial(reader.read_columns, block, columns), stats)
+        for block in range(0, reader.blocks, at_once):
+            count = min(at_once, reader.blocks - block)
+            yield retried(partial(reader.read_columns, block, columns, count), stats)
 
 
 def read_keys(path: Path) -> Ints:

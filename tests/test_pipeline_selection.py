@@ -128,11 +128,11 @@ def test_an_error_that_passes_is_tried_again(shards_dir: Path, monkeypatch: pyte
     failures = {"read": 2}
     real = ShardReader.read_columns
 
-    def read_columns(self: ShardReader, block: int, columns: list[str]) -> object:
+    def read_columns(self: ShardReader, block: int, columns: list[str], count: int) -> object:
         if failures["read"]:
             failures["read"] -= 1
             raise OSError(errno.EIO, "Input/output error")
-        return real(self, block, columns)
+        return real(self, block, columns, count)
 
     monkeypatch.setattr(ShardReader, "read_columns", read_columns)
     bits = select_rows(shards_dir, read_manifest(shards_dir), "train", Selection(where=QUERY))
