@@ -39,7 +39,7 @@ def read(folder: Path, starts: list[int], rows: np.ndarray) -> list[bytes]:
 
 
 @given(st.integers(1, 200), st.integers(1, 5), st.integers(1, 40_000), st.integers(0, 2**32 - 1))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_images_come_back_in_any_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, spills: int, part: int, seed: int
 ) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
@@ -42,7 +42,6 @@ def largest_gap(one: np.ndarray, two: np.ndarray) -> float:
     return float(np.abs(shares[0] - shares[1]).max())
 
 
-@settings(deadline=None)
 @given(
     st.integers(0, 2**64 - 1),
     st.lists(st.integers(0, 2**40), min_size=1, max_size=30),

@@ -52,7 +52,7 @@ def test_numbers_of_classes_are_those_of_the_values() -> None:
         assert np.array_equal(classes.values[classes.of(shard, 1, 2)], each[1:2], equal_nan=True)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(orders(), st.integers(0, 30))
 def test_an_epoch_uses_each_row_as_often_as_its_weight_rounded(
     drawn: tuple[BalancedOrder, list[np.ndarray]], epoch: int
@@ -71,7 +71,7 @@ def test_an_epoch_uses_each_row_as_often_as_its_weight_rounded(
         assert abs(count - order.weights[index[0]]) < 1 + 1e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from([1, 2, 4]).flatmap(lambda ranks: st.tuples(st.just(ranks), orders(ranks))), st.data())
 def test_visits_agree_with_positions_and_stay_within_the_reads(
     given: tuple[int, tuple[BalancedOrder, list[np.ndarray]]], data: st.DataObject

@@ -77,7 +77,7 @@ def crops(draw: st.DrawFn) -> tuple[np.ndarray, Box, int, bool]:
     return pixels, box, size, draw(st.booleans())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(crops(), st.sampled_from(DTYPES))
 def test_equals_torch_to_the_bit_on_any_crop(crop: tuple[np.ndarray, Box, int, bool], dtype: str) -> None:
     """Resize, rounding, clipping, flip, normalisation (one fused multiply-add) and rounding to half precision."""
@@ -198,7 +198,7 @@ def turbo(image: np.ndarray) -> np.ndarray:
     return simplejpeg.decode_jpeg(image, "GRAY")[..., 0]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(1, 150), st.integers(1, 150), st.integers(1, 100), st.booleans(), st.integers(0, 5))
 def test_decodes_as_libjpeg_turbo_does(height: int, width: int, quality: int, optimize: bool, kind: int) -> None:
     """Any shape, any quality, smooth fields, noise; black and white noise has larger coefficients than it takes."""

@@ -52,7 +52,7 @@ def set_of(order: MixedOrder, shard: int) -> tuple[int, int]:
     return number, shard - order.first_shard[number]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(mixtures(), st.data())
 def test_visits_agree_with_positions_for_any_ranks_and_start(
     mixture: tuple[int, MixedOrder], data: st.DataObject
@@ -73,7 +73,7 @@ def test_visits_agree_with_positions_for_any_ranks_and_start(
     assert {position: place for position, place in found.items() if position < end} == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(mixtures(), st.integers(1, 3))
 def test_every_set_goes_through_its_own_epochs(mixture: tuple[int, MixedOrder], epochs: int) -> None:
     """Whatever of a set is delivered is a run of its epochs, each a permutation."""
@@ -90,7 +90,7 @@ def test_every_set_goes_through_its_own_epochs(mixture: tuple[int, MixedOrder], 
             assert sorted(epoch_rows) == everything(each.layout)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(mixtures())
 def test_reads_stay_within_the_bound(mixture: tuple[int, MixedOrder]) -> None:
     ranks, order = mixture

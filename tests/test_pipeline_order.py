@@ -74,7 +74,7 @@ def test_every_epoch_is_a_permutation(layout: Layout, seed: int, streams: int, e
     assert order.samples == len(expected)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(layouts(), seeds, st.integers(1, 4), st.integers(1, 6), st.data())
 def test_visits_agree_with_positions_for_any_ranks_and_start(
     layout: Layout, seed: int, ranks: int, streams_a_rank: int, data: st.DataObject
@@ -86,7 +86,7 @@ def test_visits_agree_with_positions_for_any_ranks_and_start(
     assert visited(order, layout.block_rows, first, end, ranks) == expected
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(layouts(), seeds, st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 6), st.integers(0, 4))
 def test_an_epoch_costs_at_most_a_read_a_block_and_one_a_stream(
     layout: Layout, seed: int, ranks: int, streams_a_rank: int, epoch: int
