@@ -6,12 +6,10 @@
     together  bench.together: what the loader costs training
     recipe    train.main: the recipe's first 500 steps and the time of all of them extrapolated, or run whole
 
-Films: `.gpu/shards` where it holds a set, else a phantom drawn on the spot; the HDF5 baseline reads `cxr.h5` beside the
-shards, or a file made of them. Without DALI the `cpu` backend is measured. `--device cpu --preset tiny` is a dry run.
-
-All ends within --minutes; a part that fails or is late leaves the others alone. The JSON is written after each part,
-logs beside it where $OUT is set. Where a machine is lent for minutes, give parts to each call and put the JSON into
-bench/results before the next: what is in it stays. bench/results/README.md has the calls.
+Films: `.gpu/shards`, else a phantom; the HDF5 baseline reads `cxr.h5` beside the shards, or a file made of them. Where
+DALI does not run the `cpu` backend is measured. All ends within --minutes; a part that fails leaves the others alone.
+The JSON is written after each part, logs beside it where $OUT is set. Where a machine is lent for minutes, put the JSON
+into bench/results between calls: its parts stay. `--device cpu` is a dry run. bench/results/README.md has the calls.
 """
 
 import json
@@ -27,6 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from bench.case import Task, run_child
 from bench.machine import environment, has_dali
 from bench.processes import REPOSITORY, bench_guard, run_module
 from bench.recipe import run_recipe
@@ -51,8 +50,6 @@ class GpuConfig:
     """What to run, in this order."""
     shards: Path | None = None
     """Folder of shards; none: .gpu/shards, else a phantom."""
-    samples: int = 2000
-    """Films of the phantom."""
     rounds: int = 5
     """Rounds of each bench."""
     seconds: float = 2.0
@@ -91,8 +88,6 @@ def run_gpu(config: GpuConfig) -> Path:
     name = str(machine["gpu"]) if config.device == "cuda" else "dry run"
     path = out / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
     result = _before(_RESULTS / path.name) | _before(path) | {"bench": "gpu", "environment": machine}
-    if not has_dali():
-        say("no DALI here (nvidia-dali-cuda120, or -cuda130 for a CUDA 13 driver): the cpu backend is measured")
     with tempfile.TemporaryDirectory() as scratch:
         logs = Path(os.environ.get("OUT", scratch))
         job = Job(config, scratch=Path(scratch), logs=logs, end=time.monotonic() + config.minutes * 60)
@@ -130,10 +125,24 @@ class Job:
         if self.config.shards:
             raise InputError(f"{self.config.shards} holds no manifest.json; give a folder of shards")
         films, shards = self.scratch / "films", self.scratch / "shards"
-        self.run(["ingest.phantom", "--out", films, "--samples", self.config.samples])
+        self.run(["ingest.phantom", "--out", films, "--samples", 2000])
         source = ["--h5", films / "cxr.h5", "--csv", films / "reports.csv"]
         self.run(["ingest", "--to-shards", shards, *source, "--group-column", "patient", "--val-fraction", "0.12"])
         return shards, films / "cxr.h5"
+
+    @cached_property
+    def where(self) -> list[Any]:
+        """Device and backend: DALI, where it gives a batch here; where not, no other figure is lost."""
+        backend, device = "cpu", self.config.device
+        try:
+            if not has_dali():
+                raise InputError("no DALI here (nvidia-dali-cuda120, or -cuda130 for a CUDA 13 driver)")
+            if device == "cuda":
+                run_child(Task(loader="dali", shards=str(self.films[0].resolve()), device=device, seconds=0.1))
+            backend = "auto"
+        except InputError as error:
+            say(f"the cpu backend is measured: {error}")
+        return ["--device", device, "--backend", backend]
 
     def run(self, command: Sequence[Any]) -> None:
         """Run `python -m COMMAND` for as long as there is time. InputError, with its last line, where it fails."""
@@ -173,11 +182,9 @@ def _tests(job: Job) -> dict[str, Any]:
     """Run the tests marked gpu; their summary and exit code."""
     files = [path for path in sorted(REPOSITORY.glob("tests/test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
     log = job.scratch / "tests.log"  # other files may import what such a machine does not have
+    command = ["pytest", "-m", "gpu", "-q", "-rs", "--durations=5", "-p", "no:cacheprovider", *files]
     with open(log, "wb") as out:
-        code = run_module(
-            ["pytest", "-m", "gpu", "-q", "-rs", "--durations=5", "-p", "no:cacheprovider", *files],
-            seconds=job.seconds_left, stdout=out, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        code = run_module(command, seconds=job.seconds_left, stdout=out, stderr=subprocess.STDOUT)
     said = log.read_text("utf-8", errors="replace")
     say(said)
     lines = [line for line in said.splitlines() if line.startswith(("FAILED", "SKIPPED", "ERROR"))]
@@ -185,22 +192,17 @@ def _tests(job: Job) -> dict[str, Any]:
 
 
 def _loader(job: Job) -> dict[str, Any]:
-    h5 = job.films[1]
-    return _bench(job, "bench.loader", ["--no-together", *(["--h5", h5] if h5 else [])])
+    return _bench(job, "bench.loader", ["--no-together", *(["--h5", job.films[1]] if job.films[1] else [])])
 
 
 def _step(job: Job) -> dict[str, Any]:
-    more = ["--preset", job.config.preset, "--largest-batch", job.config.largest_batch, *_where(job.config)]
+    more = ["--preset", job.config.preset, "--largest-batch", job.config.largest_batch, *job.where]
     return _bench(job, "bench.step", [*more, "--compiled" if job.config.compiled else "--no-compiled"])
 
 
 def _together(job: Job) -> dict[str, Any]:
     compiled = ["--compile"] if job.config.compiled else []
-    return _bench(job, "bench.together", ["--preset", job.config.preset, *_where(job.config), *compiled])
-
-
-def _where(config: GpuConfig) -> list[Any]:
-    return ["--device", config.device, "--backend", "auto" if has_dali() else "cpu"]
+    return _bench(job, "bench.together", ["--preset", job.config.preset, *job.where, *compiled])
 
 
 def _bench(job: Job, module: str, more: list[Any]) -> dict[str, Any]:
@@ -214,7 +216,7 @@ def _bench(job: Job, module: str, more: list[Any]) -> dict[str, Any]:
 
 def _recipe(job: Job) -> dict[str, Any]:
     config = job.config
-    options = [*_where(config), "--batch-size", config.batch_size, *(["--compile"] if config.compiled else [])]
+    options = [*job.where, "--batch-size", config.batch_size, *(["--compile"] if config.compiled else [])]
     if config.threads is not None:
         options += ["--threads", config.threads, "--data.threads", config.threads]
     steps = None if config.whole else config.recipe_steps

@@ -172,7 +172,7 @@ def fake_children(monkeypatch: pytest.MonkeyPatch, failing: str, shards: Path) -
         if task.action == "look":
             absent = dict.fromkeys(("spdl", "streaming", "litdata", "ffcv"), "not installed")
             return {
-                **{"cuda": False, "dali": False, "films": 60, "block_rows": 1, "codec": "jpeg"},
+                **{"cuda": False, "dali": failing == "dali", "films": 60, "block_rows": 1, "codec": "jpeg"},
                 **{"missing": absent, "digest": "0"},
             }
         called.append(task.loader)
@@ -197,6 +197,13 @@ def test_a_loader_of_others_that_fails_is_a_row_and_is_not_tried_again(
     assert called.count("webdataset") == 1 and len(found["cpu"]["rounds"]) == 3
     assert result["together"]["the file system as it is"]["verdict"].startswith("Step-bound")
     assert "together" not in run_bench(LoaderBenchConfig(shards=shards_dir, rounds=1, only=("cpu",)))
+
+
+def test_dali_that_does_not_run_costs_no_other_figure(monkeypatch: pytest.MonkeyPatch, shards_dir: Path) -> None:
+    called = fake_children(monkeypatch, "dali", shards_dir)
+    found = {case["name"]: case for case in run_bench(LoaderBenchConfig(shards=shards_dir, rounds=3))["cases"]}
+    assert found["dali (CPU)"]["note"] == "failed: it broke" and called.count("dali") == 1
+    assert len(found["cpu"]["rounds"]) == len(found["dali reader"]["rounds"]) == 3
 
 
 def test_a_run_says_what_the_loader_costs_training(

@@ -13,6 +13,7 @@ import torch
 from conftest import run_module
 from torch import nn
 
+from bench import gpu
 from bench.limits import best_batch, count_flops, gaps, half_peak, search_batch, sized
 from bench.recipe import pace, total_seconds
 from bench.sizes import store_from_shards
@@ -330,14 +331,13 @@ def test_make_gpu_can_be_gone_without_one(shards_dir: Path, tmp_path: Path, monk
     recipe = found["recipe"]
     assert recipe["steps"] == 4 and not recipe["whole"] and recipe["validate_s"] > 0 and recipe["losses"]["validation"]
     assert recipe["seconds_800"] > 800 * recipe["step_s"]
-    refused = run_module("bench.gpu", "--out", tmp_path)
     if not torch.cuda.is_available():
-        assert refused.returncode == 2 and "needs a CUDA device" in refused.stderr
+        with pytest.raises(InputError, match="needs a CUDA device"):
+            gpu.run_gpu(gpu.GpuConfig(out=tmp_path))
 
 
 def test_a_part_of_make_gpu_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever went wrong in it; and one for which no time is left is not begun."""
-    from bench import gpu
 
     def broken(_: gpu.Job) -> dict[str, object]:
         raise KeyError("images")
