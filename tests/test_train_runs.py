@@ -164,21 +164,6 @@ def test_resumed_on_another_number_of_ranks(pair: Path, stopped: Path, shards_di
     assert_alike(run, pair, until=34)
 
 
-def test_three_ranks_resume_bit_by_bit(shards_dir: Path, tmp_path: Path) -> None:
-    """DDP rebuilds its buckets after the first step; without the warm-up this differs by 1e-7 at step 5."""
-    more = ("--steps", "6", "--batch-size", "12", "--validate-every", "0", "--save-every", "3")
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    code, errors = train(3, shards_dir, whole, *more)
-    assert code == 0, errors
-    shutil.copytree(whole, cut)
-    (cut / "checkpoints/step-0000006.pt").unlink()
-    code, errors = train(3, shards_dir, cut, *more, "--resume", "auto")
-    assert code == 0 and "going on after step 3" in errors, errors
-    assert len(rows(cut)) == 6 and column(cut, "loss") == column(whole, "loss")
-    last = [(run / "checkpoints/step-0000006.pt").read_bytes() for run in (whole, cut)]
-    assert last[0] == last[1]
-
-
 def test_sigterm_saves_and_asks_for_the_rest(shards_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(command(2, shards_dir, out, "--steps", "100000", "--validate-every", "0"))

@@ -109,9 +109,8 @@ def fingerprint(config: TrainConfig, manifest: Manifest, ranks: Ranks, precision
 
 def _versions(config: TrainConfig, world: World) -> dict[str, str]:
     """Versions of what makes the numbers: arithmetic, towers, and the decoder where it is DALI's."""
-    packages = [*VERSIONS]
-    if resolve_backend(loader_config(config, split="train", mode="train"), world) == "dali":
-        packages += [*DALI_PACKAGES]
+    dali = resolve_backend(loader_config(config, split="train", mode="train"), world) == "dali"
+    packages = VERSIONS + DALI_PACKAGES if dali else VERSIONS
     return {f"versions.{name}": version for name in packages if (version := package_version(name))}
 
 
