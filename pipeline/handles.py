@@ -9,10 +9,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 from pipeline.read import OpenShard, ReadStats
 from pipeline.records import Records, block_records
+from pipeline.stage import Stage
 from pipeline.stall import Busy
 from shards.errors import InputError
 from shards.reader import ShardReader
@@ -23,29 +23,6 @@ MAX_OPEN_SHARDS = 256
 ROWS_KEPT = 65_536
 """Rows (without images, about 250 bytes each) kept for the next visit to their block: a row group costs 0.55 ms to
 read, a tenth of all work in a small set of short blocks. A large set does not come back to a block this soon."""
-
-
-class Copies(Protocol):
-    """Copies of shards on this node (`pipeline.stage`)."""
-
-    root: Path
-    """Folder of the copies."""
-
-    def has(self, number: int) -> bool:
-        """Whether a shard of the split is there, whole."""
-        ...
-
-    def distrust(self, number: int, why: str) -> None:
-        """Never say so again."""
-        ...
-
-    def count(self) -> int:
-        """How many are there."""
-        ...
-
-    def close(self) -> None:
-        """Make no more."""
-        ...
 
 
 class _Entry:
@@ -61,7 +38,7 @@ class OpenShards:
     """The shards of one split, opened when first used, the longest unused closed when there are many."""
 
     def __init__(
-        self, root: Path, manifest: Manifest, shards: tuple[ShardInfo, ...], copies: Copies | None = None
+        self, root: Path, manifest: Manifest, shards: tuple[ShardInfo, ...], copies: Stage | None = None
     ) -> None:
         self.stats, self.busy, self.copies = ReadStats(), Busy(), copies
         self._root, self._manifest, self._shards = root, manifest, shards

@@ -5,6 +5,7 @@ import itertools
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from test_pipeline_selection import config, delivered, table
 
 from pipeline.batch import World
 from pipeline.loader import build_loader
-from pipeline.mixture import MixedOrder, deal_streams, set_seed
+from pipeline.mixture import MixedOrder, MixedReader, deal_streams, set_seed
 from pipeline.order import ShuffledOrder
 from pipeline.read import OpenShard
 from shards.errors import InputError
@@ -52,7 +53,7 @@ def set_of(order: MixedOrder, shard: int) -> tuple[int, int]:
     return number, shard - order.first_shard[number]
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(mixtures(), st.data())
 def test_visits_agree_with_positions_for_any_ranks_and_start(
     mixture: tuple[int, MixedOrder], data: st.DataObject
@@ -73,7 +74,7 @@ def test_visits_agree_with_positions_for_any_ranks_and_start(
     assert {position: place for position, place in found.items() if position < end} == expected
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(mixtures(), st.integers(1, 3))
 def test_every_set_goes_through_its_own_epochs(mixture: tuple[int, MixedOrder], epochs: int) -> None:
     """Whatever of a set is delivered is a run of its epochs, each a permutation."""
@@ -90,7 +91,7 @@ def test_every_set_goes_through_its_own_epochs(mixture: tuple[int, MixedOrder], 
             assert sorted(epoch_rows) == everything(each.layout)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(mixtures())
 def test_reads_stay_within_the_bound(mixture: tuple[int, MixedOrder]) -> None:
     ranks, order = mixture
@@ -228,6 +229,13 @@ def test_a_bad_sample_of_either_set_is_named_and_replaced(
     assert changed and {position for position in plain if plain[position] != whole[position]} == changed
     assert {whole[position] for position in changed} == {(first, row + 1)}
     assert delivered(tolerant, 8, ranks=2) == whole
+
+
+def test_blocks_are_counted_by_the_rows_of_their_own_set() -> None:
+    readers = [(0, SimpleNamespace(block_rows=lambda _: 16, quarantine=None))]
+    readers += [(3, SimpleNamespace(block_rows=lambda _: 190, quarantine=None))]
+    mixed = MixedReader(readers)  # type: ignore[arg-type]
+    assert [mixed.block_rows(shard) for shard in (0, 2, 3, 9)] == [16, 16, 190, 190]
 
 
 def test_sets_that_differ_are_refused(shards_dir: Path, other: Path, tmp_path: Path) -> None:
