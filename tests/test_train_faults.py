@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 from soak_train import SMALL, Life, Server, arguments, differing, outcome, serving, soak_once, state
 
 from shards import lock
@@ -258,6 +260,27 @@ def test_a_hung_rank_ends_the_others(server: Server, shards_dir: Path, tmp_path:
     codes, errors = life.join()
     assert codes[1 - rank] == 1
     assert errors.count(f"no sign of life from rank {rank} for 2 s") == 1, errors
+
+
+def test_who_keeps_the_store_may_be_the_one_that_hangs() -> None:
+    """What was going to be said is said, though the store takes longer than a judge may be held up otherwise."""
+    script = """
+import time
+from train.alive import Watch
+from train.ranks import Ranks
+
+class Store:
+    def set(self, *_): pass
+    def multi_get(self, names): return [b"1"]
+    def add(self, *_):
+        time.sleep(1.0)
+        raise RuntimeError("timed out")
+
+Watch(Ranks(rank=1, size=2), 0.4, Store()).start()
+time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith("train.main: no sign of life from rank 0"), done.stderr
 
 
 def test_the_default_ends_a_hung_job_within_a_minute() -> None:

@@ -100,6 +100,8 @@ class Watch:
 
     def _end(self, silent: Sequence[int], *, ask: bool) -> None:
         """Say why, once in the whole job, and leave at once: the main thread may be waiting for ever."""
+        # A store that has just stopped answers neither the other thread nor this one, each for the timeout.
+        faulthandler.dump_traceback_later(4 * self._timeout_s, exit=True)
         if not ask or first_to_tell(self._store):
             names = ", ".join(map(str, silent))
             sys.stderr.write(
