@@ -30,6 +30,8 @@ class EncodeTask:
     first: int
     end: int
     """Rows of the source."""
+    file_rows: tuple[int, ...]
+    """Rows of each HDF5 file of the source."""
     names: tuple[str, ...]
     """Image files of these rows; empty for HDF5."""
     places: NDArray[np.int64]
@@ -48,7 +50,7 @@ def encode_range(task: EncodeTask) -> int:
     source = task.source
     if source.images is None:
         if not _is_whole(task, _NO_STAMP):
-            with H5Films(source) as films:
+            with H5Films(source, task.file_rows) as films:
                 _write_spill(films, task, _NO_STAMP)
         return task.end - task.first
     folder = FolderFilms(source.images, source.image_size, task.names, task.first)

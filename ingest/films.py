@@ -31,9 +31,6 @@ Item = TypeVar("Item")
 class Films(Protocol):
     """The films of one source."""
 
-    height: int
-    width: int
-
     def read(self, first: int, end: int) -> Iterator[Film]:
         """Films first..end of the source, in order."""
         ...
@@ -44,22 +41,32 @@ class Films(Protocol):
 
 
 class H5Films:
-    """HDF5 files with one dataset each, seen as one."""
+    """HDF5 files with one dataset each, seen as one. Height and width are known where all of them were looked at."""
 
-    def __init__(self, config: SourceConfig) -> None:
+    height: int
+    width: int
+
+    def __init__(self, config: SourceConfig, file_rows: Sequence[int] = ()) -> None:
+        """`file_rows`: rows of each file, from an earlier look; files are then opened where they are read, and only
+        then: 0.3 ms each, for each range of rows.
+        """
         self._stack = ExitStack()
-        self._range = config.value_range
-        self._parts = [self._stack.enter_context(H5Source(path, config.dataset)) for path in config.h5]
-        shapes = {(part.height, part.width) for part in self._parts}
-        if len(shapes) > 1:
-            raise InputError(f"the HDF5 files hold films of different sizes: {', '.join(map(str, sorted(shapes)))}")
-        ((self.height, self.width),) = shapes
-        self._starts = np.concatenate([[0], np.cumsum([part.rows for part in self._parts])])
+        self._config, self._opened = config, dict[int, H5Source]()
+        if not file_rows:
+            parts = list(map(self._part, range(len(config.h5))))
+            shapes = {(part.height, part.width) for part in parts}
+            if len(shapes) > 1:
+                raise InputError(f"the HDF5 files hold films of different sizes: {', '.join(map(str, sorted(shapes)))}")
+            ((self.height, self.width),) = shapes
+            file_rows = [part.rows for part in parts]
+        self.file_rows = tuple(file_rows)
+        self._starts = np.concatenate([[0], np.cumsum(file_rows)])
         self.rows = int(self._starts[-1])
 
     def ranges(self, rows: int) -> Iterator[tuple[int, int]]:
         """Cut the rows into ranges of about `rows` that never cut a chunk or span two files: each is read once."""
-        for part, start in zip(self._parts, self._starts.tolist(), strict=False):
+        for number, start in enumerate(self._starts.tolist()[:-1]):
+            part = self._part(number)
             step = -(-rows // part.chunk_rows) * part.chunk_rows
             for first in range(0, part.rows, step):
                 yield start + first, start + min(first + step, part.rows)
@@ -69,23 +76,30 @@ class H5Films:
 
         With `ahead`, where the storage makes a read wait, a thread reads the next rows while these are used.
         """
-        number = self._part(first)
-        part, start = self._parts[number], int(self._starts[number])
+        number = self._number(first)
+        part, start = self._part(number), int(self._starts[number])
         step = max(READ_ROWS // part.chunk_rows, 1) * part.chunk_rows
         spans = [(row, min(row + step, end - start)) for row in range(first - start, end - start, step)]
         chunks = (part.read(*span) for span in spans)
-        if ahead and step * self.height * self.width * part.dtype.itemsize <= _MOST_AHEAD:
+        if ahead and step * part.height * part.width * part.dtype.itemsize <= _MOST_AHEAD:
             chunks = _ahead_if_slow(chunks)
         for (row, _), images in zip(spans, chunks, strict=True):
-            yield from part.films(images, row, self._range)
+            yield from part.films(images, row, self._config.value_range)
 
     def stored(self, first: int, end: int) -> NDArray[np.int64]:
         """(end - first,) bytes of films first..end, which lie in one file: compressed or not, its mean."""
-        part = self._parts[self._part(first)]
+        part = self._part(self._number(first))
         return np.full(end - first, part.stored_bytes // part.rows, dtype=np.int64)
 
-    def _part(self, row: int) -> int:
+    def _number(self, row: int) -> int:
+        """Of the file that holds a row."""
         return int(np.searchsorted(self._starts, row, side="right")) - 1
+
+    def _part(self, number: int) -> H5Source:
+        if number not in self._opened:
+            source = H5Source(self._config.h5[number], self._config.dataset)
+            self._opened[number] = self._stack.enter_context(source)
+        return self._opened[number]
 
     def __enter__(self) -> Self:
         return self

@@ -38,6 +38,8 @@ class Inputs:
     height: int
     width: int
     ranges: tuple[Range, ...]
+    file_rows: tuple[tuple[int, ...], ...]
+    """Rows of each HDF5 file of each source; none for image files."""
     texts: pa.ChunkedArray
     """(rows,) of all sources."""
     label_names: tuple[str, ...]
@@ -61,10 +63,11 @@ def read_inputs(config: IngestConfig) -> Inputs:
     """Read the CSV files, look at the films, refuse what does not fit, and plan."""
     sources = config.source_list()
     tables = tuple(read_table(source) for source in sources)
-    sizes, ranges = set(), []
+    sizes, ranges, file_rows = set(), [], []
     for number, (source, table) in enumerate(zip(sources, tables, strict=True)):
-        size, spans = _look(source, table, range_rows(table.rows))
+        size, spans, rows = _look(source, table, range_rows(table.rows))
         sizes.add(size)
+        file_rows.append(rows)
         start = sum(each.rows for each in tables[:number])
         ranges += [Range(source=number, first=first, end=end, start=start + first) for first, end in spans]
     if len(sizes) > 1:
@@ -84,6 +87,7 @@ def read_inputs(config: IngestConfig) -> Inputs:
         height=height,
         width=width,
         ranges=tuple(ranges),
+        file_rows=tuple(file_rows),
         texts=pa.chunked_array([chunk for table in tables for chunk in table.texts.chunks], pa.large_string()),
         label_names=label_names,
         labels=_stack_labels(tables, label_names),
@@ -99,22 +103,27 @@ def range_rows(rows: int) -> int:
     return min(max(rows // 64, 64), 4096)
 
 
-def _look(source: SourceConfig, table: SourceTable, step: int) -> tuple[tuple[int, int], list[tuple[int, int]]]:
-    """Height and width of a source's films, and its rows in ranges. InputError where films and rows do not match."""
+def _look(
+    source: SourceConfig, table: SourceTable, step: int
+) -> tuple[tuple[int, int], list[tuple[int, int]], tuple[int, ...]]:
+    """Height and width of a source's films, its rows in ranges, and rows of each HDF5 file.
+
+    InputError where films and rows do not match.
+    """
     if source.images is not None:
         if not source.images.is_dir():
             raise InputError(f"no folder of images at {source.images}")
         if not os.access(source.images, os.R_OK | os.X_OK):
             raise InputError(f"the folder of images {source.images} may not be read; change its permissions")
         _check_names(source.images, table.names)
-        return (source.image_size,) * 2, list(_cut(table.rows, step))
+        return (source.image_size,) * 2, list(_cut(table.rows, step)), ()
     with H5Films(source) as films:
         if films.rows != table.rows:
             files = ", ".join(str(path) for path in source.h5)
             raise InputError(
                 f"{files}: {films.rows:,} films but the CSV has {table.rows:,} rows; row i must describe film i"
             )
-        return (films.height, films.width), list(films.ranges(step))
+        return (films.height, films.width), list(films.ranges(step)), films.file_rows
 
 
 def _check_names(folder: Path, names: list[str]) -> None:
