@@ -151,6 +151,22 @@ def test_rows_are_read_ahead_where_storage_is_slow(
     assert threading.active_count() == before
 
 
+def test_of_many_files_only_those_are_opened_that_are_read(
+    tmp_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an earlier look said how many rows each has."""
+    cuts = np.array_split(images.astype(np.float32), 3)
+    files = tuple(write_h5(tmp_path / f"{number}.h5", cut) for number, cut in enumerate(cuts))
+    source = SourceConfig(h5=files)
+    with H5Films(source) as films:
+        known, ranges = films.file_rows, list(films.ranges(1000))
+    opened: list[Path] = []
+    monkeypatch.setattr("ingest.films.H5Source", lambda path, name: opened.append(path) or H5Source(path, name))
+    with H5Films(source, known) as films:
+        assert np.array_equal(list(films.read(*ranges[1])), cuts[1])
+    assert known == tuple(map(len, cuts)) and opened == [files[1]]
+
+
 def test_chunks_are_read_once(tmp_path: Path, images: np.ndarray) -> None:
     """Ranges never cut a chunk, and chunks larger than a read are decompressed once."""
     from ingest.config import SourceConfig
