@@ -166,12 +166,13 @@ class Tokenizer:
 
     def __init__(self, name: str = CLIP_NAME) -> None:
         """InputError for a model that open_clip does not know, or whose tokenizer is not CLIP's."""
-        self._bpe, cleaning = ClipBpe(), _CLIP_CLEANING
-        if name != CLIP_NAME:
+        if name == CLIP_NAME:
+            self._bpe, cleaning = ClipBpe(), _CLIP_CLEANING
+        else:
             loaded, cleaning = _load(name)
+            self._bpe = ClipBpe(loaded.clean_fn, loaded.context_length)
             if list(loaded.encoder) != self._bpe.words:
                 raise InputError(f"the tokenizer of {name!r} {_NOT_CLIPS}")
-            self._bpe = ClipBpe(loaded.clean_fn, loaded.context_length)
         self.spec = _spec(name, self._bpe, cleaning)
         self._start, self._end = map(self._bpe.words.index, (START, END))
 
