@@ -17,7 +17,7 @@ from ingest.inputs import Inputs
 from ingest.loss import psnr
 from shards.atomic import write_atomic
 from shards.schema import REPORT_NAME, REPORT_PAGE_NAME, Manifest, sample_key
-from shards.stats import Stats, gather
+from shards.stats import Stats
 from shards.stats import page as stats_page
 
 _MOST_LISTED = 1000
@@ -104,15 +104,15 @@ class Report:
 
 
 def make_report(
-    root: Path, manifest: Manifest, inputs: Inputs, records: NDArray[np.void], rejects: dict[int, str]
+    manifest: Manifest, inputs: Inputs, records: NDArray[np.void], rejects: dict[int, str], stats: Stats
 ) -> Report:
-    """Look at the finished shards in `root` and at phase one's `records` (rows,); every table is read once."""
+    """Put together what was counted in the tables and what phase one's `records` (rows,) say."""
     return Report(
         sources=tuple(_sources(manifest, inputs, rejects)),
         namesakes=inputs.plan.namesakes,
         films=_films(inputs, records, rejects),
         encoded=_encoded(manifest, records),
-        stats=gather(root, manifest),
+        stats=stats,
     )
 
 

@@ -65,8 +65,11 @@ def run(config: StatsConfig) -> None:
     for flag, path in config.files.items():
         check_outside(path, config.root, flag)
         check_writable(path)
-    tallies = _tally(config.root, manifest)
-    stats = _stats(manifest, tallies)
+    tallies = new_tallies(manifest, {split: manifest.rows(split) for split in manifest.splits})
+    with tqdm(total=manifest.samples, unit="film", disable=None, leave=False) as progress:
+        for rows in add_tables(config.root, manifest, tallies):
+            progress.update(rows)
+    stats = make_stats(manifest, tallies)
     for line in page(stats):
         say(line)
     if config.json is not None:
@@ -77,23 +80,24 @@ def run(config: StatsConfig) -> None:
         say(f"{config.shared}: {len(keys):,} keys")
 
 
-def gather(root: Path, manifest: Manifest) -> Stats:
-    """Read every table of the set once, block by block; images are not read."""
-    return _stats(manifest, _tally(root, manifest))
+def new_tallies(manifest: Manifest, rows: dict[str, int]) -> dict[str, Tally]:
+    """A tally for each split, of so many rows, for `add_tables`."""
+    return {split: Tally(manifest, count) for split, count in rows.items()}
 
 
-def _tally(root: Path, manifest: Manifest) -> dict[str, Tally]:
+def add_tables(root: Path, manifest: Manifest, tallies: dict[str, Tally]) -> Iterator[int]:
+    """Read the tables of the manifest's shards once, block by block, and count; gives the rows of each block.
+
+    The manifest may be of a part of the set; images are not read.
+    """
     columns = [*TALLY_COLUMNS, *(LABEL_PREFIX + name for name in manifest.labels)]
-    tallies = {split: Tally(manifest, split) for split in manifest.splits}
-    total = manifest.samples
-    with tqdm(total=total, unit="film", disable=None, leave=False) as progress:
-        for block in scan(root, manifest, columns, rows=_ROWS_AT_ONCE):
-            tallies[block.split].add(block.table)
-            progress.update(block.table.num_rows)
-    return tallies
+    for block in scan(root, manifest, columns, rows=_ROWS_AT_ONCE):
+        tallies[block.split].add(block.table)
+        yield block.table.num_rows
 
 
-def _stats(manifest: Manifest, tallies: dict[str, Tally]) -> Stats:
+def make_stats(manifest: Manifest, tallies: dict[str, Tally]) -> Stats:
+    """The numbers, once every table was added."""
     shared = {
         f"{one}, {other}": len(np.intersect1d(tallies[one].films, tallies[other].films))
         for one, other in itertools.combinations(tallies, 2)

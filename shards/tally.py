@@ -1,4 +1,4 @@
-"""Counts over one split, block by block: what `python -m shards stats` says, as plain numbers.
+"""Counts over one split, block by block, in any order: what `python -m shards stats` says, as plain numbers.
 
 Reports, films and patients are held as 64-bit words, 32 bytes a sample in all; never the reports themselves.
 """
@@ -69,8 +69,8 @@ class SplitStats:
 class Tally:
     """Gathers the numbers of one split."""
 
-    def __init__(self, manifest: Manifest, split: str) -> None:
-        rows = manifest.rows(split)
+    def __init__(self, manifest: Manifest, rows: int) -> None:
+        """`rows` are all that will be added; of the manifest, only labels and context are looked at."""
         self._labels = manifest.labels
         self._context = manifest.tokenizer.context
         self._filled = 0
