@@ -44,6 +44,8 @@ from shards.schema import (
     block_rows_for,
     shard_name,
 )
+from shards.stats import add_tables, make_stats, new_tallies
+from shards.tally import Tally
 
 _SAMPLE_OVERHEAD = 2500
 """Bytes a sample takes in the tar beside its image: three headers, report, labels, padding. For sizing shards only."""
@@ -71,9 +73,10 @@ def ingest(config: IngestConfig) -> Report:
             order = _accepted(inputs.plan, rejects)
             draft = _draft(config, inputs, tokenizer, records, order)
             tasks = _shard_tasks(config, draft, inputs, records, order, work)
-            manifest = _assemble(draft, tasks, sum(map(len, order.values())), pool)
+            tallies = new_tallies(draft, {split: len(rows) for split, rows in order.items()})
+            manifest = signed(_assemble(config.to_shards, draft, tasks, tallies, pool))
         _write_rejects(config.to_shards, inputs, rejects)
-        report = make_report(config.to_shards, signed(manifest), inputs, records, rejects)
+        report = make_report(manifest, inputs, records, rejects, make_stats(manifest, tallies))
         write_report(config.to_shards, report)
         write_manifest(config.to_shards, manifest)
     remove_work(config.to_shards)
@@ -165,15 +168,20 @@ def _draft(
     )
 
 
-def _assemble(draft: Manifest, tasks: Iterator[AssembleTask], samples: int, pool: Pool) -> Manifest:
-    """Phase two: the manifest with its shards."""
-    infos: dict[str, ShardInfo] = {}
+def _assemble(
+    out: Path, draft: Manifest, tasks: Iterator[AssembleTask], tallies: dict[str, Tally], pool: Pool
+) -> Manifest:
+    """Phase two: the manifest with its shards. Each table is read again, and counted, while others are written."""
+    found: dict[str, list[ShardInfo]] = {split: [] for split in draft.splits}
+    samples = sum(source.samples for source in draft.sources)
     with tqdm(total=samples, unit="film", desc="assemble", disable=None, mininterval=0.5) as progress:
         for info in pool.map_unordered(assemble_shard, tasks):
-            infos[info.name] = info
-            progress.update(info.rows)
-    names = {split: sorted(name for name in infos if name.startswith(f"{split}-")) for split in draft.splits}
-    return dataclasses.replace(draft, splits={split: tuple(infos[name] for name in names[split]) for split in names})
+            split = info.name.split("-")[0]
+            found[split].append(info)
+            for rows in add_tables(out, dataclasses.replace(draft, splits={split: (info,)}), tallies):
+                progress.update(rows)
+    splits = {split: tuple(sorted(infos, key=lambda info: info.name)) for split, infos in found.items()}
+    return dataclasses.replace(draft, splits=splits)
 
 
 def _shard_tasks(
