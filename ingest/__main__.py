@@ -22,6 +22,12 @@ def main(argv: list[str] | None = None) -> None:
             for line in dry_run(config):
                 say(line)
             return
+        from ingest.workdir import finished_samples
+
+        samples = finished_samples(config)
+        if samples is not None:
+            say(f"{config.to_shards}: {samples:,} samples, finished before by this same ingest; nothing to do")
+            return
         from ingest.run import ingest  # heavy: pyarrow, h5py
 
         started = time.monotonic()

@@ -1,7 +1,8 @@
 """The output folder: who may write to it, and what an interrupted ingest left there.
 
 `OUT/.ingest/` holds spills, notes on finished shards and `inputs.json`, the fingerprint of what is being ingested. It
-goes when the manifest is written.
+goes when the manifest is written; the fingerprint stays as `OUT/ingest.json`, so that the same command given again,
+by a job that is queued once more, knows that nothing is left to do.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import dataclasses
 import errno
 import importlib.metadata
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from ingest.config import IngestConfig, SourceConfig
-from shards.atomic import remove_temporary, write_atomic
+from shards.atomic import remove_temporary, sync_folder, write_atomic
 from shards.digest import file_digest
 from shards.errors import InputError
 from shards.lock import exclusive
 from shards.manifest import read_manifest
-from shards.schema import MANIFEST_NAME, SCHEMA_VERSION
+from shards.schema import INPUTS_NAME, MANIFEST_NAME, SCHEMA_VERSION
 
 WORK_NAME = ".ingest"
 _INPUTS = "inputs.json"
@@ -82,8 +84,7 @@ def open_work(config: IngestConfig) -> Iterator[Path]:
     work = out / WORK_NAME
     try:
         out.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in out.iterdir()}
-        _check_folder(out, names, inputs)
+        _check_folder(out, inputs)
         work.mkdir(exist_ok=True)
         with exclusive(work / _LOCK, f"another ingest is writing to {out}"):
             remove_temporary(out, work)
@@ -96,16 +97,44 @@ def open_work(config: IngestConfig) -> Iterator[Path]:
         raise _cannot_write(out, error) from None
 
 
-def _check_folder(out: Path, names: set[str], inputs: dict[str, Any]) -> None:
+def finished_samples(config: IngestConfig) -> int | None:
+    """Samples of this same ingest where OUT holds it, finished; None where there is no finished data set.
+
+    Image files and files of reports are not looked at again, nor versions of packages: what is there is whole.
+    InputError where OUT holds another one, naming what differs.
+    """
+    out = config.to_shards
+    if not (out / MANIFEST_NAME).exists():
+        return None
+    samples = read_manifest(out).samples
+    remove_work(out)  # a kill may have come between the manifest and this
+    another = f"{out} already holds a finished data set of {samples:,} samples"
+    try:
+        before = json.loads((out / INPUTS_NAME).read_bytes())
+    except (OSError, ValueError):
+        raise InputError(f"{another}, and no {INPUTS_NAME} that says of what; choose another folder") from None
+    changed = [name for name in _changed(before, fingerprint(config)) if not name.startswith("version of ")]
+    if config.encoding == "auto" and "encoding" in changed:  # the same inputs make the same pick
+        changed.remove("encoding")
+    if changed:
+        raise InputError(f"{another}, made with another {', '.join(changed)}; choose another folder")
+    return samples
+
+
+def _check_folder(out: Path, inputs: dict[str, Any]) -> None:
+    names = {path.name for path in out.iterdir()}
     if MANIFEST_NAME in names:
-        manifest = read_manifest(out)
-        rows = sum(map(manifest.rows, manifest.splits))
-        remove_work(out)  # a kill may have come between the manifest and this
-        raise InputError(f"{out} already holds a finished data set of {rows:,} samples; choose another folder")
+        raise InputError(f"{out} already holds a finished data set; choose another folder")
     if WORK_NAME in names:
         _check_same(out, out / WORK_NAME, inputs)
     elif names:
         raise InputError(f"{out} is not empty and holds no interrupted ingest; choose another folder")
+
+
+def _changed(before: Any, now: dict[str, Any]) -> list[str]:
+    """Names of what is another in one of two fingerprints; of all where the first is none."""
+    before = before if isinstance(before, dict) else {}
+    return [name for name in now | before if before.get(name) != now.get(name)]
 
 
 def _cannot_write(out: Path, error: OSError) -> InputError:
@@ -127,8 +156,7 @@ def _check_same(out: Path, work: Path, inputs: dict[str, Any]) -> None:
         before = inputs  # killed before anything was begun
     except ValueError:
         before = {}
-    changed = [name for name in inputs if before.get(name) != inputs[name]]
-    if changed:
+    if changed := _changed(before, inputs):
         raise InputError(
             f"{out} holds an interrupted ingest with another {', '.join(changed)}; "
             f"run it with what it was started with, or remove the folder ({WORK_NAME} is in it) to begin anew"
@@ -138,15 +166,20 @@ def _check_same(out: Path, work: Path, inputs: dict[str, Any]) -> None:
 def check_unchanged(config: IngestConfig, work: Path) -> None:
     """InputError where a CSV or HDF5 file is no longer what it was when the ingest was begun."""
     before, now = json.loads((work / _INPUTS).read_bytes()), fingerprint(config)
-    changed = [name for name in now if before.get(name) != now[name]]
-    if changed:
+    if changed := _changed(before, now):
         raise InputError(f"{', '.join(changed)} changed while it was read; empty {work.parent} and ingest again")
 
 
 def remove_work(out: Path) -> None:
-    """Remove OUT/.ingest once the manifest stands, and what lost workers of a cluster left beside the shards."""
+    """Remove OUT/.ingest once the manifest stands, and what lost workers of a cluster left beside the shards.
+
+    The fingerprint moves out of it first: whatever is killed when, it is in one place or the other.
+    """
     if (out / WORK_NAME).exists():
         remove_temporary(out)
+        with contextlib.suppress(FileNotFoundError):  # moved by a run that was killed since
+            os.replace(out / WORK_NAME / _INPUTS, out / INPUTS_NAME)
+            sync_folder(out)
         with ThreadPoolExecutor(_REMOVERS) as threads, contextlib.suppress(OSError):
             for path in (out / WORK_NAME).iterdir():
                 threads.submit(path.unlink, missing_ok=True)  # 6 ms a spill, of waiting

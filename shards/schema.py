@@ -13,6 +13,8 @@ MANIFEST_NAME = "manifest.json"
 REJECTS_NAME = "rejects.csv"
 REPORT_NAME, REPORT_PAGE_NAME = "report.json", "report.txt"
 """What the ingest found, for people and programs; no tool of ours reads it."""
+INPUTS_NAME = "ingest.json"
+"""What it was made of: settings, digests of the CSV files, size and time of the HDF5 files. Of interest to ingest."""
 SPLITS = ("train", "val", "test")
 
 CODEC_EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "jpeg2k": "jp2", "raw": "raw"}

@@ -172,7 +172,7 @@ def _check(root: Path, manifest: Manifest, info: ShardInfo, decode: Decode) -> C
 
 
 def _stray_files(root: Path, manifest: Manifest) -> list[str]:
-    known = {schema.MANIFEST_NAME, schema.REJECTS_NAME, schema.REPORT_NAME, schema.REPORT_PAGE_NAME}
+    known = {schema.MANIFEST_NAME, schema.REJECTS_NAME, schema.REPORT_NAME, schema.REPORT_PAGE_NAME, schema.INPUTS_NAME}
     for shards in manifest.splits.values():
         known |= {f"{info.name}.{suffix}" for info in shards for suffix in ("tar", "idx", "parquet")}
     return sorted(name for name in os.listdir(root) if name not in known)
