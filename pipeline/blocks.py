@@ -17,10 +17,7 @@ from numpy.typing import NDArray
 from pipeline import stall
 from pipeline.buffers import Buffers, row_bytes
 from pipeline.order import Visit
-from pipeline.quarantine import Quarantine
-from pipeline.read import ReadStats
 from pipeline.visits import Loaded, VisitLoader
-from shards.schema import ShardInfo
 
 CLOSE_WAIT_S = 10.0
 """Seconds that closing waits for reads under way; those that take longer are left behind, to close the files."""
@@ -49,7 +46,6 @@ class BlockReader:
     def __init__(
         self,
         loader: VisitLoader,
-        infos: tuple[ShardInfo, ...],
         visits: Iterator[Visit],
         memory: int,
         *,
@@ -57,7 +53,7 @@ class BlockReader:
         stall_abort_s: float = 0,
     ) -> None:
         """`memory`: bytes of encoded blocks; `stall_abort_s`: longest wait for one visit, 0: no limit."""
-        self._loader, self._infos, self._visits = loader, infos, visits
+        self.loader, self._visits = loader, visits
         self._stall_abort_s = stall_abort_s
         self._slots: deque[_Slot] = deque()
         self._buffers = Buffers(memory)
@@ -75,22 +71,6 @@ class BlockReader:
         ]
         for thread in self._threads:
             thread.start()
-
-    @property
-    def stats(self) -> ReadStats:
-        """What was read so far."""
-        return self._loader.shards.stats
-
-    @property
-    def quarantine(self) -> Quarantine:
-        """The bad samples known so far."""
-        return self._loader.quarantine
-
-    @property
-    def staged(self) -> int:
-        """Shards of which there are copies on the node."""
-        copies = self._loader.shards.copies
-        return 0 if copies is None else copies.count()
 
     @property
     def buffer_bytes(self) -> int:
@@ -120,17 +100,9 @@ class BlockReader:
             self._slots.popleft()
             return slot.result
 
-    def block_rows(self, shard: int) -> int:  # noqa: ARG002  # the same for all shards of a set
-        """Rows of a block of a shard."""
-        return self._loader.block_rows
-
-    def retire(self, shard: int, row: int, why: str) -> None:
-        """See `VisitLoader.retire`."""
-        self._loader.retire(shard, row, why)
-
     def load_one(self, visit: Visit) -> Loaded:
         """A visit out of turn, loaded by the caller's thread; release it too."""
-        return self._loader.load(visit, _Pool(self, _Slot(visit, 0)))
+        return self.loader.load(visit, _Pool(self, _Slot(visit, 0)))
 
     def release(self, loaded: Sequence[Loaded]) -> None:
         """Give the buffers of visits back; their images are no longer valid."""
@@ -147,17 +119,18 @@ class BlockReader:
     def close(self) -> None:
         """Stop the threads and close the files."""
         self.stop()
-        if (copies := self._loader.shards.copies) is not None:
-            copies.close()
+        for each in self.loader.shards.sets:
+            if each.copies is not None:
+                each.copies.close()
         end = time.monotonic() + CLOSE_WAIT_S
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
         with self._lock:
             self._abandoned = self._running > 0
         if self._abandoned:
-            stall.log.warning("left behind: a thread %s", self._loader.shards.busy.longest())
+            stall.log.warning("left behind: a thread %s", self.loader.shards.busy.longest())
         else:
-            self._loader.shards.close()
+            self.loader.shards.close()
 
     def _wait(self, slot: _Slot) -> None:
         self._arrived.wait(STARVES_S)
@@ -165,7 +138,9 @@ class BlockReader:
             return
         self._starved = True
         self._wake_another()
-        patience = stall.Patience(self._infos[slot.visit.shard].name, self._loader.shards.busy, self._stall_abort_s)
+        patience = stall.Patience(
+            self.loader.shards.info(slot.visit.shard).name, self.loader.shards.busy, self._stall_abort_s
+        )
         while slot.result is None and not self._closed:
             self._arrived.wait(stall.TICK_S)
             if slot.result is None:
@@ -186,7 +161,7 @@ class BlockReader:
             self._running -= 1
             last = self._abandoned and not self._running
         if last:
-            self._loader.shards.close()
+            self.loader.shards.close()
 
     def _claim(self) -> _Slot | None:
         with self._lock:
@@ -227,7 +202,7 @@ class BlockReader:
         if visit is None:
             self._ended = True
             return None
-        self._slots.append(_Slot(visit, len(visit.rows) * row_bytes(self._infos[visit.shard])))
+        self._slots.append(_Slot(visit, len(visit.rows) * row_bytes(self.loader.shards.info(visit.shard))))
         return self._slots[-1]
 
     def _plan_until(self, count: int) -> None:
@@ -236,7 +211,7 @@ class BlockReader:
 
     def _load(self, slot: _Slot) -> Loaded:
         try:
-            return self._loader.load(slot.visit, _Pool(self, slot))
+            return self.loader.load(slot.visit, _Pool(self, slot))
         finally:
             self._forget_estimate(slot)
 

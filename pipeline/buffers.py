@@ -5,11 +5,12 @@ general allocator keeps. The system gives out what is written to, so that the pi
 """
 
 import bisect
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.order import Layout
+from pipeline.handles import ShardSet
 from shards.errors import InputError
 from shards.schema import Manifest, ShardInfo
 
@@ -72,17 +73,21 @@ def block_bytes(manifest: Manifest, shard: ShardInfo) -> int:
     return row_bytes(shard) * min(manifest.block_rows, shard.rows)
 
 
-def read_ahead(shards: tuple[ShardInfo, ...], layout: Layout, live: int, threads: int) -> int:
+def read_ahead(sets: Sequence[ShardSet], live: Sequence[int], threads: int) -> int:
     """Bytes that reading needs not to wait for memory: each stream's visit, its next, and four for each thread.
 
-    A visit is a block but where streams meet in one; then those that are live at a time are the longer ones, by a third
-    where all lengths are as frequent. Reading on would only take memory from others.
+    `live`: streams that each set has on this rank. A visit is a block but where streams meet in one; then those that
+    are live at a time are the longer ones, by a third where all lengths are as frequent. Reading on would only take
+    memory from others.
     """
-    row = max(shard.tar.bytes / shard.rows for shard in shards)
-    mean, block = layout.samples / (layout.blocks + live - 1), layout.block_rows
-    ahead = max(AHEAD_BYTES, 2 * threads * block * row)
-    needed = live * min(block, 4 / 3 * mean) * row + min((live + 4 * threads) * block * row, ahead)
-    return min(int(needed), MOST_MEMORY)
+    visits = most = 0.0
+    for each, streams in zip(sets, live, strict=True):
+        row, layout = max(shard.tar.bytes / shard.rows for shard in each.shards), each.layout
+        mean = layout.samples / (layout.blocks + max(streams, 1) - 1)
+        visits += streams * min(layout.block_rows, 4 / 3 * mean) * row
+        most = max(most, layout.block_rows * row)
+    ahead = max(AHEAD_BYTES, 2 * threads * most)
+    return min(int(visits + min((sum(live) + 4 * threads) * most, ahead)), MOST_MEMORY)
 
 
 def check_memory(manifest: Manifest, shards: tuple[ShardInfo, ...], memory: int, streams: int) -> None:

@@ -18,10 +18,9 @@ from pipeline.batch import Batch, World
 from pipeline.blocks import BlockReader
 from pipeline.config import LoaderConfig
 from pipeline.effects import draw
-from pipeline.mixture import MixedReader
+from pipeline.handles import Records, key_of, record_type
 from pipeline.order import Visit
 from pipeline.quarantine import ShardNames
-from pipeline.records import Records, key_of, record_type
 from pipeline.visits import Loaded
 from shards.schema import Manifest
 
@@ -108,7 +107,7 @@ class EncodedBatches:
         config: LoaderConfig,
         manifest: Manifest,
         world: World,
-        reader: BlockReader | MixedReader,
+        reader: BlockReader,
         position: int,
         samples: int,
     ) -> None:
@@ -140,7 +139,7 @@ class EncodedBatches:
     @property
     def names(self) -> ShardNames:
         """What the shards are called."""
-        return self._reader.quarantine.names
+        return self._reader.loader.quarantine.names
 
     def release(self, encoded: Encoded) -> None:
         """Give back what ended with this batch. In the batches' order: earlier ones may have used the same visits."""
@@ -154,9 +153,9 @@ class EncodedBatches:
         """
         record = encoded.records[index]
         shard = int(record["shard"])
-        self._reader.retire(shard, int(record["row"]), f"cannot be decoded ({error})")
+        self._reader.loader.retire(shard, int(record["row"]), f"cannot be decoded ({error})")
         position = encoded.position + self._world.rank + index * self._world.size
-        block, within = divmod(int(record["planned"]), self._reader.block_rows(shard))
+        block, within = divmod(int(record["planned"]), self._reader.loader.shards.block_rows(shard))
         visit = Visit(first=position, step=1, shard=shard, block=block, rows=np.array([within]))
         loaded = self._reader.load_one(visit)
         image, records = loaded.images[0].copy(), loaded.records

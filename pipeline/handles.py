@@ -1,28 +1,89 @@
 """Open shards, shared by the reading threads: a bounded number of files, and the rows of short blocks kept.
 
 A shard is opened outside the common lock, so that one that hangs holds up its own readers alone. Copies on the node are
-taken as soon as they are there; one that proves damaged is not trusted again.
+taken as soon as they are there; one that proves damaged is not trusted again. Where several data sets are mixed, shards
+are numbered on through them.
 """
 
+import bisect
 import contextlib
+import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.order import Layout
 from pipeline.read import OpenShard, ReadStats
-from pipeline.records import Records, block_records
 from pipeline.stage import Stage
 from pipeline.stall import Busy
 from shards.errors import InputError
-from shards.reader import ShardReader
-from shards.schema import Manifest, ShardInfo
+from shards.reader import Rows, ShardReader
+from shards.schema import Manifest, ShardInfo, sample_key
+
+Records = NDArray[np.void]
+"""(n,) of `record_type`: what is known of samples, made once of a block, then copied in one go wherever they go."""
 
 MAX_OPEN_SHARDS = 256
 """Kept open at once, two file descriptors each."""
 ROWS_KEPT = 65_536
 """Rows (without images, about 250 bytes each) kept for the next visit to their block: a row group costs 0.55 ms to
 read, a tenth of all work in a small set of short blocks. A large set does not come back to a block this soon."""
+
+
+def record_type(manifest: Manifest) -> np.dtype:
+    """Fields of a record; of a block's records, `shard`, `planned` and `address` say nothing yet."""
+    return np.dtype(
+        [
+            ("shard", np.int64),  # number in the split, or in the mixture
+            ("row", np.int64),  # in the shard
+            ("planned", np.int64),  # row that the order names; not `row` where that one is bad
+            ("source", np.int64),  # with the next: the opaque key
+            ("source_row", np.int64),
+            ("offset", np.int64),  # first byte of the image in the tar
+            ("address", np.int64),  # and in memory
+            ("size", np.int64),  # bytes of the image
+            ("xxh3", np.uint64),  # of them
+            ("token_count", np.int64),
+            ("side_words", np.bool_),
+            ("labels", np.float32, (len(manifest.labels),)),
+            ("tokens", np.uint16, (manifest.tokenizer.context,)),
+        ],
+        align=True,
+    )
+
+
+def block_records(rows: Rows, manifest: Manifest, first: int) -> Records:
+    """Records of a block's rows, of which the first is row `first` of its shard."""
+    records = np.zeros(len(rows), dtype=record_type(manifest))
+    records["row"] = first + np.arange(len(rows))
+    for name in ("source", "source_row", "offset", "size", "xxh3", "token_count", "side_words", "labels", "tokens"):
+        records[name] = getattr(rows, name)
+    return records
+
+
+def key_of(record: np.void) -> str:
+    """A sample's opaque key."""
+    return sample_key(int(record["source"]), int(record["source_row"]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardSet:
+    """A split of one data set."""
+
+    root: Path
+    """Folder of the data set."""
+    manifest: Manifest
+    shards: tuple[ShardInfo, ...]
+    """Of the split."""
+    layout: Layout
+    """Their rows."""
+    copies: Stage | None = None
+    """Copies on the node."""
 
 
 class _Entry:
@@ -35,24 +96,44 @@ class _Entry:
 
 
 class OpenShards:
-    """The shards of one split, opened when first used, the longest unused closed when there are many."""
+    """The shards of one split or more, opened when first used, the longest unused closed when there are many."""
 
-    def __init__(
-        self, root: Path, manifest: Manifest, shards: tuple[ShardInfo, ...], copies: Stage | None = None
-    ) -> None:
-        self.stats, self.busy, self.copies = ReadStats(), Busy(), copies
-        self._root, self._manifest, self._shards = root, manifest, shards
+    def __init__(self, sets: Sequence[ShardSet]) -> None:
+        self.stats, self.busy, self.sets = ReadStats(), Busy(), sets
+        self.first = (0, *itertools.accumulate(len(each.shards) for each in sets[:-1]))
+        """Number of each set's first shard."""
         self._open: OrderedDict[tuple[int, bool], _Entry] = OrderedDict()
         self._rows: OrderedDict[tuple[int, int], Records] = OrderedDict()
         self._lock = threading.Lock()
 
-    def name(self, number: int) -> str:
-        """Name of a shard."""
-        return self._shards[number].name
+    def find(self, number: int) -> tuple[ShardSet, int]:
+        """The set of a shard, and the shard's number in it."""
+        index = bisect.bisect(self.first, number) - 1
+        return self.sets[index], number - self.first[index]
+
+    def info(self, number: int) -> ShardInfo:
+        """What the manifest says of a shard."""
+        own, local = self.find(number)
+        return own.shards[local]
 
     def has_copy(self, number: int) -> bool:
         """Whether a copy of a shard is on this node."""
-        return self.copies is not None and self.copies.has(number)
+        own, local = self.find(number)
+        return own.copies is not None and own.copies.has(local)
+
+    @property
+    def staged(self) -> int:
+        """Shards of which there are copies on the node."""
+        return sum(each.copies.count() for each in self.sets if each.copies is not None)
+
+    def candidates(self, number: int, block: int) -> NDArray[np.int64]:
+        """The rows of a block, counted from its first, that may stand in for a bad one."""
+        own, local = self.find(number)
+        return own.layout.chosen_of(local, block)
+
+    def block_rows(self, number: int) -> int:
+        """Rows of a block of a shard."""
+        return self.find(number)[0].manifest.block_rows
 
     @contextlib.contextmanager
     def use(self, number: int, *, staged: bool = False) -> Iterator[OpenShard]:
@@ -75,20 +156,22 @@ class OpenShards:
 
     def records(self, shard: OpenShard, number: int, block: int) -> Records:
         """The records of a block of a shard in use, from those kept if they are there."""
+        manifest = self.find(number)[0].manifest
         with self._lock:
             records = self._rows.pop((number, block), None)
         if records is None:
-            records = block_records(shard.read_rows(block), self._manifest, block * self._manifest.block_rows)
+            records = block_records(shard.read_rows(block), manifest, block * manifest.block_rows)
         with self._lock:
             self._rows[number, block] = records
-            while len(self._rows) * self._manifest.block_rows > ROWS_KEPT:
+            while len(self._rows) * manifest.block_rows > ROWS_KEPT:
                 self._rows.popitem(last=False)
         return records
 
     def distrust(self, number: int, why: InputError) -> None:
         """Read a shard from the shared folder from now on."""
-        assert self.copies is not None
-        self.copies.distrust(number, str(why))
+        own, local = self.find(number)
+        assert own.copies is not None
+        own.copies.distrust(local, str(why))
         with self._lock:
             for key in [key for key in self._rows if key[0] == number]:
                 del self._rows[key]
@@ -101,10 +184,10 @@ class OpenShards:
         self._open.clear()
 
     def _open_shard(self, number: int, staged: bool) -> OpenShard:
-        info = self._shards[number]
-        root = self.copies.root if staged and self.copies is not None else self._root
+        own, info = self.find(number)[0], self.info(number)
+        root = own.copies.root if staged and own.copies is not None else own.root
         with self.busy.doing(f"opening {info.name}"):
-            return OpenShard(lambda: ShardReader(root, self._manifest, info), self.stats, self.busy, staged=staged)
+            return OpenShard(lambda: ShardReader(root, own.manifest, info), self.stats, self.busy, staged=staged)
 
     def _close_unused(self) -> None:
         unused = [key for key, entry in self._open.items() if not entry.users]

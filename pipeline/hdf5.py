@@ -35,9 +35,9 @@ from pipeline.batch import Batch, World
 from pipeline.config import LoaderConfig, thread_count
 from pipeline.effects import apply
 from pipeline.encoded import decide, make_batch, rank_positions
+from pipeline.handles import Records, block_records
 from pipeline.kernels import Normalise
 from pipeline.order import Order
-from pipeline.records import Records, block_records
 from shards.encodings import ENCODINGS, decode, encode
 from shards.errors import InputError
 from shards.reader import ShardReader

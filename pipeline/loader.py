@@ -7,9 +7,8 @@ A loader's whole state is one integer, `position`: build it with `position=p` an
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -22,9 +21,9 @@ from pipeline.blocks import BlockReader
 from pipeline.buffers import MOST_MEMORY, check_memory, read_ahead
 from pipeline.config import LoaderConfig, stream_count
 from pipeline.encoded import EncodedBatches
-from pipeline.handles import OpenShards
-from pipeline.mixture import MixedOrder, MixedReader, check_alike, deal_streams, set_seed
-from pipeline.order import Layout, Order, RowOrder, ShuffledOrder, Visit
+from pipeline.handles import OpenShards, ShardSet
+from pipeline.mixture import MixedOrder, check_alike, deal_streams, set_seed
+from pipeline.order import Layout, RowOrder, ShuffledOrder
 from pipeline.quarantine import Quarantine, ShardNames
 from pipeline.selection import Selection, select_rows
 from pipeline.stage import Stage
@@ -56,7 +55,7 @@ class Loader(Iterator[Batch]):
         streams: int,
         position: int,
         backend: Backend,
-        reader: BlockReader | MixedReader | None = None,
+        reader: BlockReader | None = None,
     ) -> None:
         self.config = config
         self.samples = samples
@@ -81,7 +80,7 @@ class Loader(Iterator[Batch]):
         batch = self._backend.next()
         self._wait_s += time.perf_counter() - begin
         if self._reader is not None:
-            self._reader.quarantine.count(batch.replaced)
+            self._reader.loader.quarantine.count(batch.replaced)
         self._batches += 1
         self._images += len(batch)
         self.position = batch.position + self.config.batch_size
@@ -89,17 +88,18 @@ class Loader(Iterator[Batch]):
 
     def bad_samples(self) -> list[dict[str, Any]]:
         """The bad samples whose places others took so far; give them to `build_loader` to go on from `position`."""
-        return [] if self._reader is None else self._reader.quarantine.listed()
+        return [] if self._reader is None else self._reader.loader.quarantine.listed()
 
     def stats(self) -> dict[str, float]:
         """Counts so far: batches, images, seconds the trainer waited here; blocks and bytes read, reads retried, bad
         samples replaced, shards that are on this node."""
         stats: dict[str, float] = {"batches": self._batches, "images": self._images, "wait_s": self._wait_s}
         if self._reader is not None:
-            read = self._reader.stats
+            shards = self._reader.loader.shards
+            read = shards.stats
             stats |= {"blocks": read.blocks, "bytes": read.bytes, "retries": read.retries}
             stats |= {"buffer_bytes": self._reader.buffer_bytes, "bad_samples": len(self.bad_samples())}
-            stats["staged"] = self._reader.staged
+            stats["staged"] = shards.staged
         return stats
 
     def close(self) -> None:
@@ -132,25 +132,18 @@ def build_loader(
     streams = stream_count(config, world)
     if position < 0 or position % config.batch_size:
         raise InputError(f"position {position} is not a multiple of the batch size {config.batch_size}")
-    manifest = read_manifest(config.shards)
-    mixed = config.mode == "train" and bool(config.more_shards)
+    more = config.more_shards if config.mode == "train" else ()
+    manifests = [read_manifest(Path(root)) for root in (config.shards, *more)]
+    manifest = manifests[0]
+    order: MixedOrder | ShuffledOrder | RowOrder
+    order = make_mixed_order(config, manifests, streams) if more else make_order(config, manifest, streams)
     name = resolve_backend(config, world)
     if name.startswith("hdf5"):
         from pipeline.hdf5 import Hdf5Backend
 
-        order = make_order(config, manifest, streams)
         baseline = Hdf5Backend(config, manifest, world, order, position, tuned=name == "hdf5-tuned")
         return Loader(config, order.samples, streams, position, baseline)
-    limit = config.max_bad if config.mode == "train" else 0
-    reader: BlockReader | MixedReader
-    if mixed:
-        make = partial(Quarantine, limit=limit, known=bad_samples)
-        order, reader = _make_mixture(config, manifest, world, make, streams, position)
-    else:
-        order = make_order(config, manifest, streams)
-        live = 1 if config.mode == "eval" else streams // world.size
-        quarantine = Quarantine(ShardNames(split=config.split), limit, bad_samples)
-        reader = _make_reader(config, manifest, order.layout, order.visits(position, world), quarantine, live)
+    reader = _make_reader(config, manifests, order, world, streams, position, bad_samples)
     try:
         batches = EncodedBatches(config, manifest, world, reader, position, order.samples)
         backend = _make_backend(name, config, manifest, world, batches)
@@ -160,7 +153,7 @@ def build_loader(
     return Loader(config, order.samples, streams, position, backend, reader)
 
 
-def make_order(config: LoaderConfig, manifest: Manifest, streams: int, number: int = 0) -> Order:
+def make_order(config: LoaderConfig, manifest: Manifest, streams: int, number: int = 0) -> ShuffledOrder | RowOrder:
     """The order that the config asks for, of the data set `number` of a mixture. InputError where the split is absent,
     or too little of it is selected."""
     layout = make_layout(config, manifest, number)
@@ -201,24 +194,36 @@ def resolve_backend(config: LoaderConfig, world: World) -> str:
 
 def _make_reader(
     config: LoaderConfig,
-    manifest: Manifest,
-    layout: Layout,
-    visits: Iterator[Visit],
-    quarantine: Quarantine,
-    live: int,
-    first_shard: int = 0,
+    manifests: Sequence[Manifest],
+    order: MixedOrder | ShuffledOrder | RowOrder,
+    world: World,
+    streams: int,
+    position: int,
+    bad_samples: Sequence[dict[str, Any]],
 ) -> BlockReader:
-    """A reader of visits, `live` of which are open at once."""
-    shards, image = manifest.splits[config.split], manifest.image
-    if image.channels != 1:
-        raise InputError(f"{config.shards} holds images of {image.channels} channels; the backends here read grey ones")
+    """A reader of the rank's visits."""
+    if (channels := manifests[0].image.channels) != 1:
+        raise InputError(f"{config.shards} holds images of {channels} channels; the backends here read grey ones")
+    if isinstance(order, MixedOrder):
+        layouts = [each.layout for each in order.orders]
+        live = [order.set_streams(number, world) for number in range(len(layouts))]
+    else:
+        layouts, live = [order.layout], [1 if config.mode == "eval" else streams // world.size]
     limit = MOST_MEMORY if config.memory_mb is None else config.memory_mb << 20
-    check_memory(manifest, shards, limit, live)
-    memory = limit if config.memory_mb else read_ahead(shards, layout, live, config.read_threads)
-    opened = OpenShards(Path(config.shards), manifest, shards, _stage(config, manifest))
-    loader = VisitLoader(opened, manifest, quarantine, layout.chosen_of, first_shard)
-    threads, patience = config.read_threads, config.stall_abort_s
-    return BlockReader(loader, shards, visits, memory, threads=threads, stall_abort_s=patience)
+    for manifest in manifests:
+        check_memory(manifest, manifest.splits[config.split], limit, sum(live))
+    sets = [
+        ShardSet(root=Path(root), manifest=manifest, shards=manifest.splits[config.split], layout=layout,
+                 copies=_stage(config, Path(root), manifest))
+        for root, manifest, layout in zip((config.shards, *config.more_shards), manifests, layouts, strict=False)
+    ]  # fmt: skip
+    memory = limit if config.memory_mb else read_ahead(sets, live, config.read_threads)
+    shards = OpenShards(sets)
+    names = ShardNames(split=config.split, first=shards.first)
+    quarantine = Quarantine(names, config.max_bad if config.mode == "train" else 0, bad_samples)
+    visits, patience = order.visits(position, world), config.stall_abort_s
+    loader = VisitLoader(shards, quarantine)
+    return BlockReader(loader, visits, memory, threads=config.read_threads, stall_abort_s=patience)
 
 
 def make_mixed_order(config: LoaderConfig, manifests: Sequence[Manifest], streams: int) -> MixedOrder:
@@ -235,43 +240,12 @@ def make_mixed_order(config: LoaderConfig, manifests: Sequence[Manifest], stream
     return MixedOrder([order for order in orders if isinstance(order, ShuffledOrder)], owner)
 
 
-def _make_mixture(
-    config: LoaderConfig,
-    manifest: Manifest,
-    world: World,
-    make_quarantine: Callable[[ShardNames], Quarantine],
-    streams: int,
-    position: int,
-) -> tuple[MixedOrder, MixedReader]:
-    """Order and readers of all sets; each has its part of the memory, and all have one quarantine."""
-    manifests = [manifest, *(read_manifest(Path(root)) for root in config.more_shards)]
-    order = make_mixed_order(config, manifests, streams)
-    quarantine = make_quarantine(ShardNames(split=config.split, first=tuple(order.first_shard)))
-    readers: list[tuple[int, BlockReader]] = []
-    try:
-        for number, root in enumerate((config.shards, *config.more_shards)):
-            live = order.set_streams(number, world)
-            if not live:
-                continue
-            share = config.memory_mb and max(1, config.memory_mb * live * world.size // streams)
-            part = replace(config, shards=Path(root), memory_mb=share)
-            visits = order.set_visits(number, position, world)
-            layout = order.orders[number].layout
-            first = order.first_shard[number]
-            readers.append((first, _make_reader(part, manifests[number], layout, visits, quarantine, live, first)))
-    except BaseException:
-        for _, reader in readers:
-            reader.close()
-        raise
-    return order, MixedReader(readers)
-
-
-def _stage(config: LoaderConfig, manifest: Manifest) -> Stage | None:
+def _stage(config: LoaderConfig, root: Path, manifest: Manifest) -> Stage | None:
     """Copies on the node, begun, where the config asks for them."""
     if config.stage_dir is None:
         return None
     limit = None if config.stage_gb is None else int(config.stage_gb * 1e9)
-    return Stage(Path(config.shards), Path(config.stage_dir), manifest, manifest.splits[config.split], limit)
+    return Stage(root, Path(config.stage_dir), manifest, manifest.splits[config.split], limit)
 
 
 def _make_backend(

@@ -20,11 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.batch import World
-from pipeline.blocks import BlockReader
-from pipeline.order import Layout, Places, ShuffledOrder, Visit
-from pipeline.quarantine import Quarantine
-from pipeline.read import ReadStats
-from pipeline.visits import Loaded
+from pipeline.order import Places, ShuffledOrder, Visit
 from shards.counter import hash64
 from shards.errors import InputError
 from shards.schema import Manifest
@@ -70,8 +66,6 @@ class MixedOrder:
         """`owner`: (streams,) the set of each stream; each order has as many streams as are its set's."""
         self.orders = orders
         self.samples = sum(order.samples for order in orders)
-        self.layout: Layout = orders[0].layout
-        """The first set's; each set's reader uses its own."""
         self._owner, self._streams = owner, len(owner)
         self._mine = [np.flatnonzero(owner == number) for number in range(len(orders))]
         shards = [len(order.layout.rows) for order in orders]
@@ -92,100 +86,20 @@ class MixedOrder:
 
     def visits(self, position: int, world: World) -> Iterator[Visit]:
         """The rank's visits of all sets from a position on, by the position of their first row."""
-        sets = [self._numbered_on(number, position, world) for number in range(len(self.orders))]
+        sets = [self.set_visits(number, position, world) for number in range(len(self.orders))]
         return heapq.merge(*sets, key=lambda visit: visit.first)
-
-    def _numbered_on(self, number: int, position: int, world: World) -> Iterator[Visit]:
-        for visit in self.set_visits(number, position, world):
-            yield replace(visit, shard=visit.shard + self.first_shard[number])
 
     def set_streams(self, number: int, world: World) -> int:
         """How many of a rank's streams are a set's."""
         return int((self._mine[number] % world.size == world.rank).sum())
 
     def set_visits(self, number: int, position: int, world: World) -> Iterator[Visit]:
-        """The rank's visits of one set, shards counted within the set; positions are the mixture's."""
+        """The rank's visits of one set; positions and shards are the mixture's."""
         order, mine = self.orders[number], self._mine[number]
         residues = np.flatnonzero(mine % world.size == world.rank)
         whole, rest = divmod(position, self._streams)
         begin = whole * order.streams + int(np.searchsorted(mine, rest))
         for visit in order.visits_of(begin, residues.tolist()):
             item, index = divmod(visit.first, order.streams)
-            yield replace(visit, first=item * self._streams + int(mine[index]), step=self._streams)
-
-
-class MixedReader:
-    """Several sets' block readers as one: visits by position, shards numbered on through the sets. One consumer."""
-
-    def __init__(self, readers: Sequence[tuple[int, BlockReader]]) -> None:
-        """Each reader with the number of its set's first shard."""
-        self._readers = readers
-        self.quarantine: Quarantine = readers[0][1].quarantine
-
-    @property
-    def stats(self) -> ReadStats:
-        """What was read so far."""
-        total = ReadStats()
-        for _, reader in self._readers:
-            total.add(bytes=reader.stats.bytes, blocks=reader.stats.blocks, retries=reader.stats.retries)
-        return total
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Bytes in all buffers, free ones included."""
-        return sum(reader.buffer_bytes for _, reader in self._readers)
-
-    @property
-    def staged(self) -> int:
-        """Shards of which there are copies on the node."""
-        return sum(reader.staged for _, reader in self._readers)
-
-    def next_first(self) -> int | None:
-        """First position of the visit that `get` hands out next."""
-        return min(self._firsts())
-
-    def get(self) -> Loaded:
-        """The next visit, waited for."""
-        firsts = self._firsts()
-        first_shard, reader = self._readers[firsts.index(min(firsts))]
-        loaded = reader.get()
-        return replace(loaded, visit=replace(loaded.visit, shard=loaded.visit.shard + first_shard))
-
-    def release(self, loaded: Sequence[Loaded]) -> None:
-        """Give the buffers of visits back; their images are no longer valid."""
-        for each in loaded:
-            self._of(each.visit.shard)[1].release([each])
-
-    def block_rows(self, shard: int) -> int:
-        """Rows of a block of a shard; data sets differ in it."""
-        return self._of(shard)[1].block_rows(shard)
-
-    def retire(self, shard: int, row: int, why: str) -> None:
-        """See `VisitLoader.retire`."""
-        first_shard, reader = self._of(shard)
-        reader.retire(shard - first_shard, row, why)
-
-    def load_one(self, visit: Visit) -> Loaded:
-        """See `BlockReader.load_one`."""
-        first_shard, reader = self._of(visit.shard)
-        loaded = reader.load_one(replace(visit, shard=visit.shard - first_shard))
-        return replace(loaded, visit=visit)
-
-    def stop(self) -> None:
-        """Begin to close."""
-        for _, reader in self._readers:
-            reader.stop()
-
-    def close(self) -> None:
-        """Stop the threads and close the files."""
-        self.stop()
-        for _, reader in self._readers:
-            reader.close()
-
-    def _firsts(self) -> list[int]:
-        firsts = [reader.next_first() for _, reader in self._readers]
-        assert None not in firsts  # training orders do not end
-        return [first for first in firsts if first is not None]
-
-    def _of(self, shard: int) -> tuple[int, BlockReader]:
-        return max((each for each in self._readers if each[0] <= shard), key=lambda each: each[0])
+            first, shard = item * self._streams + int(mine[index]), visit.shard + self.first_shard[number]
+            yield replace(visit, first=first, step=self._streams, shard=shard)

@@ -75,7 +75,6 @@ class Order(Protocol):
     """What the loader needs to know of an order."""
 
     samples: int
-    layout: "Layout"
 
     def locate(self, positions: Ints) -> Places:
         """Places of positions (n,) int64 >= 0."""

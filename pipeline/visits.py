@@ -11,15 +11,12 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.handles import OpenShards
+from pipeline.handles import OpenShards, Records, key_of
 from pipeline.order import Visit
 from pipeline.quarantine import BadSample, Quarantine
 from pipeline.read import OpenShard
-from pipeline.records import Records, key_of
 from shards.errors import InputError
-from shards.schema import Manifest
 
-Ints = NDArray[np.int64]
 Result = TypeVar("Result")
 
 
@@ -48,22 +45,10 @@ class Loaded:
 
 
 class VisitLoader:
-    """Loads visits of one split. Safe to share between threads."""
+    """Loads visits. Safe to share between threads."""
 
-    def __init__(
-        self,
-        shards: OpenShards,
-        manifest: Manifest,
-        quarantine: Quarantine,
-        candidates: Callable[[int, int], Ints],
-        first_shard: int = 0,
-    ) -> None:
-        """`candidates(shard, block)`: the rows of a block, from its first, that may stand in for a bad one.
-
-        `first_shard`: what the quarantine calls the first shard.
-        """
-        self.shards, self.quarantine, self._first_shard = shards, quarantine, first_shard
-        self.block_rows, self._candidates = manifest.block_rows, candidates
+    def __init__(self, shards: OpenShards, quarantine: Quarantine) -> None:
+        self.shards, self.quarantine = shards, quarantine
 
     def load(self, visit: Visit, pool: Pool) -> Loaded:
         """A visit's data. InputError for what cannot be read, and for bad samples where none are tolerated."""
@@ -71,7 +56,7 @@ class VisitLoader:
 
     def retire(self, number: int, row: int, why: str) -> None:
         """Note that a row of a shard is bad although its bytes are sound. InputError where none is tolerated."""
-        block, within = divmod(row, self.block_rows)
+        block, within = divmod(row, self.shards.block_rows(number))
         records = self._at(number, lambda shard: self.shards.records(shard, number, block))
         self._condemn(number, records[[within]], [0], why)
 
@@ -87,10 +72,11 @@ class VisitLoader:
             return action(shard)
 
     def _load(self, visit: Visit, shard: OpenShard, pool: Pool) -> Loaded:
-        block, first = self.shards.records(shard, visit.shard, visit.block), visit.block * self.block_rows
+        block = self.shards.records(shard, visit.shard, visit.block)
+        first = visit.block * self.shards.block_rows(visit.shard)
         while True:
             places = self.quarantine.replace(
-                self._first_shard + visit.shard, first, visit.rows, lambda: self._candidates(visit.shard, visit.block)
+                visit.shard, first, visit.rows, lambda: self.shards.candidates(visit.shard, visit.block)
             )
             records = block[places]
             records["planned"] = visit.rows + first
@@ -110,8 +96,7 @@ class VisitLoader:
         """Note samples as bad, the one of the lowest row first, which is the one that an error names."""
         for record in sorted(records[wrong], key=lambda record: int(record["row"])):
             row, offset = int(record["row"]), int(record["offset"])
-            shard, key = self._first_shard + number, key_of(record)
-            self.quarantine.condemn(BadSample(shard=shard, row=row, key=key, offset=offset, why=why))
+            self.quarantine.condemn(BadSample(shard=number, row=row, key=key_of(record), offset=offset, why=why))
 
 
 def read_images(shard: OpenShard, records: Records, pool: Pool) -> tuple[NDArray[np.uint8], list[NDArray[np.uint8]]]:

@@ -22,6 +22,7 @@ from pipeline import handles, read, stall
 from pipeline.batch import World, digest_batch
 from pipeline.config import LoaderConfig
 from pipeline.loader import Loader, build_loader, make_order
+from pipeline.order import Layout
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import Rows, ShardReader
@@ -290,7 +291,9 @@ def test_a_hang_while_opening_holds_up_that_shard_alone(shards_dir: Path, monkey
 
     monkeypatch.setattr(handles, "ShardReader", open_slowly)
     manifest = read_manifest(shards_dir)
-    shards = handles.OpenShards(shards_dir, manifest, manifest.splits["train"])
+    infos = manifest.splits["train"]
+    layout = Layout(tuple(info.rows for info in infos), manifest.block_rows)
+    shards = handles.OpenShards([handles.ShardSet(root=shards_dir, manifest=manifest, shards=infos, layout=layout)])
 
     def hang() -> None:
         with shards.use(1):

@@ -16,8 +16,9 @@ from test_pipeline_order import everything, layouts, places, used_blocks
 from test_pipeline_selection import config, delivered, table
 
 from pipeline.batch import World
+from pipeline.handles import OpenShards
 from pipeline.loader import build_loader
-from pipeline.mixture import MixedOrder, MixedReader, deal_streams, set_seed
+from pipeline.mixture import MixedOrder, deal_streams, set_seed
 from pipeline.order import ShuffledOrder
 from pipeline.read import OpenShard
 from shards.errors import InputError
@@ -232,10 +233,11 @@ def test_a_bad_sample_of_either_set_is_named_and_replaced(
 
 
 def test_blocks_are_counted_by_the_rows_of_their_own_set() -> None:
-    readers = [(0, SimpleNamespace(block_rows=lambda _: 16, quarantine=None))]
-    readers += [(3, SimpleNamespace(block_rows=lambda _: 190, quarantine=None))]
-    mixed = MixedReader(readers)  # type: ignore[arg-type]
-    assert [mixed.block_rows(shard) for shard in (0, 2, 3, 9)] == [16, 16, 190, 190]
+    sets = [SimpleNamespace(shards="abc", manifest=SimpleNamespace(block_rows=16))]
+    sets += [SimpleNamespace(shards="abcdefg", manifest=SimpleNamespace(block_rows=190))]
+    shards = OpenShards(sets)  # type: ignore[arg-type]
+    assert [shards.block_rows(shard) for shard in (0, 2, 3, 9)] == [16, 16, 190, 190]
+    assert [shards.info(shard) for shard in (0, 2, 3, 9)] == ["a", "c", "a", "g"]
 
 
 def test_sets_that_differ_are_refused(shards_dir: Path, other: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pipeline.batch import World
 from pipeline.blocks import BlockReader
 from pipeline.buffers import Buffers
 from pipeline.config import LoaderConfig
-from pipeline.handles import OpenShards
+from pipeline.handles import OpenShards, ShardSet
 from pipeline.loader import build_loader
 from pipeline.order import Layout, ShuffledOrder
 from pipeline.quarantine import Quarantine, ShardNames
@@ -254,13 +254,9 @@ def test_read_ahead_stays_within_its_memory(shards_dir: Path) -> None:
     shards = manifest.splits["train"]
     order = ShuffledOrder(Layout(tuple(shard.rows for shard in shards), manifest.block_rows), seed=0, streams=2)
     limit = 1 << 20
-    loader = VisitLoader(
-        OpenShards(shards_dir, manifest, shards),
-        manifest,
-        Quarantine(ShardNames(split="train"), 0),
-        order.layout.chosen_of,
-    )
-    reader = BlockReader(loader, shards, order.visits(0, World()), limit)
+    files = OpenShards([ShardSet(root=shards_dir, manifest=manifest, shards=shards, layout=order.layout)])
+    loader = VisitLoader(files, Quarantine(ShardNames(split="train"), 0))
+    reader = BlockReader(loader, order.visits(0, World()), limit)
     for expected, _ in zip(order.visits(0, World()), range(40), strict=False):
         assert reader.next_first() == expected.first
         loaded = reader.get()
