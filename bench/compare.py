@@ -2,7 +2,7 @@
 
 The rule (`RULE` says it to readers). Rounds are the sample. A figure is worse where
 
-- the newer rounds are worse than the older by a one-sided exact Mann-Whitney test (Mann and Whitney 1947) at LEVEL: no
+- the newer rounds are worse than the older by a one-sided Mann-Whitney test (Mann and Whitney 1947) at LEVEL: no
   assumption on how rounds are spread, and one slow first round does not count for more than it is;
 - and the medians differ by more than `min_effect`, and by more than the metric's own least difference;
 - and, for films/s, the same holds of the ratio to the reference within each round, where one was measured beside it:
@@ -14,18 +14,16 @@ hardly pass the test: they are shown as too few to tell.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import comb
 from statistics import median
 
-from bench.kinds import METRICS, Case, Metric, Result
-from bench.shapes import REFERENCES
+from bench.kinds import METRICS, REFERENCES, Case, Metric, Result
 
 LEVEL = 0.01
-_MOST_EXACT = 2_500
-"""Pairs of rounds; the exact distribution of more takes long, and the normal one is as good."""
 UNTUNED = ("rounds", "seconds", "warmup_batches")
 """Settings that change how well a thing is measured, not what."""
 RULE = (
-    "A figure is worse where the rounds of the newer run are worse by a one-sided exact Mann-Whitney test (p "
+    "A figure is worse where the rounds of the newer run are worse by a one-sided Mann-Whitney test (p "
     "< {level:g}) and the medians differ by more than {effect:.0%}; for films/s beside an HDF5 loader the ratio to it "
     "within each round has to be worse by the same rule. Runs on different machines, or with different settings, "
     "are not compared."
@@ -145,19 +143,11 @@ def judge(before: Sequence[float], after: Sequence[float], metric: Metric, min_e
 
     one, two = median(before), median(after)
     grown = two > one
-    few = len(before) * len(after) <= _MOST_EXACT
-    side = "greater" if grown else "less"
-    p = float(mannwhitneyu(after, before, alternative=side, method="exact" if few else "asymptotic").pvalue)
+    p = float(mannwhitneyu(after, before, alternative="greater" if grown else "less").pvalue)  # exact where few
     large = abs(two - one) > max(min_effect * abs(one), metric.least)
     if not large:
         return SAME, p
     if p >= LEVEL:
-        return (FEW if min_p(len(before), len(after)) >= LEVEL else SAME), p
+        least = 1 / comb(len(before) + len(after), len(before))  # p of no overlap
+        return (FEW if least >= LEVEL else SAME), p
     return (BETTER if grown == metric.higher_is_better else WORSE), p
-
-
-def min_p(one: int, two: int) -> float:
-    """The least p that so many rounds can give: that of no overlap."""
-    from math import comb
-
-    return 1 / comb(one + two, one)

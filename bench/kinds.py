@@ -1,16 +1,19 @@
 """What a JSON of the bench holds, whichever part of it wrote the file: cases measured in rounds, tables, sentences.
 
-A file may come from anywhere: what is not of the shape that is looked for is left out, never believed.
+Whatever is not as the bench writes it raises some error, on which `shapes.read_results` refuses the file.
 """
 
-import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-MAX_ITEMS, MAX_TEXT, MAX_SAID = 2_000, 400, 1_500
-"""No file of ours comes near: cases or rows of a table, characters of a text, of a verdict."""
+REFERENCES = ("hdf5-tuned", "hdf5")
+"""Loaders that share no code with ours: what slows them as well is the machine. The first that is there counts."""
+MAX_TEXT = 400
+"""Characters of a text; no file of ours comes near."""
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,12 +43,8 @@ METRICS = {
 }
 """Those that are shown and compared, by our name for them."""
 
-_ALIASES: dict[str, tuple[str, float]] = {
-    "step_s": ("step_ms", 1e3),
-    "pss_bytes": ("pss_mib", 2**-20),
-    "read_bytes": ("read_mib", 2**-20),
-    "cpu_s_per_1000_images": ("cpu_s_per_1000", 1.0),
-}
+
+_ALIASES = {"step_s": ("step_ms", 1e3), "pss_bytes": ("pss_mib", 2**-20), "read_bytes": ("read_mib", 2**-20)}
 """A writer's name -> ours, and what to multiply by."""
 
 
@@ -83,7 +82,7 @@ class Case:
 class Table:
     """Rows of text."""
 
-    title: str
+    title: str = ""
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
@@ -95,8 +94,8 @@ class Result:
     file: str
     """Name of the file, with the key of the part where it holds several."""
     kind: str
-    """A key of KINDS."""
-    raw: Mapping[str, Any]
+    """A key of `shapes.KINDS`."""
+    raw: Row
     time: str = ""
     """ISO 8601; empty where unknown."""
     machine: str = ""
@@ -114,73 +113,92 @@ class Result:
         return next((case for case in self.cases if case.name == name and case.latency_ms is None), None)
 
 
-def machine(environment: Mapping[str, Any]) -> str:
+def ratios(values: Sequence[float], base: Sequence[float]) -> tuple[float, ...]:
+    """Within each round; empty where the rounds are not the same ones."""
+    return tuple(value / under for value, under in zip(values, base, strict=True)) if len(values) == len(base) else ()
+
+
+def spread(values: Sequence[float], form: str = "{:.2f}x") -> str:
+    """The median, and lowest and highest where there are several."""
+    ends = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""
+    return form.format(statistics.median(values)) + ends
+
+
+def machine(environment: Row) -> str:
     """The machine in a line: runs with equal lines compare."""
     if not environment:
         return ""
-    memory = number(environment.get("memory_gib"))
-    gpu = text(environment.get("gpu") or "no GPU")
-    size = "" if memory is None else f", {memory:.0f} GiB"
-    disk = text(mapping(mapping(environment.get("file_system")).get("shards")).get("type", ""))
-    shown = f"{text(environment.get('cpus', '?'))} CPUs of {text(environment.get('cpu', '?'))}{size}, {gpu}"
-    return f"{shown}, {disk}" if disk else shown
-
-
-def round_values(rounds: Any) -> dict[str, tuple[float, ...]]:
-    """The numbers of METRICS that every round of a list has."""
-    rows = [row for row in items(rounds) if isinstance(row, dict)]
-    found: dict[str, tuple[float, ...]] = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        ours, factor = _ALIASES.get(name, (name, 1.0))
-        values = [number(row.get(name)) for row in rows]
-        if ours in METRICS and all(value is not None for value in values):
-            found[ours] = tuple(value * factor for value in values if value is not None)
-    return found
-
-
-def ratios(values: tuple[float, ...], base: tuple[float, ...]) -> tuple[float, ...]:
-    """Within each round; empty where the rounds are not the same ones."""
-    if len(values) != len(base) or not all(base):
-        return ()
-    return tuple(value / under for value, under in zip(values, base, strict=True))
-
-
-def number(value: Any) -> float | None:
-    """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    size = f", {environment['memory_gib']:.0f} GiB" if "memory_gib" in environment else ""
+    disk = environment.get("file_system", {}).get("shards", {}).get("type")
+    parts = f"{environment.get('cpus', '?')} CPUs of {environment.get('cpu', '?')}{size}"
+    return text(f"{parts}, {environment.get('gpu') or 'no GPU'}{f', {disk}' if disk else ''}")
 
 
 def text(value: Any, most: int = MAX_TEXT) -> str:
     """Anything as one line of printable text, cut where it is long."""
     if isinstance(value, float):
         value = f"{value:.6g}"
-    shown = "".join(each if each.isprintable() else " " for each in str(value)[: 2 * most])
-    shown = " ".join(shown.split())
+    shown = " ".join("".join(each if each.isprintable() else " " for each in str(value)[: 2 * most]).split())
     return shown if len(shown) <= most else shown[: most - 1] + "…"
 
 
-def mapping(value: Any) -> dict[str, Any]:
-    """A JSON object, or an empty one; what is beyond MAX_ITEMS is dropped."""
-    return dict(list(value.items())[:MAX_ITEMS]) if isinstance(value, dict) else {}
+def round_values(rounds: Sequence[Row]) -> dict[str, tuple[float, ...]]:
+    """The numbers of METRICS that every round of a list has."""
+    found: dict[str, tuple[float, ...]] = {}
+    for name in rounds[0] if rounds else ():
+        ours, factor = _ALIASES.get(name, (name, 1.0))
+        if ours in METRICS and all(row.get(name) is not None for row in rounds):
+            found[ours] = tuple(row[name] * factor for row in rounds)
+    return found
 
 
-def items(value: Any) -> list[Any]:
-    """A JSON array, or an empty one; what is beyond MAX_ITEMS is dropped."""
-    return value[:MAX_ITEMS] if isinstance(value, list) else []
+def measured_cases(raw: Row) -> tuple[tuple[Case, ...], str]:
+    """Cases with rounds, as all benches but the ingest's write them."""
+    rows: list[Row] = raw["cases"] if "cases" in raw else raw.get("loader", [])
+    several = len({row["batch_size"] for row in rows if "batch_size" in row}) > 1
+    cases = [_case(row, several=several) for row in rows]
+    reference = next((name for name in REFERENCES if any(case.name == name for case in cases)), "")
+    return tuple(_paired(case, cases, reference) for case in cases), reference
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Kind:
-    """How one part of the bench writes its JSON."""
+def _case(row: Row, *, several: bool) -> Case:
+    latency = row.get("latency_ms")
+    return Case(
+        name=text(row.get("name", "?")),
+        rounds=round_values(row.get("rounds", [])),
+        note=text(row.get("note") or ""),
+        peer=bool(row.get("peer")),
+        latency_ms=None if latency is None else float(latency),
+        batch_size=int(row["batch_size"]) if several and "batch_size" in row else None,
+    )
 
-    title: str
-    fits: Callable[[dict[str, Any]], bool]
-    """Whether a file without the key "bench" is one."""
-    cases: Callable[[dict[str, Any]], tuple[tuple[Case, ...], str]]
-    """Its cases, and the reference's name."""
-    tables: Callable[[dict[str, Any]], Iterator[Table]]
+
+def _paired(case: Case, cases: list[Case], reference: str) -> Case:
+    """With its ratio to the reference that was measured beside it."""
+    base = next((each for each in cases if each.name == reference and each.latency_ms == case.latency_ms), None)
+    if base is None or case.name == reference:
+        return case
+    return replace(case, reference=ratios(case.rounds.get("images_per_s", ()), base.rounds.get("images_per_s", ())))
+
+
+def ingest_cases(raw: Row) -> tuple[tuple[Case, ...], str]:
+    """An ingest of a layout by so many workers, against reading and encoding alone."""
+    return tuple(map(_ingest_case, raw.get("cases", []))), "floor"
+
+
+def _ingest_case(row: Row) -> Case:
+    films, rounds = row["films"], row["rounds"]
+    values = [
+        {"images_per_s": films / each["seconds"], "cpu_s_per_1000": each["cpu_s"] / films * 1e3}
+        for each in (taken["ingest"] for taken in rounds)
+    ]
+    return Case(
+        name=f"{workers(row)}, {text(row['layout'])}, {films:,.0f} films",
+        rounds=round_values(values),
+        reference=tuple(taken["floor"]["seconds"] / taken["ingest"]["seconds"] for taken in rounds),
+    )
+
+
+def workers(row: Row) -> str:
+    """So many workers, in words."""
+    return f"{row['workers']:.0f} worker" + "s" * (row["workers"] != 1)

@@ -14,11 +14,10 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from bench.compare import BETTER, LEVEL, RULE, SAME, Change, Comparison, compare_all
-from bench.files import UnreadableError, bundle, distinct, read_results
-from bench.kinds import METRICS, Result, Table, text
+from bench.kinds import METRICS, Result, Table, spread, text
 from bench.page import BAD, GOOD, UNKNOWN, Section, to_html, to_markdown
 from bench.processes import bench_guard
-from bench.shapes import KINDS
+from bench.shapes import KINDS, MALFORMED, UnreadableError, bundle, distinct, read_results
 from bench.standards import judged
 from shards.cli import parse, say
 from shards.errors import InputError
@@ -57,6 +56,8 @@ class Report:
     """Everything that the page says."""
 
     results: list[Result]
+    shown: list[Section]
+    """What the page shows of each result."""
     read: list[Path]
     """The files that they came from."""
     unreadable: list[str]
@@ -73,24 +74,30 @@ class Report:
 
 def make_report(files: Sequence[Path], min_effect: float = 0.05) -> Report:
     """Read and compare. InputError where a file is not there, or none holds a result."""
-    results: list[Result] = []
-    read: list[Path] = []
+    found: dict[Path, list[Result]] = {}
     unreadable: list[str] = []
     for path in files:
         try:
-            results += read_results(path)
-            read.append(path)
+            found[path] = read_results(path)
         except OSError as error:
             raise InputError(f"cannot read {path} ({error.strerror})") from None
         except UnreadableError as error:
             unreadable.append(f"{text(path.name)}: {error}")
+    results, shown = [], []
+    for result in distinct(result for each in found.values() for result in each):
+        try:
+            list(judged([result]))
+            shown.append(_result(result))
+            results.append(result)
+        except MALFORMED as error:
+            unreadable.append(f"{result.file}: it is not as the bench writes it ({type(error).__name__})")
     if not results:
         raise InputError(f"none of the files holds a result of the bench: {'; '.join(unreadable)}")
-    results = distinct(results)
     comparisons, left = compare_all(results, min_effect)
     return Report(
         results=results,
-        read=read,
+        shown=shown,
+        read=list(found),
         unreadable=unreadable,
         comparisons=comparisons,
         not_compared=left,
@@ -103,8 +110,8 @@ def sections(report: Report) -> Iterator[Section]:
     yield _summary(report)
     yield _standards(report)
     yield _changes(report)
-    for result in sorted(report.results, key=lambda found: list(KINDS).index(found.kind)):
-        yield _result(result)
+    ordered = sorted(zip(report.results, report.shown, strict=True), key=lambda pair: list(KINDS).index(pair[0].kind))
+    yield from (section for _, section in ordered)
 
 
 def _summary(report: Report) -> Section:
@@ -125,7 +132,7 @@ def _standards(report: Report) -> Section:
         (standard.what, _mark(reached), figure.shown if figure else "", standard.goal, figure.file if figure else "")
         for standard, figure, reached in judged(report.results)
     ]
-    table = Table(title="", header=("what", "reached", "measured", "to reach", "file"), rows=tuple(rows))
+    table = Table(header=("what", "reached", "measured", "to reach", "file"), rows=tuple(rows))
     note = "The standards of speed of DESIGN.md. Ratios are taken within a round: median (lowest to highest)."
     return Section(title="Standards", small=(note,), tables=(table,))
 
@@ -182,29 +189,27 @@ def _result(result: Result) -> Section:
 def _case_tables(result: Result) -> Iterator[Table]:
     """Medians of all cases, with the range of what matters most."""
     metrics = [name for name in METRICS if any(case.rounds.get(name) for case in result.cases)]
-    paired = any(case.reference for case in result.cases)
-    notes = any(case.note for case in result.cases)
-    header = ["case", *(METRICS[name].title for name in metrics), "rounds"]
-    header[2:2] = ["range"]
-    header += [f"to {result.reference}"] * paired + ["note"] * notes
-    rows = []
-    for case in result.cases:
-        cells = [METRICS[name].show(case.median(name)) for name in metrics]
-        cells[1:1] = [_range(case.rounds.get(metrics[0], ()), METRICS[metrics[0]].form)] if metrics else []
-        cells.append(str(max((len(values) for values in case.rounds.values()), default=0) or ""))
-        cells += [_range(case.reference, "{:.2f}x", middle=True)] * paired + [case.note] * notes
-        rows.append((case.label, *cells))
-    if rows and metrics:
-        yield Table(title="", header=tuple(header), rows=tuple(rows))
+    if not metrics:
+        return
+    main, *others = metrics
+    columns: list[tuple[str, list[str]]] = [
+        ("case", [case.label for case in result.cases]),
+        (METRICS[main].title, [METRICS[main].show(case.median(main)) for case in result.cases]),
+        ("range", [_range(case.rounds.get(main, ()), METRICS[main].form) for case in result.cases]),
+        *((METRICS[name].title, [METRICS[name].show(case.median(name)) for case in result.cases]) for name in others),
+        ("rounds", [str(max(map(len, case.rounds.values()), default="")) for case in result.cases]),
+    ]
+    if any(case.reference for case in result.cases):
+        ratios = [spread(case.reference) if case.reference else "" for case in result.cases]
+        columns.append((f"to {result.reference}", ratios))
+    if any(case.note for case in result.cases):
+        columns.append(("note", [case.note for case in result.cases]))
+    header, cells = zip(*columns, strict=True)
+    yield Table(header=header, rows=tuple(zip(*cells, strict=True)))
 
 
-def _range(values: Sequence[float], form: str, *, middle: bool = False) -> str:
-    from statistics import median
-
-    if not values or (len(values) == 1 and not middle):
-        return ""
-    ends = f"{form.format(min(values))} to {form.format(max(values))}"
-    return f"{form.format(median(values))} ({ends})" if middle else ends
+def _range(values: Sequence[float], form: str) -> str:
+    return f"{form.format(min(values))} to {form.format(max(values))}" if len(values) > 1 else ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

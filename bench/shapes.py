@@ -1,79 +1,128 @@
-"""The JSON kinds of the bench, one `Kind` each: how to know a file, its cases, its tables."""
+"""Files of the bench to results, and results to one file.
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+    bytes -> JSON -> its kind (the key "bench", or the shape of older files) -> cases, tables -> Result
+
+Files that hold others (a bundle, what `make gpu` writes) give a Result for each. A file that is not as its kind has it
+is refused whole.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from bench.kinds import Case, Kind, Table, items, mapping, number, ratios, round_values, text
+from bench.kinds import Case, Result, Row, Table, ingest_cases, machine, measured_cases, text, workers
 
-REFERENCES = ("hdf5-tuned", "hdf5")
-"""Loaders that share no code with ours: what slows them as well is the machine. The first that is there counts."""
+BUNDLE = "bundle"
+"""A file of files, each verbatim under its name."""
+MAX_BYTES, MAX_SAID = 64 << 20, 1_500
+"""No file of ours comes near: its bytes, characters of a verdict."""
 
-Row = dict[str, Any]
 Cell = tuple[str, str, str]
 """Key of a row's value, title of its column, format of a number."""
 
-
-def loader_cases(raw: Row) -> tuple[tuple[Case, ...], str]:
-    """Cases with rounds, as the benches of loader and step write them."""
-    rows = [row for row in items(raw.get("cases", raw.get("loader"))) if isinstance(row, dict)]
-    sizes = {text(row["batch_size"]) for row in rows if "batch_size" in row}
-    cases = [_case(row, several=len(sizes) > 1) for row in rows]
-    reference = next((name for name in REFERENCES if any(case.name == name for case in cases)), "")
-    return tuple(_paired(case, cases, reference) for case in cases), reference
+MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
+"""What a JSON that is not as the bench writes it gives rise to."""
 
 
-def _case(row: Row, *, several: bool) -> Case:
-    size = number(row.get("batch_size")) if several else None
-    return Case(
-        name=text(row.get("name", "?")),
-        rounds=round_values(row.get("rounds")),
-        note=text(row.get("note") or ""),
-        peer=bool(row.get("peer")),
-        latency_ms=number(row.get("latency_ms")),
-        batch_size=None if size is None else int(size),
+class UnreadableError(ValueError):
+    """A file that is no JSON of the bench; says why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """How one part of the bench writes its JSON."""
+
+    title: str
+    keys: tuple[str, ...] = ()
+    """One of them is in a file of it that says nothing of its kind."""
+    cases: Callable[[Row], tuple[tuple[Case, ...], str]] = lambda _: ((), "")
+    """Its cases, and the reference's name."""
+    tables: Callable[[Row], Iterator[Table]] = lambda _: iter(())
+
+
+def read_results(path: Path) -> list[Result]:
+    """All results in a file. UnreadableError for what holds none; OSError where it cannot be read at all."""
+    with open(path, "rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise UnreadableError(f"it is larger than {MAX_BYTES >> 20} MiB")
+    try:
+        raw = json.loads(content, parse_float=_finite, parse_int=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableError(f"it is not JSON of finite numbers ({type(error).__name__})") from None
+    try:
+        found = list(_results(path.name, raw, {}))
+    except MALFORMED as error:
+        raise UnreadableError(f"it is not as the bench writes it ({type(error).__name__})") from None
+    if not found:
+        raise UnreadableError("it is JSON, but of no kind that the bench writes")
+    return found
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(digits)
+    return value if {*digits} & {*".eE"} else int(digits)
+
+
+def _results(file: str, raw: Any, environment: Row) -> Iterator[Result]:
+    if not isinstance(raw, dict):
+        return
+    environment = raw.get("environment") or environment
+    kind = _kind(raw)
+    if kind is not None:
+        result = _result(file, kind, raw, environment)
+        if result.cases or result.tables:
+            yield result
+        for name, value in (raw.get("together") or {}).items():
+            yield from _results(f"{file}: {text(name)}", value, environment)
+        return
+    bundled = raw.get("bench") == BUNDLE
+    for name, value in (raw["results"] if bundled else raw).items():
+        yield from _results(text(name) if bundled else f"{file}: {text(name)}", value, environment)
+
+
+def _kind(raw: Row) -> str | None:
+    said = [raw["bench"]] if "bench" in raw else [name for name, kind in KINDS.items() if raw.keys() & set(kind.keys)]
+    return next((name for name in said if name in KINDS), None)
+
+
+def _result(file: str, kind: str, raw: Row, environment: Row) -> Result:
+    cases, reference = KINDS[kind].cases(raw)
+    said = raw.get("verdict", raw.get("failed"))
+    return Result(
+        file=text(file),
+        kind=kind,
+        raw=raw,
+        time=text(environment.get("time", "")),
+        machine=machine(environment),
+        settings={text(name): text(value) for name, value in raw.get("settings", {}).items()},
+        cases=cases,
+        reference=reference,
+        tables=tuple(table for table in KINDS[kind].tables(raw) if table.rows),
+        said=(text(said, MAX_SAID),) if said else (),
     )
 
 
-def _paired(case: Case, cases: list[Case], reference: str) -> Case:
-    """With its ratio to the reference that was measured beside it."""
-    base = next((each for each in cases if each.name == reference and each.latency_ms == case.latency_ms), None)
-    if base is None or case.name == reference:
-        return case
-    rates, under = case.rounds.get("images_per_s", ()), base.rounds.get("images_per_s", ())
-    return replace(case, reference=ratios(rates, under))
+def distinct(results: Iterable[Result]) -> list[Result]:
+    """Each content once, under its first name, the oldest first; those without a time before all others."""
+    found: dict[str, Result] = {}
+    for result in results:
+        found.setdefault(json.dumps([result.raw, result.time], sort_keys=True), result)
+    return sorted(found.values(), key=lambda result: (result.time, result.file))
 
 
-def ingest_cases(raw: Row) -> tuple[tuple[Case, ...], str]:
-    """An ingest of a layout by so many workers, against reading and encoding alone."""
-    return tuple(_ingest_case(row) for row in items(raw.get("cases")) if isinstance(row, dict)), "floor"
-
-
-def _ingest_case(row: Row) -> Case:
-    films = number(row.get("films")) or 0.0
-    rows = [mapping(each) for each in items(row.get("rounds"))]
-    taken = [mapping(each.get("ingest")) for each in rows]
-    seconds = [number(each.get("seconds")) for each in taken]
-    floor = [number(mapping(each.get("floor")).get("seconds")) for each in rows]
-    values = [{"images_per_s": films / each} for each in seconds if each] if all(seconds) else []
-    for value, each in zip(values, taken, strict=False):
-        if films and (cpu := number(each.get("cpu_s"))) is not None:
-            value["cpu_s_per_1000"] = cpu / films * 1e3
-    reference = [base / each for base, each in zip(floor, seconds, strict=True) if base and each]
-    return Case(
-        name=f"{_workers(row)}, {text(row.get('layout', '?'))}, {films:,.0f} films",
-        rounds=round_values(values),
-        reference=tuple(reference) if len(reference) == len(rows) else (),
-    )
-
-
-def _workers(row: Row) -> str:
-    return f"{text(row.get('workers', '?'))} worker" + "s" * (row.get("workers") != 1)
-
-
-def no_cases(_: Row) -> tuple[tuple[Case, ...], str]:
-    """Nothing in rounds."""
-    return (), ""
+def bundle(paths: Iterable[Path]) -> bytes:
+    """One file of several that were read, each as it is; bundles among them are opened."""
+    found: dict[str, Any] = {}
+    for path in paths:
+        raw = json.loads(path.read_bytes())
+        found |= raw["results"] if raw.get("bench") == BUNDLE else {path.name: raw}
+    return (json.dumps({"bench": BUNDLE, "results": found}, indent=1) + "\n").encode()
 
 
 def cells(form: str, *names: str, **titles: str) -> list[Cell]:
@@ -81,60 +130,47 @@ def cells(form: str, *names: str, **titles: str) -> list[Cell]:
     return [*((name, name, form) for name in names), *((key, title, form) for key, title in titles.items())]
 
 
-def rows_table(title: str, rows: Any, columns: Sequence[Cell]) -> Table:
+def rows_table(title: str, rows: Sequence[Row], columns: Sequence[Cell]) -> Table:
     """A list of JSON objects as a table; a column that no row has is left out."""
-    found = [row for row in items(rows) if isinstance(row, dict)]
-    used = [cell for cell in columns if any(row.get(cell[0]) is not None for row in found)]
-    body = tuple(tuple(_cell(row.get(key), form) for key, _, form in used) for row in found)
+    used = [cell for cell in columns if any(row.get(cell[0]) is not None for row in rows)]
+    body = tuple(tuple(_cell(row.get(key), form) for key, _, form in used) for row in rows)
     return Table(title=title, header=tuple(name for _, name, _ in used), rows=body if used else ())
 
 
 def _cell(value: Any, form: str) -> str:
     if value is None:
         return ""
-    counted = number(value)
-    return text(value) if counted is None or not form else form.format(counted)
+    return form.format(value) if form else text(value)
 
 
-def pairs_table(title: str, values: Any, header: tuple[str, str], form: str = "{:,.4g}") -> Table:
-    """A JSON object of plain values as a table of two columns."""
-    plain = {name: value for name, value in mapping(values).items() if isinstance(value, str | int | float | bool)}
-    return Table(
-        title=title, header=header, rows=tuple((text(name), _cell(value, form)) for name, value in plain.items())
-    )
+def pairs_table(title: str, values: Row, header: tuple[str, str] = ("figure", "value"), form: str = "{:,.4g}") -> Table:
+    """A JSON object's plain values as a table of two columns."""
+    plain = {name: value for name, value in values.items() if isinstance(value, str | int | float)}
+    rows = ((text(name), _cell(value, form if type(value) in (int, float) else "")) for name, value in plain.items())
+    return Table(title=title, header=header, rows=tuple(rows))
 
 
 def loader_tables(raw: Row) -> Iterator[Table]:
-    """Where the time of the CPU loader goes, and whatever each case says besides."""
-    for name, spent in mapping(raw.get("profile")).items():
+    """Where the time of the CPU loader goes."""
+    for name, spent in raw.get("profile", {}).items():
         yield pairs_table(f"{text(name)}: CPU time a film", spent, ("part", "microseconds"), "{:,.1f}")
 
 
 def ingest_tables(raw: Row) -> Iterator[Table]:
     """Phases, scaling, memory."""
-    cases = [row for row in items(raw.get("cases")) if isinstance(row, dict)]
     phases = [
-        {"case": f"{_workers(row)}, {text(row.get('layout', '?'))}"}
-        | mapping(row.get("phases_s"))
-        | {"share": row.get("of_floor_cpu")}
-        for row in cases
+        {"case": f"{workers(row)}, {text(row['layout'])}", "share": row.get("of_floor_cpu"), **row["phases_s"]}
+        for row in raw.get("cases", [])
     ]
     named = cells("{:.2f}", **{name: f"{name}, s" for name in ("start", "encode", "assemble", "finish")})
     share = cells("{:.2f}", share="floor's CPU to its")
     yield rows_table("Phases of the ingest", phases, [*cells("", case="films"), *named, *share])
-    workers = [*cells("", layout="films"), *cells("{:.0f}", "from", to="to workers")]
+    scaled = [*cells("", layout="films"), *cells("{:.0f}", "from", to="to workers")]
     speeds = cells("{:.2f}", ingest="ingest, x", floor="floor, x")
-    yield rows_table("More workers", raw.get("scaling"), [*workers, *speeds])
-    memory = [
-        {**run, "mib": (number(run.get("peak")) or 0) / 2**20}
-        for run in items(mapping(raw.get("memory")).get("runs"))
-        if isinstance(run, dict)
-    ]
-    yield rows_table(
-        "Memory of an ingest, all processes together",
-        memory,
-        cells("{:,.1f}", gigabytes="float32, GB", seconds="s") + cells("{:,.0f}", "films", mib="peak, MiB"),
-    )
+    yield rows_table("More workers", raw.get("scaling", []), [*scaled, *speeds])
+    memory = [{**run, "mib": run["peak"] / 2**20} for run in raw.get("memory", {}).get("runs", [])]
+    columns = cells("{:,.1f}", gigabytes="float32, GB", seconds="s") + cells("{:,.0f}", "films", mib="peak, MiB")
+    yield rows_table("Memory of an ingest, all processes together", memory, columns)
 
 
 def encodings_tables(raw: Row) -> Iterator[Table]:
@@ -142,50 +178,43 @@ def encodings_tables(raw: Row) -> Iterator[Table]:
     sizes = [*cells("", name="encoding"), *cells("{:,.0f}", "bytes", tar_bytes="in the tar")]
     times = [*cells("{:.2f}", encode_ms="encode, ms", decode_ms="decode, ms"), *cells("{:.1f}", psnr="dB")]
     columns = [*sizes, *times, *cells("{:.2f}", resized_difference="grey levels at 224")]
-    for found in map(mapping, items(raw.get("inputs"))):
-        title = text(f"{found.get('name', '?')}: {found.get('films', '?')} films")
-        yield rows_table(title, found.get("encodings"), columns)
-
-
-def order_tables(raw: Row) -> Iterator[Table]:
-    """How far the order is from random; older files: start and reads as well."""
-    yield pairs_table("How random an epoch is", raw.get("shuffle"), ("figure", "value"))
-    yield from scale_tables(raw)
+    for found in raw["inputs"]:
+        yield rows_table(text(f"{found['name']}: {found['films']} films"), found["encodings"], columns)
 
 
 def scale_tables(raw: Row) -> Iterator[Table]:
-    """Cost against samples, shards, ranks, threads."""
+    """How far the order is from random; cost against samples, shards, ranks, threads."""
+    yield pairs_table("How random an epoch is", raw.get("shuffle", {}))
     times = {"manifest_s": "manifest, s", "order_s": "order, s", "seconds": "s", "first_batch_s": "first batch, s"}
     memory = {"locate_us": "a batch located, us", "kept_bytes": "index, bytes", "peak_bytes": "at most, bytes"}
     counts = cells("{:,.0f}", "samples", "shards", selected="used", blocks="blocks")
     sizes = [*counts, *cells("{:.3f}", **times), *cells("{:,.0f}", **memory)]
-    yield rows_table("Start", raw.get("start"), sizes)
-    yield rows_table("More samples", raw.get("samples"), sizes)
-    yield rows_table("More shards, the same samples", raw.get("shards"), sizes)
+    yield rows_table("Start", raw.get("start", []), sizes)
+    yield rows_table("More samples", raw.get("samples", []), sizes)
+    yield rows_table("More shards, the same samples", raw.get("shards", []), sizes)
     reads = cells("{:,.0f}", "ranks", reads="block reads an epoch", bound="at most")
     spent = [*cells("{:.3f}", ratio="reads a block"), *cells("{:,.0f}", plan_us="a visit planned, us")]
-    yield rows_table("More ranks", raw.get("ranks", raw.get("reads")), [*reads, *spent])
+    yield rows_table("More ranks", raw["ranks"] if "ranks" in raw else raw.get("reads", []), [*reads, *spent])
 
 
 def demo_tables(raw: Row) -> Iterator[Table]:
     """Seconds of the commands, AUROC of the labels."""
-    yield pairs_table("Time of each command", raw.get("seconds"), ("command", "s"), "{:,.1f}")
-    labels = mapping(mapping(raw.get("evaluation")).get("labels"))
-    rows = [{"label": name, **mapping(found)} for name, found in labels.items()]
+    yield pairs_table("Time of each command", raw["seconds"], ("command", "s"), "{:,.1f}")
+    rows = [{"label": name, **found} for name, found in raw["evaluation"]["labels"].items()]
     columns = [*cells("", "label"), *cells("{:.3f}", auroc="AUROC"), *cells("{:.0f}", positives="films with it")]
     yield rows_table("Zero-shot, test split", rows, columns)
 
 
 def nih_tables(raw: Row) -> Iterator[Table]:
     """AUROC of the labels, beside what they are measured against."""
-    rows = [{"label": name, **mapping(found)} for name, found in mapping(raw.get("test")).items()]
+    rows = [{"label": name, **found} for name, found in raw["test"].items()]
     names = ("model", "thumbnails", "untrained_0", "view_ap", "model_among_abnormal")
     yield rows_table("AUROC, test split", rows, [*cells("", "label"), *cells("{:.3f}", *names)])
 
 
 def controls_tables(raw: Row) -> Iterator[Table]:
     """AUROC of the model and of what must not be as good."""
-    found = {name: mapping(each) for name, each in mapping(raw.get("auroc")).items()}
+    found: dict[str, Row] = raw["auroc"]
     labels = dict.fromkeys(label for each in found.values() for label in each)
     rows = [{"label": label} | {name: each.get(label) for name, each in found.items()} for label in labels]
     yield rows_table("AUROC", rows, [("label", "label", ""), *((name, text(name), "{:.3f}") for name in found)])
@@ -195,56 +224,29 @@ def tune_tables(raw: Row) -> Iterator[Table]:
     """What was tried, and what each choice bought."""
     bought = cells("{:.3f}", ratio="x as fast", lowest="lowest", highest="highest")
     columns = [*cells("", "setting", "default", "chosen"), *bought, *cells("", "kept")]
-    yield rows_table("What each choice bought", raw.get("choices"), columns)
+    yield rows_table("What each choice bought", raw["choices"], columns)
 
 
-def recipe_tables(raw: Row) -> Iterator[Table]:
-    """What a run of the recipe took."""
-    yield pairs_table("The recipe", raw, ("figure", "value"))
-
-
-def gpu_test_tables(raw: Row) -> Iterator[Table]:
-    """The tests that need a GPU."""
-    lines = [*items(raw.get("summary")), *items(raw.get("not_passed"))]
-    yield Table(title="", header=("said",), rows=tuple((text(line),) for line in lines))
-
-
-def failed_tables(raw: Row) -> Iterator[Table]:
-    """A part of `make gpu`, or the training beside the loaders, that could not be measured."""
-    yield Table(title="", header=("failed",), rows=((text(raw.get("failed")),),))
-
-
-def _has(*names: str) -> Callable[[Row], bool]:
-    return lambda raw: all(name in raw for name in names)
-
-
-def _has_rates(raw: Row) -> bool:
-    """Cases with films/s, as the loader bench wrote them from the beginning."""
-    return any("images_per_s" in mapping(case) for case in items(raw.get("cases")))
-
-
-def _has_floor(raw: Row) -> bool:
-    """An ingest against its floor, or its memory."""
-    cases = items(raw.get("cases"))
-    return "runs" in mapping(raw.get("memory")) or any("of_floor" in mapping(case) for case in cases)
+def said_tables(raw: Row) -> Iterator[Table]:
+    """What the tests that need a GPU said; why a part of `make gpu`, or the training beside the loaders, failed."""
+    lines = [*raw.get("summary", []), *raw.get("not_passed", []), *([raw["failed"]] if "failed" in raw else [])]
+    yield Table(header=("said",), rows=tuple((text(line),) for line in lines))
 
 
 KINDS = {
-    "loader": Kind(title="Loader", fits=_has_rates, cases=loader_cases, tables=loader_tables),
-    "step": Kind(title="Training step", fits=lambda _: False, cases=loader_cases, tables=loader_tables),
-    "together": Kind(title="Loader and step together", fits=lambda _: False, cases=loader_cases, tables=loader_tables),
-    "tune": Kind(title="Tuned loader", fits=lambda _: False, cases=loader_cases, tables=tune_tables),
-    "scale": Kind(title="Scale", fits=_has("samples", "ranks"), cases=loader_cases, tables=scale_tables),
-    "ingest": Kind(title="Ingest", fits=_has_floor, cases=ingest_cases, tables=ingest_tables),
-    "encodings": Kind(title="Encodings", fits=_has("inputs"), cases=no_cases, tables=encodings_tables),
-    "order": Kind(title="Order of samples", fits=_has("shuffle"), cases=no_cases, tables=order_tables),
-    "recipe": Kind(title="Recipe", fits=_has("whole", "steps", "wall_s"), cases=no_cases, tables=recipe_tables),
-    "gpu tests": Kind(
-        title="Tests on the GPU", fits=_has("exit_code", "summary"), cases=no_cases, tables=gpu_test_tables
-    ),
-    "failed": Kind(title="Not measured", fits=_has("failed"), cases=no_cases, tables=failed_tables),
-    "demo": Kind(title="Demo", fits=_has("evaluation", "loader"), cases=loader_cases, tables=demo_tables),
-    "nih": Kind(title="NIH films", fits=_has("test", "bootstrap"), cases=no_cases, tables=nih_tables),
-    "controls": Kind(title="Controls", fits=_has("auroc", "passed"), cases=no_cases, tables=controls_tables),
+    "loader": Kind(title="Loader", cases=measured_cases, tables=loader_tables),
+    "step": Kind(title="Training step", cases=measured_cases),
+    "together": Kind(title="Loader and step together", cases=measured_cases),
+    "tune": Kind(title="Tuned loader", cases=measured_cases, tables=tune_tables),
+    "scale": Kind(title="Scale", cases=measured_cases, tables=scale_tables),
+    "ingest": Kind(title="Ingest", keys=("scaling", "memory"), cases=ingest_cases, tables=ingest_tables),
+    "encodings": Kind(title="Encodings", keys=("inputs",), tables=encodings_tables),
+    "order": Kind(title="Order of samples", keys=("shuffle",), tables=scale_tables),
+    "recipe": Kind(title="Recipe", keys=("wall_s",), tables=lambda raw: iter([pairs_table("The recipe", raw)])),
+    "gpu tests": Kind(title="Tests on the GPU", keys=("exit_code",), tables=said_tables),
+    "failed": Kind(title="Not measured", keys=("failed",), tables=said_tables),
+    "demo": Kind(title="Demo", keys=("evaluation",), cases=measured_cases, tables=demo_tables),
+    "nih": Kind(title="NIH films", keys=("bootstrap",), tables=nih_tables),
+    "controls": Kind(title="Controls", keys=("passed",), tables=controls_tables),
 }
-"""Name -> how its JSON looks. Order matters where files say nothing of their kind: the first that fits."""
+"""Name -> how its JSON looks."""

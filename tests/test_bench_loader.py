@@ -18,11 +18,11 @@ from conftest import REPOSITORY, assert_refused, run_module
 
 from bench.case import Task
 from bench.cases import Case, convert
-from bench.files import read_results
 from bench.loader import LoaderBenchConfig, main, run_bench
 from bench.machine import _TELLING, file_system
 from bench.peers import LOADERS, WRITERS, missing
 from bench.processes import tree, usage
+from bench.shapes import read_results
 from bench.storage import Counts, SlowFileSystem, SlowSettings, evict, resident_bytes
 from bench.summary import summarise, table
 from shards.errors import InputError

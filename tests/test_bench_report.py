@@ -19,13 +19,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from conftest import REPOSITORY, assert_refused, run_module
-from scipy.stats import mannwhitneyu
 
 from bench.compare import BETTER, FEW, MACHINE, SAME, WORSE, compare_all, judge
-from bench.files import UnreadableError, bundle, distinct, read_results
 from bench.kinds import METRICS, Result
 from bench.page import to_html, to_markdown
 from bench.report import main, make_report, sections
+from bench.shapes import UnreadableError, bundle, distinct, read_results
 from bench.standards import judged
 
 RESULTS = sorted((REPOSITORY / "bench" / "results").glob("*.json"))
@@ -177,22 +176,6 @@ def test_loaders_of_others_are_no_regression_of_ours(tmp_path: Path) -> None:
         content["cases"][-1]["peer"] = True
     (pair,), _ = compare_all(results_of(tmp_path, older, newer), 0.05)
     assert not pair.regressions and MACHINE in {change.verdict for change in pair.changes if change.case == "ffcv"}
-
-
-def test_many_rounds_take_no_hours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file from anywhere may have two thousand; the exact test of so many takes minutes and gigabytes."""
-    asked: list[tuple[int, str]] = []
-
-    def test(after: list[float], before: list[float], alternative: str, method: str) -> Any:
-        asked.append((len(after), method))
-        return mannwhitneyu(after, before, alternative=alternative, method="auto")
-
-    monkeypatch.setattr("scipy.stats.mannwhitneyu", test)
-    rng = np.random.default_rng(0)
-    for rounds in (5, 2000):
-        before, after = rng.lognormal(7, 0.02, rounds), rng.lognormal(6.9, 0.02, rounds)
-        assert judge(before.tolist(), after.tolist(), METRICS["images_per_s"], 0.05)[0] == WORSE
-    assert asked == [(5, "exact"), (2000, "asymptotic")]
 
 
 def test_the_rule_seldom_cries_wolf() -> None:

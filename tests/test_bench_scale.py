@@ -9,11 +9,11 @@ import pytest
 from conftest import assert_refused, run_module
 from PIL import Image
 
-from bench.files import read_results
 from bench.order import OrderBenchConfig
 from bench.order import run_bench as shuffle_bench
 from bench.plots import draw, plots_of, scale_panels
 from bench.scale import ScaleConfig, measure_order, measure_ranks, measure_set, thread_counts
+from bench.shapes import read_results
 from bench.simulate import write_set
 from bench.standards import judged
 from pipeline.batch import World

@@ -12,8 +12,8 @@ import torch
 from conftest import assert_refused, run_module
 
 from bench import tune
-from bench.files import read_results
 from bench.search import Choice, make_space
+from bench.shapes import read_results
 from bench.tune import TuneConfig, run_tune, toml_of
 from pipeline.batch import World
 from pipeline.config import LoaderConfig, available_cpus
