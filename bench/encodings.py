@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from bench.machine import bench_main, environment
-from ingest.loss import loss, psnr
 from shards import tar
 from shards.cli import say
-from shards.encodings import ENCODINGS, Pixels, decode, encode
+from shards.encodings import ENCODINGS, Pixels, decode, decode_image, encode, loss, psnr
 from shards.errors import InputError
 from shards.schema import CODEC_EXTENSIONS, ImageSpec, sample_key
 
@@ -88,7 +87,7 @@ def _h5_films(path: Path, dataset: str, wanted: int) -> list[Pixels]:
 
 def _shard_films(root: Path, wanted: int) -> list[Pixels]:
     from shards.manifest import read_manifest
-    from shards.scan import decode_image, read_image, read_samples
+    from shards.scan import read_image, read_samples
 
     manifest = read_manifest(root)
     split = max(manifest.splits, key=manifest.rows)

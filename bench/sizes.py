@@ -205,8 +205,9 @@ def store_from_shards(shards: Path, target: Path) -> Path:
     """The float32 file that shards could have been made from, as far as JPEG kept it; what they lack is black."""
     import h5py
 
+    from shards.encodings import decode_image
     from shards.manifest import read_manifest
-    from shards.scan import decode_image, read_image, read_samples
+    from shards.scan import read_image, read_samples
 
     manifest, columns = read_manifest(shards), ("key", "row", "offset", "size", "xxh3")
     with h5py.File(target, "w") as file:

@@ -13,9 +13,8 @@ from xxhash import xxh3_64_intdigest
 from ingest.config import SourceConfig
 from ingest.films import Film, Films, FolderFilms, H5Films
 from ingest.images import Fault
-from ingest.loss import loss
 from ingest.spill import SpillWriter, open_spill, whole_spill
-from shards.encodings import decode, encode
+from shards.encodings import decode, encode, loss
 from shards.errors import InputError
 from shards.schema import ImageSpec
 

@@ -23,8 +23,7 @@ from ingest.encode import blank
 from ingest.films import Film, FolderFilms, H5Films
 from ingest.images import Fault
 from ingest.inputs import Inputs
-from ingest.loss import Loss, loss, psnr
-from shards.encodings import Pixels, decode, encode
+from shards.encodings import Loss, Pixels, decode, encode, loss, psnr
 from shards.errors import InputError
 from shards.schema import ImageSpec
 

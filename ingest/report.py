@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from ingest.images import Fault
 from ingest.inputs import Inputs
-from ingest.loss import psnr
 from shards.atomic import write_atomic
+from shards.encodings import psnr
 from shards.schema import REPORT_NAME, REPORT_PAGE_NAME, Manifest, sample_key
 from shards.stats import Stats
 from shards.stats import page as stats_page

@@ -15,10 +15,10 @@ from xxhash import xxh3_64_intdigest, xxh3_128
 from shards import tar
 from shards.counter import permutation
 from shards.digest import file_digest
+from shards.encodings import decode_image
 from shards.errors import InputError
 from shards.index import VERSION, Member, index_line
 from shards.reader import ShardReader
-from shards.scan import decode_image
 from shards.schema import LABEL_PREFIX, FileInfo, Manifest, ShardInfo, sample_key, table_schema
 from shards.writer import sample_json, text_bytes
 

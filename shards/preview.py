@@ -16,9 +16,10 @@ from tyro.conf import Positional
 from shards.atomic import check_writable, write_atomic
 from shards.cli import check_outside, say
 from shards.counter import hash64
+from shards.encodings import decode_image
 from shards.errors import InputError
 from shards.manifest import read_manifest
-from shards.scan import decode_image, read_image, read_samples
+from shards.scan import read_image, read_samples
 from shards.schema import Manifest
 
 MAX_COUNT = 400

@@ -5,6 +5,7 @@ every page's place and length to the manifest. Pages carry checksums, images the
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
@@ -94,6 +95,12 @@ class ShardReader:
         """First row of a block and the row after its last."""
         first = block * self.manifest.block_rows
         return first, min(first + self.manifest.block_rows, self.info.rows)
+
+    def spans(self, rows: int) -> Iterator[tuple[int, int]]:
+        """First block, and how many, of so many rows or more at a time, through the shard."""
+        count = -(-rows // self.manifest.block_rows)
+        for block in range(0, self.blocks, count):
+            yield block, min(count, self.blocks - block)
 
     def read_rows(self, block: int) -> Rows:
         """The rows of one block, from one Parquet row group, its page checksums verified."""

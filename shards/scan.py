@@ -1,6 +1,5 @@
 """Walk over a data set block by block: what verify, preview, stats and export share. One block in memory at a time."""
 
-import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import Image
 from xxhash import xxh3_64_intdigest
 
-from shards.encodings import decode
 from shards.errors import InputError
 from shards.reader import ShardReader
-from shards.schema import ImageSpec, Manifest
+from shards.schema import Manifest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,12 +35,11 @@ def scan(root: Path, manifest: Manifest, columns: Sequence[str], *, rows: int = 
 
     Page checksums are verified. The reader of a block is open until the next block is asked for.
     """
-    count = -(-rows // manifest.block_rows)
     for split in manifest.splits:
         for number, info in enumerate(manifest.splits[split]):
             with ShardReader(root, manifest, info) as reader:
-                for block in range(0, reader.blocks, count):
-                    table = reader.read_columns(block, list(columns), min(count, reader.blocks - block))
+                for block, count in reader.spans(rows):
+                    table = reader.read_columns(block, list(columns), count)
                     first = reader.block_span(block)[0]
                     yield Block(split=split, shard=number, first=first, reader=reader, table=table)
 
@@ -89,26 +85,3 @@ def read_image(reader: ShardReader, row: Mapping[str, Any]) -> bytes:
             "that were ingested; restore the shard"
         )
     return image
-
-
-def decode_image(content: bytes, spec: ImageSpec) -> NDArray[np.uint8]:
-    """Encoded bytes to (height, width) grey levels. ValueError, saying why, where they are not what the spec says."""
-    try:
-        if spec.codec != "raw":
-            _check_header(content, spec)
-        return decode(content, spec)
-    except (ValueError, OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"it does not decode as {spec.codec}: {' '.join(str(error).split())[:120]}") from None
-
-
-_MODES = {1: "L", 3: "RGB"}
-
-
-def _check_header(content: bytes, spec: ImageSpec) -> None:
-    """Size and channels, before any pixel is decoded: a lie about the size costs nothing."""
-    with Image.open(io.BytesIO(content)) as image:
-        (width, height), mode, codec = image.size, image.mode, image.format
-    # WebP knows no grey: it stores three equal channels.
-    expected = "RGB" if spec.codec == "webp" else _MODES[spec.channels]
-    if (height, width, mode) != (spec.height, spec.width, expected):
-        raise ValueError(f"a {codec} of {height} x {width} {mode}, not {spec.height} x {spec.width} {expected}")

@@ -16,9 +16,8 @@ from PIL import Image, ImageFilter
 from ingest.config import IngestConfig
 from ingest.encoding_choice import FILMS, LOSSLESS, Trial, pick, sample, settle, try_codec
 from ingest.inputs import Inputs, read_inputs
-from ingest.loss import Loss, loss
 from ingest.run import ingest
-from shards.encodings import ENCODINGS
+from shards.encodings import ENCODINGS, Loss, loss
 from shards.errors import InputError
 from shards.manifest import read_manifest
 

@@ -127,8 +127,8 @@ def test_the_same_is_found_by_any_number_of_processes(copy: Path) -> None:
     [
         (film(7)[:-80], "does not decode as jpeg"),
         (b"not an image", "does not decode as jpeg"),
-        (film(7, size=(32, 31)), "31 x 32 L, not 32 x 32 L"),
-        (film(7, mode="RGB"), "32 x 32 RGB, not 32 x 32 L"),
+        (film(7, size=(32, 31)), "an image of 31 x 32, not 32 x 32"),
+        (film(7, mode="RGB"), "of kind RGB, not L"),
     ],
 )
 def test_films_that_do_not_decode_are_found_although_their_digest_is_right(
