@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's way to say Ctrl-C
         config = parse(IngestConfig, argv, prog="python -m ingest")
         if config.dry_run:
-            from ingest.dry_run import dry_run
+            from ingest.trial import dry_run
 
             for line in dry_run(config):
                 say(line)

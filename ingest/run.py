@@ -20,7 +20,6 @@ from xxhash import xxh3_128_hexdigest
 from ingest.assemble import AssembleTask, assemble_shard
 from ingest.config import IngestConfig
 from ingest.encode import EncodeTask, encode_range
-from ingest.encoding_choice import settle
 from ingest.images import Fault
 from ingest.inputs import Inputs, read_inputs
 from ingest.plan import Plan
@@ -28,6 +27,7 @@ from ingest.pool import Pool, open_pool
 from ingest.report import Report, make_report, write_report
 from ingest.rows import Reports, write_rows
 from ingest.spill import Images, read_records, spill_path
+from ingest.trial import settle
 from ingest.workdir import check_unchanged, open_work, remove_work
 from shards.atomic import write_atomic
 from shards.cli import say

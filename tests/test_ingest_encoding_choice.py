@@ -14,9 +14,9 @@ from conftest import REPOSITORY, SIZE, assert_refused, made_up_images, run_modul
 from PIL import Image, ImageFilter
 
 from ingest.config import IngestConfig
-from ingest.encoding_choice import FILMS, LOSSLESS, Trial, pick, sample, settle, try_codec
 from ingest.inputs import Inputs, read_inputs
 from ingest.run import ingest
+from ingest.trial import FILMS, LOSSLESS, Trial, pick, sample, settle, try_codec
 from shards.encodings import ENCODINGS, Loss, loss
 from shards.errors import InputError
 from shards.manifest import read_manifest

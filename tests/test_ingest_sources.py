@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import resource
 import tarfile
 import threading
 import time
@@ -15,7 +16,6 @@ from conftest import assert_refused, made_up_images, run_module, write_csv, writ
 from PIL import Image
 
 from ingest.config import IngestConfig, SourceConfig, read_sources
-from ingest.dry_run import dry_run
 from ingest.films import H5Films
 from ingest.images import Fault, read_film
 from ingest.inputs import read_inputs
@@ -23,6 +23,7 @@ from ingest.plan import Plan
 from ingest.run import ingest
 from ingest.sections import cut_section
 from ingest.source import H5Source
+from ingest.trial import dry_run
 from shards.encodings import ENCODINGS, decode, encode
 from shards.errors import InputError
 from shards.manifest import read_manifest
@@ -165,6 +166,24 @@ def test_of_many_files_only_those_are_opened_that_are_read(
     with H5Films(source, known) as films:
         assert np.array_equal(list(films.read(*ranges[1])), cuts[1])
     assert known == tuple(map(len, cuts)) and opened == [files[1]]
+
+
+def test_more_hdf5_files_than_a_process_may_open(tmp_path: Path, images: np.ndarray) -> None:
+    path = write_h5(tmp_path / "a.h5", images.astype(np.float32))
+    most, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, hard))
+    try:
+        with H5Films(SourceConfig(h5=(path,) * 20)) as films:
+            assert films.rows == 20 * len(images) and len(list(films.ranges(1000))) == 20
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def test_a_file_that_grew_since_it_was_looked_at_is_refused(tmp_path: Path, images: np.ndarray) -> None:
+    """Its rows would be taken for those of the next file."""
+    source = SourceConfig(h5=(write_h5(tmp_path / "a.h5", images.astype(np.float32)),))
+    with H5Films(source, (len(images) - 1,)) as films, pytest.raises(InputError, match=r"1 of 1 has 8 films, 7 when"):
+        next(films.read(0, 1))
 
 
 def test_chunks_are_read_once(tmp_path: Path, images: np.ndarray) -> None:

@@ -1,7 +1,7 @@
-"""`--encoding auto`: try every codec on a few films, pick one by a rule, and say why.
+"""Films tried before an ingest: `--dry-run` says what it would take, `--encoding auto` what it had better write.
 
-The rule looks at bytes and pixels only, never at the clock, and the films tried are fixed: the same input gives the
-same shards on every machine.
+`auto` tries every codec on a few films and picks one by a rule. The rule looks at bytes and pixels only,
+never at the clock, and the films tried are fixed: the same input gives the same shards on every machine.
 
 1. The lossless codec: the fewest bytes, which count for more where decoding them costs more in every epoch (one EPYC
    core, a 320 px film: raw nothing, png and webp 1.1 ms, jpeg2k 6 ms) or encoding them once (png 2, webp 13 ms).
@@ -12,20 +12,26 @@ same shards on every machine.
 
 import dataclasses
 import math
+import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from ingest.config import IngestConfig
 from ingest.encode import blank
-from ingest.films import Film, FolderFilms, H5Films
+from ingest.films import Films, FolderFilms, H5Films
 from ingest.images import Fault
-from ingest.inputs import Inputs
+from ingest.inputs import Inputs, read_inputs
+from ingest.report import namesake_lines
 from shards.encodings import Loss, Pixels, decode, encode, loss, psnr
 from shards.errors import InputError
-from shards.schema import ImageSpec
+from shards.schema import NO_GROUP, SAMPLE_OVERHEAD, ImageSpec
+from shards.stats import ungrouped_lines
 
 FILMS = 48
 """Films tried, spread evenly over the rows of all sources that have a report."""
@@ -35,6 +41,68 @@ JPEG_SHARE = 0.75
 """The share of the lossless pick's bytes that JPEG may take at most."""
 MEAN_DIFFERENCE, FILM_DIFFERENCE = 0.5, 1.0
 """Grey levels by which JPEG may move the resized pixels: on average over all films, and over any one of them."""
+_TIMED = 32
+"""Films encoded for the estimate, from the first rows of each source."""
+
+
+def dry_run(config: IngestConfig) -> Iterator[str]:
+    """Lines that say which rows would go where, and what time and disk they would take. InputError as the ingest's."""
+    inputs = read_inputs(config)
+    several = f" of {len(inputs.sources)} sources" if len(inputs.sources) > 1 else ""
+    yield f"{inputs.rows:,} rows{several}, films of {inputs.height} x {inputs.width}"
+    for reason, count in Counter(inputs.plan.reasons.values()).most_common():
+        yield f"rejected {count:,}: {reason}"
+    for split, rows in inputs.plan.order.items():
+        first, end = inputs.plan.ranges.get(split, (0, 0))
+        yield f"{split:<6} {len(rows):,} rows" + (f" of {end - first:,} patients" if inputs.plan.ranges else "")
+    ungrouped = {split: int((inputs.plan.groups[rows] == NO_GROUP).sum()) for split, rows in inputs.plan.order.items()}
+    yield from ungrouped_lines(ungrouped)
+    yield from namesake_lines(inputs.plan.namesakes)
+    config, lines = settle(config, inputs)
+    yield from lines
+    seconds, size, measured = _try_films(config, inputs)
+    if not measured:
+        yield f"none of the first {_TIMED} films of each source can be read"
+        return
+    kept = inputs.rows - len(inputs.plan.reasons)
+    final = kept * (size + SAMPLE_OVERHEAD)
+    yield f"{config.encoding}: {size:,.0f} bytes and {seconds * 1e3:.2f} ms a film on one core, over {measured} films"
+    minutes = inputs.rows * seconds / config.worker_count / 60
+    yield (
+        f"{f'about {minutes:,.0f} minutes' if minutes >= 1 else 'less than a minute'} with {config.worker_count} "
+        f"workers if the files are read as fast as now; {final / 1e9:,.2f} GB of shards, twice that while it runs"
+    )
+    yield f"{shutil.disk_usage(_existing(config.to_shards)).free / 1e9:,.1f} GB are free there; nothing was written"
+
+
+def _try_films(config: IngestConfig, inputs: Inputs) -> tuple[float, float, int]:
+    """Seconds and bytes a film, and how many films they are the mean of."""
+    spec = ImageSpec(height=inputs.height, width=inputs.width, codec=config.encoding, quality=config.quality)
+    started = time.perf_counter()
+    sizes: list[int] = []
+    for number, table in enumerate(inputs.tables):
+        with _open(inputs, number) as films:
+            read = films.read(0, min(_TIMED, table.rows, *inputs.file_rows[number][:1]))
+            sizes += [len(encode(film, spec)) for film in read if not isinstance(film, Fault)]
+    count = len(sizes)
+    return (time.perf_counter() - started) / max(count, 1), sum(sizes) / max(count, 1), count
+
+
+@contextmanager
+def _open(inputs: Inputs, number: int) -> Iterator[Films]:
+    """The films of one source."""
+    source = inputs.sources[number]
+    if source.images is not None:
+        yield FolderFilms(source.images, source.image_size, inputs.tables[number].names, 0)
+        return
+    with H5Films(source, inputs.file_rows[number]) as films:
+        yield films
+
+
+def _existing(path: Path) -> Path:
+    """The folder itself or the nearest one above it that exists."""
+    path = path.absolute()
+    return path if path.exists() else _existing(path.parent)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,21 +159,10 @@ def sample(inputs: Inputs) -> Iterator[Pixels]:
     starts = inputs.starts
     for number in range(len(inputs.sources)):
         here = chosen[(starts[number] <= chosen) & (chosen < starts[number + 1])] - starts[number]
-        for film in _read(inputs, number, here.tolist()):
-            if not isinstance(film, Fault) and blank(film) is Fault.NONE:
-                yield film
-
-
-def _read(inputs: Inputs, number: int, rows: Sequence[int]) -> Iterator[Film]:
-    """Some rows of one source."""
-    source, names = inputs.sources[number], inputs.tables[number].names
-    if source.images is not None:
-        for row in rows:
-            yield from FolderFilms(source.images, source.image_size, names[row : row + 1], row).read(row, row + 1)
-    elif rows:
-        with H5Films(source) as films:
-            for row in rows:
-                yield from films.read(row, row + 1)
+        with _open(inputs, number) as source:
+            for film in (film for row in here.tolist() for film in source.read(row, row + 1)):
+                if not isinstance(film, Fault) and blank(film) is Fault.NONE:
+                    yield film
 
 
 def try_codec(codec: str, films: Sequence[Pixels], quality: int) -> Trial:
