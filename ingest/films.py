@@ -41,7 +41,7 @@ class Films(Protocol):
 
 
 class H5Films:
-    """HDF5 files with one dataset each, seen as one. Height and width are known where all of them were looked at."""
+    """HDF5 files with one dataset each, seen as one. Height and width are known where they were looked at."""
 
     height: int
     width: int
@@ -52,24 +52,32 @@ class H5Films:
         """
         self._stack = ExitStack()
         self._config, self._opened = config, dict[int, H5Source]()
-        if not file_rows:
-            parts = list(map(self._part, range(len(config.h5))))
-            shapes = {(part.height, part.width) for part in parts}
-            if len(shapes) > 1:
-                raise InputError(f"the HDF5 files hold films of different sizes: {', '.join(map(str, sorted(shapes)))}")
-            ((self.height, self.width),) = shapes
-            file_rows = [part.rows for part in parts]
-        self.file_rows = tuple(file_rows)
-        self._starts = np.concatenate([[0], np.cumsum(file_rows)])
+        self.file_rows = tuple(file_rows) or self._look()
+        self._starts = np.concatenate([[0], np.cumsum(self.file_rows)])
         self.rows = int(self._starts[-1])
 
+    def _look(self) -> tuple[int, ...]:
+        """Rows of each file, opened one after the other. InputError where their films differ in size."""
+        rows, shapes, self._chunks = [], set(), []
+        for path in self._config.h5:
+            with H5Source(path, self._config.dataset) as part:
+                rows.append(part.rows)
+                shapes.add((part.height, part.width))
+                self._chunks.append(part.chunk_rows)
+        if len(shapes) > 1:
+            raise InputError(f"the HDF5 files hold films of different sizes: {', '.join(map(str, sorted(shapes)))}")
+        ((self.height, self.width),) = shapes
+        return tuple(rows)
+
     def ranges(self, rows: int) -> Iterator[tuple[int, int]]:
-        """Cut the rows into ranges of about `rows` that never cut a chunk or span two files: each is read once."""
-        for number, start in enumerate(self._starts.tolist()[:-1]):
-            part = self._part(number)
-            step = -(-rows // part.chunk_rows) * part.chunk_rows
-            for first in range(0, part.rows, step):
-                yield start + first, start + min(first + step, part.rows)
+        """Cut the rows into ranges of about `rows` that never cut a chunk or span two files: each is read once.
+
+        Only where the files were looked at.
+        """
+        for start, file_rows, chunk in zip(self._starts.tolist(), self.file_rows, self._chunks, strict=False):
+            step = -(-rows // chunk) * chunk
+            for first in range(0, file_rows, step):
+                yield start + first, start + min(first + step, file_rows)
 
     def read(self, first: int, end: int, *, ahead: bool = True) -> Iterator[Film]:
         """Films first..end, which lie in one file.
@@ -99,6 +107,11 @@ class H5Films:
         if number not in self._opened:
             source = H5Source(self._config.h5[number], self._config.dataset)
             self._opened[number] = self._stack.enter_context(source)
+            if source.rows != self.file_rows[number]:
+                raise InputError(
+                    f"HDF5 file {number + 1} of {len(self.file_rows)} has {source.rows:,} films, "
+                    f"{self.file_rows[number]:,} when it was looked at; leave the files alone and ingest again"
+                )
         return self._opened[number]
 
     def __enter__(self) -> Self:
