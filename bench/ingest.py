@@ -10,23 +10,25 @@ Then memory: the ingest of made-up films of several sizes, all its processes tog
 """
 
 import contextlib
-import itertools
 import json
 import os
 import shutil
-import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 from bench.floor import Floor, measure_floor
+from bench.machine import environment, one_line
 from bench.processes import Run, bench_guard, pinned, run_watched
-from bench.sizes import repeat_csv, store_repeated
+from bench.sizes import measure_sizes, repeat_csv, size_table, store_repeated
 from bench.storage import SlowFileSystem, SlowSettings, evict
 from ingest.config import SourceConfig
+from shards.atomic import check_writable, write_atomic
 from shards.cli import parse, say
 from shards.errors import InputError
 
@@ -91,9 +93,6 @@ Rounds = list[tuple[Floor, Run]]
 
 def run_bench(config: IngestBenchConfig) -> dict[str, Any]:
     """Measure everything; the result is what `--json` writes."""
-    from bench.machine import environment
-    from bench.sizes import measure_sizes
-
     settings = {name: getattr(config, name) for name in ("repeat", "rounds", "cold", "latency_ms", "bandwidth_mb")}
     result: dict[str, Any] = {"environment": environment(), "settings": settings}
     with tempfile.TemporaryDirectory(prefix="bench-ingest-", dir=config.out) as name:
@@ -112,37 +111,27 @@ def run_bench(config: IngestBenchConfig) -> dict[str, Any]:
 @contextlib.contextmanager
 def _file_system(config: IngestBenchConfig, folder: Path) -> Iterator[None]:
     """The slow one that is asked for, if any, under the processes that are started in the block."""
-    if not config.latency_ms and config.bandwidth_mb is None:
+    settings = SlowSettings(latency_ms=config.latency_ms, bandwidth_mb=config.bandwidth_mb)
+    if settings == SlowSettings():
         yield
         return
-    settings = SlowSettings(latency_ms=config.latency_ms, bandwidth_mb=config.bandwidth_mb)
-    with SlowFileSystem(settings, [folder, *config.h5]) as slow:
-        before = dict(os.environ)
-        os.environ.update(slow.environment())
-        try:
-            yield
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+    with SlowFileSystem(settings, [folder, *config.h5]) as slow, patch.dict(os.environ, slow.environment()):
+        yield
 
 
 def _measure_speed(config: IngestBenchConfig, table: Path, folder: Path) -> list[tuple[Case, Rounds]]:
     taken: list[tuple[Case, Rounds]] = [(case, []) for case in _cases(config, folder)]
     for number in range(config.rounds):
         for case, rounds in taken:
-            evict_films = partial(evict, case.source.h5) if config.cold else _nothing
+            prepare = partial(evict, case.source.h5 if config.cold else ())
             with pinned(tuple(sorted(os.sched_getaffinity(0))[: case.workers])):
-                floor = measure_floor(case.source, case.workers, evict_films)
-                evict_films()
+                floor = measure_floor(case.source, case.workers, prepare)
+                prepare()
                 run = _measure_ingest(config, case, table, folder / "shards")
             rounds.append((floor, run))
             rates = f"floor {floor.films / floor.seconds:,.0f} films/s, ingest {floor.films / run.seconds:,.0f}"
             say(f"round {number + 1}/{config.rounds}  {case.layout}, workers {case.workers}: {rates}")
     return taken
-
-
-def _nothing() -> None:
-    """What is done before a run that may find its films in memory."""
 
 
 def _cases(config: IngestBenchConfig, folder: Path) -> Iterator[Case]:
@@ -168,57 +157,38 @@ def _layout(source: SourceConfig) -> str:
 
 
 def _measure_ingest(config: IngestBenchConfig, case: Case, table: Path, out: Path) -> Run:
-    command: list[str | Path] = [
-        "ingest",
-        "--to-shards",
-        out,
-        "--h5",
-        *case.source.h5,
-        "--dataset",
-        config.dataset,
-        "--csv",
-        table,
-    ]
-    command += ["--text-column", config.text_column, "--workers", str(case.workers)]
+    films: list[str | Path] = ["--h5", *case.source.h5, "--dataset", config.dataset]
+    reports: list[str | Path] = ["--csv", table, "--text-column", config.text_column]
+    marks = [_is_there(out / ".ingest", "*spill*"), _is_there(out, "*.tar"), _is_there(out, "rejects.csv")]
     try:
-        return run_watched(command, list(_marks(out)), memory=False)
+        command = ["ingest", "--to-shards", out, *films, *reports, "--workers", str(case.workers)]
+        return run_watched(command, marks, memory=False)
     finally:
         shutil.rmtree(out, ignore_errors=True)
 
 
-def _marks(out: Path) -> Iterator[Any]:
-    """Whether a spill is begun, a shard is begun, the rejects are written."""
-    for folder, pattern in ((out / ".ingest", "*spill*"), (out, "*.tar"), (out, "rejects.csv")):
-        yield lambda folder=folder, pattern=pattern: any(folder.glob(pattern))
+def _is_there(folder: Path, pattern: str) -> Callable[[], bool]:
+    return lambda: any(folder.glob(pattern))
 
 
 def _summary(case: Case, rounds: Rounds) -> dict[str, Any]:
     films = rounds[0][0].films
     ratios = [floor.seconds / run.seconds for floor, run in rounds]
-    lengths = zip(*map(_lengths, rounds), strict=True)
+    phases = zip(*(map(float.__sub__, [*run.marks, run.seconds], [0.0, *run.marks]) for _, run in rounds), strict=True)
     return {
         "layout": case.layout,
         "workers": case.workers,
         "films": films,
-        "floor_films_per_s": statistics.median(films / floor.seconds for floor, _ in rounds),
-        "ingest_films_per_s": statistics.median(films / run.seconds for _, run in rounds),
-        "of_floor": statistics.median(ratios),
+        "floor_films_per_s": median(films / floor.seconds for floor, _ in rounds),
+        "ingest_films_per_s": median(films / run.seconds for _, run in rounds),
+        "of_floor": median(ratios),
         "of_floor_range": [min(ratios), max(ratios)],
-        "of_floor_after_start": statistics.median(
-            floor.seconds / (run.seconds - run.marks[0]) for floor, run in rounds
-        ),
-        "of_floor_cpu": statistics.median(floor.cpu_s / run.cpu_s for floor, run in rounds),
-        "floor_cpu_ms_a_film": statistics.median(floor.cpu_s for floor, _ in rounds) / films * 1e3,
-        "ingest_cpu_ms_a_film": statistics.median(run.cpu_s for _, run in rounds) / films * 1e3,
-        "phases_s": {phase: statistics.median(each) for phase, each in zip(PHASES, lengths, strict=True)},
+        "of_floor_cpu": median(floor.cpu_s / run.cpu_s for floor, run in rounds),
+        "floor_cpu_ms_a_film": median(floor.cpu_s for floor, _ in rounds) / films * 1e3,
+        "ingest_cpu_ms_a_film": median(run.cpu_s for _, run in rounds) / films * 1e3,
+        "phases_s": {phase: median(seconds) for phase, seconds in zip(PHASES, phases, strict=True)},
         "rounds": [{"floor": asdict(floor), "ingest": asdict(run)} for floor, run in rounds],
     }
-
-
-def _lengths(taken: tuple[Floor, Run]) -> list[float]:
-    """Seconds of each of PHASES."""
-    marks = [0.0, *taken[1].marks, taken[1].seconds]
-    return [end - start for start, end in itertools.pairwise(marks)]
 
 
 def _scaling(taken: list[tuple[Case, Rounds]]) -> Iterator[dict[str, Any]]:
@@ -230,8 +200,8 @@ def _scaling(taken: list[tuple[Case, Rounds]]) -> Iterator[dict[str, Any]]:
             "layout": layout,
             "from": first.workers,
             "to": last.workers,
-            "ingest": statistics.median(before[1].seconds / after[1].seconds for before, after in pairs),
-            "floor": statistics.median(before[0].seconds / after[0].seconds for before, after in pairs),
+            "ingest": median(before[1].seconds / after[1].seconds for before, after in pairs),
+            "floor": median(before[0].seconds / after[0].seconds for before, after in pairs),
         }
 
 
@@ -240,22 +210,17 @@ def table(result: dict[str, Any]) -> Iterator[str]:
     if "cases" in result:
         yield from _speed_table(result)
     if "memory" in result:
-        from bench.sizes import size_table
-
         yield from size_table(result["memory"])
 
 
 def _speed_table(result: dict[str, Any]) -> Iterator[str]:
-    yield (
-        f"{'films':<26} {'workers':>7} {'floor':>9} {'ingest':>9} {'of floor':>8} {'after start':>11} {'of CPU':>6} "
-        + " ".join(f"{phase:>9}" for phase in PHASES)
-    )
+    phases = " ".join(f"{phase + ', s':>11}" for phase in PHASES)
+    yield f"{'films':<26} {'workers':>7} {'floor':>9} {'ingest':>9} {'of floor':>8} {'of CPU':>6} {phases}"
     for case in result["cases"]:
-        phases = " ".join(f"{case['phases_s'][phase]:7.2f} s" for phase in PHASES)
         yield (
             f"{case['layout']:<26} {case['workers']:7} {case['floor_films_per_s']:7,.0f}/s "
-            f"{case['ingest_films_per_s']:7,.0f}/s {case['of_floor']:8.2f} {case['of_floor_after_start']:11.2f} "
-            f"{case['of_floor_cpu']:6.2f} {phases}"
+            f"{case['ingest_films_per_s']:7,.0f}/s {case['of_floor']:8.2f} {case['of_floor_cpu']:6.2f} "
+            + " ".join(f"{seconds:11.2f}" for seconds in case["phases_s"].values())
         )
     for scaling in result["scaling"]:
         if scaling["from"] != scaling["to"]:
@@ -264,20 +229,15 @@ def _speed_table(result: dict[str, Any]) -> Iterator[str]:
                 f"{scaling['ingest']:.2f}x as fast, the floor {scaling['floor']:.2f}x"
             )
     settings = result["settings"]
-    where = "from the disk, " if settings["cold"] else ""
-    if settings["latency_ms"] or settings["bandwidth_mb"]:
-        bandwidth = f"{settings['bandwidth_mb']:g} MB/s" if settings["bandwidth_mb"] else "any bandwidth"
-        where += f"reading at {settings['latency_ms']:g} ms a request and {bandwidth}, "
-    yield f"{where}median of {result['settings']['rounds']} rounds, {result['cases'][0]['films']:,} films"
+    slow = f"{settings['latency_ms']:g} ms a request, bandwidth {settings['bandwidth_mb'] or 'any'} MB/s, "
+    where = "from the disk, " * settings["cold"] + slow * bool(settings["latency_ms"] or settings["bandwidth_mb"])
+    yield f"{where}median of {settings['rounds']} rounds, {result['cases'][0]['films']:,} films"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print tables, write JSON."""
     with bench_guard("bench.ingest"):
         config = parse(IngestBenchConfig, argv, prog="python -m bench.ingest")
-        from bench.machine import one_line
-        from shards.atomic import check_writable, write_atomic
-
         if config.json:
             check_writable(config.json)
         result = run_bench(config)
