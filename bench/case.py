@@ -1,29 +1,45 @@
-"""One measurement in a process of its own: `python -m bench.case TASK`, started by `bench.loader`.
+"""Which loaders a bench measures, what each of them reads, and one measurement in a process of its own.
 
-Of its own, because memory, CPU time and bytes read are counted by process, because one loader's threads and compiled
-code must not be there for the next, and because a slow file system is put under a process as it starts. The parent
-stays small: it imports neither torch nor DALI, whose pages it would share with the child.
+Of its own (`bench.measure`), because memory, CPU time and bytes read are counted by process, because one loader's
+threads and compiled code must not be there for the next, and because a slow file system is put under a process as it
+starts. The parent stays small: it imports neither torch nor DALI, whose pages it would share with the child.
 """
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.processes import REPOSITORY, forks_die_too
-from shards.cli import main_guard
+from bench.processes import REPOSITORY
+from shards.cli import say
 from shards.errors import InputError
-from shards.processes import die_with_parent
 
+BASELINE, TUNED = "hdf5", "hdf5-tuned"
 FLOOR = "floor"
 """The kernels of the `cpu` backend alone."""
+FLOORS = {"cpu": "cpu floor", "cpu raw": "cpu raw floor"}
+"""Case -> its kernels alone."""
 UINT8_FILE = "cxr-uint8.h5"
+PEERS = ("spdl", "streaming", "litdata", "ffcv")
+CONVERTED = ("streaming", "litdata", "ffcv")
+"""Peers that need the films in a form of their own."""
+NOTES = {
+    "webdataset": "shards with replacement, libjpeg-turbo, torchvision on one channel",
+    "dali reader": "fn.readers.webdataset, the crop decoded only, shuffled in a buffer",
+    "spdl": "its tar reader and threads, shuffled by shard only, libjpeg-turbo, aten's resize on one channel",
+    "streaming": "MDS shards, libjpeg-turbo, torchvision on one channel",
+    "litdata": "its chunks, libjpeg-turbo, torchvision on one channel",
+    "ffcv": "raw RGB at 12 times the bytes; its resize is OpenCV's area filter, it has no bicubic with antialias",
+}
+UNDELAYED = {"litdata": "maps its files into memory, which a slow file system here cannot delay; measured without one"}
+"""Why a peer is not measured on a slow file system."""
 _PATIENCE_S = 300.0
 """Longest that a child may take, beside ten times what it is to measure."""
 
@@ -62,9 +78,7 @@ class Task:
     seconds: float = 0.0
     memory_s: float = 0.0
     most_images: int | None = None
-    """See `measure`."""
-    slow: bool = False
-    """Whether a slow file system is under it."""
+    """See `measure.measure`."""
 
 
 def run_child(task: Task, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -74,9 +88,8 @@ def run_child(task: Task, environment: Mapping[str, str] | None = None) -> dict[
     """
     with tempfile.TemporaryDirectory(prefix="shardclip-case-", ignore_cleanup_errors=True) as folder:
         result = Path(folder, "result.json")
-        command = [sys.executable, "-m", "bench.case", json.dumps(asdict(task)), str(result), str(os.getpid())]
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "bench.measure", json.dumps(asdict(task)), str(result), str(os.getpid())],
             cwd=REPOSITORY,
             env={**os.environ, "TMPDIR": folder, **(environment or {})},
             stdout=subprocess.DEVNULL,
@@ -97,10 +110,10 @@ def run_child(task: Task, environment: Mapping[str, str] | None = None) -> dict[
 
 def _last_line(said: str, code: int) -> str:
     """Of what a child that failed said; libraries may have filled it with warnings before."""
-    lines = said.strip().splitlines()
     if code < 0:
         return f"killed by signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
-    return lines[-1].removeprefix("bench.case: ") if lines else f"exit code {code}"
+    lines = said.strip().splitlines() or [f"exit code {code}"]
+    return lines[-1].removeprefix("bench.measure: ")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -112,129 +125,121 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def run_task(task: Task) -> dict[str, Any]:
-    """In the child."""
-    if task.peers_path:
-        sys.path.append(task.peers_path)  # after everything that is installed here
-    actions = {"measure": _measure, "write": _write, "look": _look, "profile": _profile, "together": _together}
-    return actions[task.action](task)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One loader on one device."""
+
+    name: str
+    loader: str
+    """A backend, FLOOR, or the name of a loader of others."""
+    device: str = "cpu"
+    raw: bool = False
+    """Reads the raw shards."""
+    uint8: bool = False
+    """Reads the uint8 copy of the HDF5 file."""
+    own_jpeg: bool = True
+    """See `LoaderConfig`."""
+    peer: bool = False
+    """Somebody else's."""
+
+    def made(self, scratch: Path) -> Path | None:
+        """The file or folder of what has to be made for it."""
+        return scratch / (UINT8_FILE if self.uint8 else self.loader) if self.uint8 or self.loader in CONVERTED else None
+
+    def places(self, config: Any, scratch: Path) -> list[Path]:
+        """Files and folders that it reads films from; the HDF5 baselines take tokens and labels from the shards."""
+        if self.loader in (BASELINE, TUNED):
+            return [self.made(scratch) or config.h5, config.shards]
+        return [self.made(scratch) or (config.raw_shards if self.raw else config.shards)]
+
+    def task(self, config: Any, scratch: Path, seed: int) -> Task:
+        """What a child does to measure it."""
+        made = self.made(scratch)
+        return Task(
+            loader=self.loader,
+            shards=str(absolute(config.raw_shards if self.raw else config.shards)),
+            h5=absolute(made if self.uint8 else config.h5),
+            data=absolute(made) or "",
+            peers_path=absolute(config.peers_path),
+            device=self.device,
+            batch_size=config.batch_size,
+            threads=config.threads,
+            seed=seed,
+            own_jpeg=self.own_jpeg,
+            warmup_batches=config.warmup_batches,
+            seconds=config.seconds,
+            memory_s=config.memory_s,
+        )
 
 
-def _look(task: Task) -> dict[str, Any]:
-    from bench.cases import look
-
-    return look(task)
-
-
-def _measure(task: Task) -> dict[str, Any]:
-    import torch
-
-    from bench.measure import measure
-
-    if task.slow:
-        forget_rows()
-    taken = measure(
-        _builder(task),
-        warmup_batches=task.warmup_batches,
-        seconds=task.seconds,
-        device=torch.device(task.device),
-        memory_s=task.memory_s,
-        most_images=task.most_images,
-    )
-    return {name: value for name, value in asdict(taken).items() if value is not None}
+def absolute(path: Path | None) -> str | None:
+    """As a child, which has another working folder, has to be given it."""
+    return str(path.resolve()) if path else None
 
 
-def forget_rows() -> None:
-    """A slow file system stands for one whose data are larger than memory: rows are read at every visit, as there."""
-    from pipeline import handles
-
-    handles.ROWS_KEPT = 0
-
-
-def _settings(task: Task) -> Any:
-    from pipeline.config import LoaderConfig
-
-    ours = task.loader in ("cpu", "dali", "hdf5", "hdf5-tuned")
-    return LoaderConfig(
-        shards=Path(task.shards),
-        h5=Path(task.h5) if task.h5 else None,
-        backend=task.loader if ours else "cpu",
-        batch_size=task.batch_size,
-        threads=task.threads,
-        seed=task.seed,
-        own_jpeg=task.own_jpeg,
-    )
+def cases(config: Any, found: dict[str, Any]) -> tuple[list[Case], dict[str, str]]:
+    """What to measure, and why the rest of what was asked for cannot be. `found`: what `look` says of this machine."""
+    listed = [*_baselines(config), *_others(config, found), *_ours(config, found)]
+    listed = [replace(case, device="cuda") if found["cuda"] and case.loader != FLOOR else case for case in listed]
+    absent = {name: why for name, why in found["missing"].items() if config.peers and why}
+    if any(config.slow_settings()) and config.peers:
+        absent = UNDELAYED | absent
+        listed = [case for case in listed if case.name not in absent]
+    if config.only:
+        known = {case.name for case in listed} | set(absent)
+        if unknown := [name for name in config.only if name not in known]:
+            raise InputError(f"--only {unknown[0]!r} is none of the cases here: {', '.join(sorted(known))}")
+        listed = [case for case in listed if case.name in config.only]
+        absent = {name: why for name, why in absent.items() if name in config.only}
+    return listed, absent
 
 
-def _builder(task: Task) -> Any:
-    from bench import others, peers
-
-    settings = _settings(task)
-    if task.loader == FLOOR:
-        from bench.kernels import Floor
-
-        return lambda: Floor(settings)
-    theirs = others.LOADERS | peers.LOADERS
-    if task.loader in theirs:
-        return lambda: theirs[task.loader](_job(task))
-    from pipeline.batch import World
-    from pipeline.loader import build_loader
-
-    return lambda: build_loader(settings, World(device=task.device))
+def _baselines(config: Any) -> list[Case]:
+    files = ([("", False)] if config.h5 else []) + ([(" uint8", True)] if config.uint8 else [])
+    return [Case(name=name + form, loader=name, uint8=uint8) for form, uint8 in files for name in (BASELINE, TUNED)]
 
 
-def _job(task: Task) -> Any:
-    import torch
-
-    from bench.others import Job
-
-    device = torch.device(task.device)
-    return Job(settings=_settings(task), data=Path(task.data), device=device, mapped=not task.slow)
+def _others(config: Any, found: dict[str, Any]) -> list[Case]:
+    """All of them are given JPEG."""
+    names = ["webdataset"] + (["dali reader"] if found["dali"] else [])
+    names += [name for name in PEERS if config.peers and found["missing"][name] is None]
+    return [Case(name=name, loader=name, peer=True) for name in names if found["codec"] == "jpeg"]
 
 
-def _write(task: Task) -> dict[str, Any]:
-    from bench import peers
-    from bench.sizes import write_uint8
-
-    if task.loader in peers.WRITERS:
-        peers.WRITERS[task.loader](_job(task))
-    elif task.loader.startswith("hdf5"):
-        write_uint8(Path(str(task.h5)), Path(task.data) / UINT8_FILE)
-    return {}
-
-
-def _together(task: Task) -> dict[str, Any]:
-    from bench.together import TogetherConfig, run_together
-
-    if task.slow:
-        forget_rows()
-    wanted = TogetherConfig(
-        shards=Path(task.shards),
-        backend="cpu" if task.loader == "cpu" else "auto",
-        batch_size=task.batch_size,
-        rounds=task.rounds,
-        seconds=task.seconds,
-        threads=task.threads,
-    )
-    return run_together(wanted)
+def _ours(config: Any, found: dict[str, Any]) -> list[Case]:
+    listed = [Case(name="cpu", loader="cpu")]
+    if config.floor:
+        listed.append(Case(name="cpu libjpeg-turbo", loader="cpu", own_jpeg=False))
+        listed.append(Case(name=FLOORS["cpu"], loader=FLOOR))
+    if config.raw_shards:
+        listed.append(Case(name="cpu raw", loader="cpu", raw=True))
+        if config.floor:
+            listed.append(Case(name=FLOORS["cpu raw"], loader=FLOOR, raw=True))
+    if found["dali"]:
+        listed.append(Case(name=f"dali ({'GPU' if found['cuda'] else 'CPU'})", loader="dali"))
+    return listed
 
 
-def _profile(task: Task) -> dict[str, Any]:
-    from bench.stages import stages
-
-    return stages(_settings(task), task.seconds)
-
-
-def main() -> None:
-    """Do the task of the command line; the result goes into the file named after it."""
-    with main_guard("bench.case"):
-        die_with_parent()
-        if len(sys.argv) > 3 and os.getppid() != int(sys.argv[3]):  # it died before we asked
-            raise SystemExit(1)
-        forks_die_too()
-        task = Task(**json.loads(sys.argv[1]))
-        Path(sys.argv[2]).write_text(json.dumps(run_task(task)))
-
-
-if __name__ == "__main__":
-    main()
+def convert(config: Any, listed: list[Case], scratch: Path) -> dict[str, str]:
+    """Make what cases read that is not there; why, by name, where a peer cannot. What is there is whole."""
+    unfit: dict[str, str] = {}
+    for case in listed:
+        made = case.made(scratch)
+        if made is None or made.exists():
+            continue
+        say(f"converting the films for {case.name}")
+        partial = scratch / f"partial-{case.loader}"
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir()
+        task = replace(case.task(config, scratch, 0), action="write", data=str(partial.resolve()))
+        try:
+            run_child(replace(task, h5=absolute(config.h5)))
+        except InputError as error:
+            if not case.peer:
+                raise
+            unfit[case.name] = f"its data could not be made: {error}"
+        else:
+            os.replace(partial / UINT8_FILE if case.uint8 else partial, made)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return unfit

@@ -4,6 +4,7 @@ Each round measures every case once, each time in a fresh process (`case`), so t
 all alike; ratios are taken within a round, and medians over rounds are reported.
 """
 
+import itertools
 import math
 import os
 import sys
@@ -14,8 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.case import Task, run_child
-from bench.cases import FLOORS, Case, case_task, cases, convert, look_task
+from bench.case import FLOORS, Case, Task, absolute, cases, convert, run_child
 from bench.machine import bench_main, environment
 from bench.processes import pinned
 from bench.storage import SlowFileSystem, SlowSettings, evict
@@ -72,7 +72,9 @@ class LoaderBenchConfig:
     """Names of the cases to measure; none: all."""
     cold: bool = False
     """Evict what a case reads from the page cache before each measurement, see that it worked, and time one epoch
-    from its first call on, or `seconds` of it."""
+    from the call that builds the loader, instead of --seconds of it warm."""
+    cold_s: float = 60.0
+    """Where a cold measurement ends at the latest; starting processes takes seconds, that an epoch has to outweigh."""
     latency_ms: tuple[float, ...] = ()
     """Put a slow file system under every case: each read request waits so long. Several: each in turn."""
     bandwidth_mb: float | None = None
@@ -89,8 +91,9 @@ class LoaderBenchConfig:
         for name in ("batch_size", "rounds", "warmup_batches"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is not a positive number")
-        if not 0 < self.seconds < math.inf or not 0 <= self.memory_s < math.inf:
-            raise InputError(f"--seconds {self.seconds} and --memory-s {self.memory_s} have to be positive numbers")
+        for name in ("seconds", "cold_s", "memory_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is no time")
         if unknown := set(self.cpus) - os.sched_getaffinity(0):
             raise InputError(f"--cpus {min(unknown)}: this process may use {sorted(os.sched_getaffinity(0))}")
         if self.uint8 and not self.h5:
@@ -115,7 +118,7 @@ class LoaderBenchConfig:
 def run_bench(config: LoaderBenchConfig) -> dict[str, Any]:
     """Measure everything; the result is what `--json` writes."""
     with pinned(config.cpus), ExitStack() as stack:
-        found = run_child(look_task(config))
+        found = run_child(_look_task(config))
         listed, absent = cases(config, found)
         temporary = tempfile.TemporaryDirectory(prefix="shardclip-bench-", ignore_cleanup_errors=True)
         scratch = (config.scratch or Path(stack.enter_context(temporary))) / found["digest"]  # of these films alone
@@ -125,12 +128,25 @@ def run_bench(config: LoaderBenchConfig) -> dict[str, Any]:
         rounds |= {key: [] for key in notes if key not in rounds}
         result = _describe(config, found)
         result["cases"] = summarise(listed, rounds, notes)
-        profiled = {case.name: case_task(config, case, scratch, 0) for case in listed if case.name in FLOORS}
         if config.floor:
-            result["profile"] = {name: run_child(replace(task, action="profile")) for name, task in profiled.items()}
+            tasks = {case.name: case.task(config, scratch, 0) for case in listed if case.name in FLOORS}
+            result["profile"] = {name: run_child(replace(task, action="profile")) for name, task in tasks.items()}
         if config.together and not config.only and not config.cold:
             result["together"] = {_at(slow): _together(config, slow, found) for slow in config.slow_settings()}
     return result
+
+
+def _look_task(config: LoaderBenchConfig) -> Task:
+    """What a child does to see what there is to measure."""
+    return Task(
+        action="look",
+        shards=str(absolute(config.shards)),
+        h5=absolute(config.h5),
+        raw_shards=absolute(config.raw_shards),
+        csv=tuple(str(path.resolve()) for path in config.csv),
+        text_column=config.text_column,
+        peers_path=absolute(config.peers_path),
+    )
 
 
 def _together(config: LoaderBenchConfig, slow: SlowSettings | None, found: dict[str, Any]) -> dict[str, Any]:
@@ -157,15 +173,11 @@ def _at(slow: SlowSettings | None) -> str:
     return "the file system as it is" if slow is None else f"{slow.latency_ms:g} ms a request"
 
 
-def _ms(slow: SlowSettings | None) -> float | None:
-    return None if slow is None else slow.latency_ms
-
-
 def _run(task: Task, slow: SlowSettings | None, places: list[Path]) -> dict[str, Any]:
     if slow is None:
         return run_child(task)
     with SlowFileSystem(slow, places) as under:
-        return run_child(replace(task, slow=True), under.environment())
+        return run_child(task, under.environment())
 
 
 def _measure_all(
@@ -173,46 +185,42 @@ def _measure_all(
 ) -> dict[Key, Rounds]:
     """Rounds of every case and latency. A peer or DALI that fails gets a note, no second try; others have to run."""
     unfit = convert(config, listed, scratch)
-    speeds = list(config.slow_settings())
-    rounds: dict[Key, Rounds] = {(case.name, _ms(slow)): [] for slow in speeds for case in listed}
+    speeds = [(slow, None if slow is None else slow.latency_ms) for slow in config.slow_settings()]
+    rounds: dict[Key, Rounds] = {(case.name, ms): [] for _, ms in speeds for case in listed}
     notes |= {key: unfit[key[0]] for key in rounds if key[0] in unfit}
-    for number in range(config.rounds):
-        for slow in speeds:
-            for case in listed:
-                key = case.name, _ms(slow)
-                if key in notes:
-                    continue
-                try:
-                    taken = _measure(config, case, scratch, number, slow, films)
-                except InputError as error:
-                    if not case.peer and case.loader != "dali":
-                        raise
-                    notes[key] = f"failed: {error}"
-                    say(f"{case.name}: {notes[key]}")
-                    continue
-                rounds[key].append(taken)
-                at = "" if slow is None else f"  {slow.latency_ms:g} ms"
-                say(f"round {number + 1}/{config.rounds}{at}  {case.name:<18} {taken['images_per_s']:8,.0f} films/s")
+    for number, (slow, ms), case in itertools.product(range(config.rounds), speeds, listed):
+        key = case.name, ms
+        if key in notes:
+            continue
+        try:
+            taken = _measure(config, case, scratch, number, slow, films)
+        except InputError as error:
+            if not case.peer and case.loader != "dali":
+                raise
+            notes[key] = f"failed: {error}"
+            say(f"{case.name}: {notes[key]}")
+            continue
+        rounds[key].append(taken)
+        at = "" if ms is None else f"  {ms:g} ms"
+        say(f"round {number + 1}/{config.rounds}{at}  {case.name:<18} {taken['images_per_s']:8,.0f} films/s")
     return rounds
 
 
 def _measure(
     config: LoaderBenchConfig, case: Case, scratch: Path, number: int, slow: SlowSettings | None, films: int
 ) -> dict[str, Any]:
-    task = case_task(config, case, scratch, number)
-    places = case.places(config, scratch)
-    share = evict(places) if config.cold else None
-    if config.cold:
-        task = replace(task, most_images=films)
-    taken = _run(task, slow, places)
-    return taken if share is None else taken | {"resident_share": share}
+    task, places = case.task(config, scratch, number), case.places(config, scratch)
+    if not config.cold:
+        return _run(task, slow, places)
+    share = evict(places)
+    return _run(replace(task, most_images=films, seconds=config.cold_s), slow, places) | {"resident_share": share}
 
 
 def _describe(config: LoaderBenchConfig, found: dict[str, Any]) -> dict[str, Any]:
     """Machine and settings. Last of all: to ask for the GPU's name takes torch."""
     places = {"shards": config.shards, "raw_shards": config.raw_shards, "h5": config.h5, "scratch": config.scratch}
     machine = environment({name: path for name, path in places.items() if path is not None})
-    names = ["batch_size", "rounds", "seconds", "warmup_batches", "cold"]
+    names = ["batch_size", "rounds", "seconds", "warmup_batches", "cold", *(["cold_s"] if config.cold else [])]
     names += ["latency_ms", "bandwidth_mb", "jitter", "readahead_kb"] if any(config.slow_settings()) else []
     cpus = sorted(os.sched_getaffinity(0))
     settings: dict[str, Any] = {name: getattr(config, name) for name in names}

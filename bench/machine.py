@@ -1,4 +1,5 @@
-"""What a figure was measured on, to stand beside it; and a bench from its command line to its JSON."""
+"""What a figure was measured on, to stand beside it; what there is to measure; a bench from its command line to its
+JSON."""
 
 import importlib.util
 import json
@@ -10,8 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bench.case import PEERS, Task
 from bench.processes import bench_guard
 from shards.cli import parse, say
+from shards.errors import InputError
 
 COMMIT = "SHARDCLIP_COMMIT"
 """Variable that names the commit where the code was copied without its repository."""
@@ -71,6 +74,54 @@ def _cpu_model() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.machine()
+
+
+def look(task: Task) -> dict[str, Any]:
+    """What runs on this machine, and what the shards hold; InputError where the files do not belong together."""
+    from bench.peers import missing
+    from shards.digest import file_digest
+    from shards.manifest import read_manifest
+    from shards.schema import MANIFEST_NAME
+
+    _check_pairs(task)
+    import torch  # seconds, that a mistake need not wait for
+
+    manifest = read_manifest(Path(task.shards))
+    return {
+        "digest": file_digest(Path(task.shards, MANIFEST_NAME))[:12],
+        "cuda": torch.cuda.is_available(),
+        "dali": has_dali(),
+        "films": manifest.rows("train"),
+        "block_rows": manifest.block_rows,
+        "codec": manifest.image.codec,
+        "missing": {name: missing(name) for name in PEERS},
+    }
+
+
+def _check_pairs(task: Task) -> None:
+    """InputError where the HDF5 or CSV files are not those that the shards were made from, as far as a look tells."""
+    from ingest.reports import read_columns
+    from ingest.source import H5Source
+    from shards.manifest import read_manifest
+
+    expected = read_manifest(Path(task.shards)).sources[0].rows
+    found = {}
+    if task.raw_shards:
+        raw = read_manifest(Path(task.raw_shards))
+        found[task.raw_shards] = raw.sources[0].rows
+        if raw.image.codec != "raw":
+            raise InputError(f"{task.raw_shards} holds {raw.image.codec} images; ingest with --encoding raw")
+    if task.h5:
+        with H5Source(Path(task.h5)) as source:
+            found[task.h5] = source.rows
+    if task.csv:
+        column = task.text_column
+        found["the CSV"] = len(read_columns(tuple(map(Path, task.csv)), (column,))[column])
+    for what, rows in found.items():
+        if rows != expected:
+            raise InputError(
+                f"{what} has {rows:,} rows, the shards were made from {expected:,}; give the files they were made from"
+            )
 
 
 def bench_main(

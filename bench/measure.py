@@ -1,21 +1,25 @@
-"""Time a loader: from a fresh start, past what it had ready, over a stretch of wall-clock time; then its memory."""
+"""`python -m bench.measure TASK RESULT PARENT`: what a child of the loader bench does (see `bench.case`).
 
+Time a loader: from a fresh start, past what it had ready, over a stretch of wall-clock time; then its memory.
+"""
+
+import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sized
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.processes import Usage, footprint, usage
+from bench.case import FLOOR, UINT8_FILE, Task
+from bench.machine import look
+from bench.processes import Usage, footprint, forks_die_too, usage
 from bench.storage import Counts, counts_here
+from shards.cli import main_guard
+from shards.processes import die_with_parent
 
 _SAMPLE_EVERY_S = 0.1
-
-Built = AbstractContextManager[Iterator[Sized]]
-"""A loader: batches whose length is their number of images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,14 +64,15 @@ def measure(
     *,
     warmup_batches: int,
     seconds: float,
-    device: torch.device,
+    device: str,
     memory_s: float = 0.0,
     most_images: int | None = None,
 ) -> Round:
     """Build a loader, drop its first batches (queues were filled while nobody looked), then count for `seconds`.
 
     With `most_images`, for a cold run: nothing is dropped, the clock runs from the call that builds the loader, and
-    stops after so many images. `memory_s` is how long memory is sampled afterwards.
+    stops after so many images. `memory_s` is how long memory is sampled afterwards. `build` gives a context with an
+    iterator over batches whose length is their number of images.
     """
     begin = _Mark.now()
     with build() as loader:
@@ -75,7 +80,8 @@ def measure(
         _finish(device)
         first_batch_s = time.perf_counter() - begin.at
         if most_images is None:
-            _drop(loader, warmup_batches)
+            for _ in range(warmup_batches):
+                next(loader)
             _finish(device)
             begin, images = _Mark.now(), 0
         while time.perf_counter() - begin.at < seconds or not images:
@@ -89,9 +95,7 @@ def measure(
 
 
 def _round(begin: _Mark, end: _Mark, images: int, first_batch_s: float, pss: int | None) -> Round:
-    slow = None
-    if begin.slow is not None and end.slow is not None:
-        slow = end.slow.requests - begin.slow.requests, end.slow.bytes - begin.slow.bytes
+    slow = begin.slow and end.slow and (begin.slow, end.slow)
     return Round(
         images_per_s=images / (end.at - begin.at),
         first_batch_s=first_batch_s,
@@ -100,14 +104,9 @@ def _round(begin: _Mark, end: _Mark, images: int, first_batch_s: float, pss: int
         read_bytes=end.used.storage_bytes - begin.used.storage_bytes,
         rchar=end.used.asked_bytes - begin.used.asked_bytes,
         pss_bytes=pss,
-        requests=slow[0] if slow else None,
-        request_bytes=slow[1] if slow else None,
+        requests=slow[1].requests - slow[0].requests if slow else None,
+        request_bytes=slow[1].bytes - slow[0].bytes if slow else None,
     )
-
-
-def _drop(loader: Iterator[Sized], batches: int) -> None:
-    for _ in range(batches):
-        next(loader)
 
 
 def _peak_memory(loader: Iterator[Sized], seconds: float) -> int:
@@ -121,6 +120,117 @@ def _peak_memory(loader: Iterator[Sized], seconds: float) -> int:
     return peak
 
 
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _finish(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def forget_rows() -> None:
+    """A slow file system stands for one whose data are larger than memory: rows are read at every visit, as there."""
+    from pipeline import handles
+
+    handles.ROWS_KEPT = 0
+
+
+def _measure(task: Task) -> dict[str, Any]:
+    taken = measure(
+        _builder(task),
+        warmup_batches=task.warmup_batches,
+        seconds=task.seconds,
+        device=task.device,
+        memory_s=task.memory_s,
+        most_images=task.most_images,
+    )
+    return {name: value for name, value in asdict(taken).items() if value is not None}
+
+
+def _builder(task: Task) -> Callable[[], Any]:
+    from bench import others, peers
+    from pipeline.batch import World
+    from pipeline.loader import build_loader
+
+    theirs = others.LOADERS | peers.LOADERS
+    if task.loader in theirs:
+        return lambda: theirs[task.loader](_job(task))
+    settings = _settings(task)
+    if task.loader == FLOOR:
+        from bench.kernels import Floor
+
+        return lambda: Floor(settings)
+    return lambda: build_loader(settings, World(device=task.device))
+
+
+def _settings(task: Task) -> Any:
+    from pipeline.config import LoaderConfig
+
+    ours = task.loader in ("cpu", "dali", "hdf5", "hdf5-tuned")
+    return LoaderConfig(
+        shards=Path(task.shards),
+        h5=Path(task.h5) if task.h5 else None,
+        backend=task.loader if ours else "cpu",
+        batch_size=task.batch_size,
+        threads=task.threads,
+        seed=task.seed,
+        own_jpeg=task.own_jpeg,
+    )
+
+
+def _job(task: Task) -> Any:
+    from bench.others import Job
+
+    return Job(settings=_settings(task), data=Path(task.data), device=task.device, mapped=counts_here() is None)
+
+
+def _write(task: Task) -> dict[str, Any]:
+    from bench import peers
+    from bench.sizes import write_uint8
+
+    if task.loader in peers.WRITERS:
+        peers.WRITERS[task.loader](_job(task))
+    else:
+        write_uint8(Path(str(task.h5)), Path(task.data) / UINT8_FILE)
+    return {}
+
+
+def _profile(task: Task) -> dict[str, Any]:
+    from bench.stages import stages
+
+    return stages(_settings(task), task.seconds)
+
+
+def _together(task: Task) -> dict[str, Any]:
+    from bench.together import TogetherConfig, run_together
+
+    wanted = TogetherConfig(
+        shards=Path(task.shards),
+        backend="cpu" if task.loader == "cpu" else "auto",
+        batch_size=task.batch_size,
+        rounds=task.rounds,
+        seconds=task.seconds,
+        threads=task.threads,
+    )
+    return run_together(wanted)
+
+
+_ACTIONS = {"measure": _measure, "write": _write, "look": look, "profile": _profile, "together": _together}
+
+
+def main() -> None:
+    """Do the task of the command line; the result goes into the file named after it."""
+    with main_guard("bench.measure"):
+        die_with_parent()
+        if len(sys.argv) > 3 and os.getppid() != int(sys.argv[3]):  # it died before we asked
+            raise SystemExit(1)
+        forks_die_too()
+        task = Task(**json.loads(sys.argv[1]))
+        if task.peers_path:
+            sys.path.append(task.peers_path)  # after everything that is installed here
+        if counts_here() is not None:
+            forget_rows()
+        Path(sys.argv[2]).write_text(json.dumps(_ACTIONS[task.action](task)))
+
+
+if __name__ == "__main__":
+    main()

@@ -33,7 +33,8 @@ class Job:
     """Shards, batch, threads, crop, flip, statistics."""
     data: Path
     """Folder with the films in the loader's own format, for one that has its own."""
-    device: torch.device
+    device: str
+    """cpu or cuda."""
     mapped: bool = True
     """Whether files may be mapped into memory; a slow file system cannot delay those that are."""
 
@@ -89,7 +90,7 @@ def webdataset(job: Job) -> Iterator[Iterator[torch.Tensor]]:
         .map_tuple(transform, bytes.decode)
         .batched(job.settings.batch_size, collation_fn=_stack, partial=False)
     )
-    pinned = job.device.type == "cuda"
+    pinned = job.device == "cuda"
     loader = wds.WebLoader(dataset, batch_size=None, num_workers=job.workers, prefetch_factor=2, pin_memory=pinned)
     batches = iter(loader)
     try:
@@ -119,7 +120,7 @@ def _reader_graph(job: Job) -> Any:
 
     dali: Any = nvidia.dali  # its stubs do not know the values that its types get at run time
     fn, pipeline_def, types = dali.fn, dali.pipeline_def, dali.types
-    settings, gpu = job.settings, job.device.type == "cuda"
+    settings, gpu = job.settings, job.device == "cuda"
     tars, indexes = (list(map(str, shard_paths(settings, suffix))) for suffix in (".tar", ".idx"))
 
     @pipeline_def(batch_size=settings.batch_size, num_threads=job.workers, device_id=0 if gpu else None)

@@ -5,12 +5,12 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.compare import BETTER, judge
-from bench.kinds import METRICS
+from bench.kinds import METRICS, ratios
 from pipeline.batch import World
 from pipeline.buffers import check_memory
 from pipeline.config import LoaderConfig, available_cpus, stream_count
@@ -43,26 +43,24 @@ class Space:
         return {name: values[0] for name, values in self.values.items()}
 
     def changed(self, choice: Choice) -> list[str]:
-        """The settings in which a choice differs from the default, and that its backend heeds."""
-        return [name for name, value in self.heeded(choice).items() if value != self.values[name][0]]
-
-    def heeded(self, choice: Choice) -> Choice:
-        """Without what does nothing: `own_jpeg` is the `cpu` backend's."""
-        return {name: value for name, value in choice.items() if name != "own_jpeg" or choice["backend"] == "cpu"}
+        """The settings in which a choice differs from the default; `own_jpeg` is heeded by the `cpu` backend alone."""
+        unheeded = {"own_jpeg"} if choice["backend"] != "cpu" else set()
+        return [name for name, value in choice.items() if value != self.values[name][0] and name not in unheeded]
 
 
 def make_space(base: LoaderConfig, sets: Sequence[Path], *, dali: bool, streams: tuple[int, ...]) -> Space:
     """All that this machine and these sets leave open. `streams` are tried as well: they change the order."""
-    backends = ("dali", "cpu") if dali else ("cpu",)
-    manifest = read_manifest(sets[0])
+    cpus = available_cpus()
+    # Powers of two up to twice the CPUs, and their number itself: waiting for reads costs none.
+    threads = sorted({cpus, *(2**power for power in range(cpus.bit_length() + 1) if 2**power <= 2 * cpus)})
     values: dict[str, tuple[Any, ...]] = {
-        "backend": backends,
-        "threads": _first(base.threads or available_cpus(), _thread_counts(available_cpus())),
-        "memory_mb": _first(base.memory_mb, tuple(size for size in MEMORY_MB if _fits(base, sets, size, streams))),
+        "backend": ("dali", "cpu") if dali else ("cpu",),
+        "threads": _first(base.threads or cpus, threads),
+        "memory_mb": _first(base.memory_mb, [size for size in MEMORY_MB if _fits(base, sets, size, streams)]),
         "read_threads": _first(base.read_threads, READ_THREADS),
         "ahead": _first(base.ahead, AHEAD),
     }
-    if manifest.image.codec == "jpeg":
+    if read_manifest(sets[0]).image.codec == "jpeg":
         values["own_jpeg"] = (True, False)
     if streams:
         values["streams"] = (None, *streams)
@@ -73,12 +71,6 @@ def make_space(base: LoaderConfig, sets: Sequence[Path], *, dali: bool, streams:
 
 def _first(value: Any, others: Sequence[Any]) -> tuple[Any, ...]:
     return (value, *(other for other in others if other != value))
-
-
-def _thread_counts(cpus: int) -> list[int]:
-    """Powers of two up to twice the CPUs, and their number itself: waiting for reads costs none."""
-    powers = [2**power for power in range(cpus.bit_length() + 1)]
-    return sorted({cpus, *(count for count in powers if count <= 2 * cpus)})
 
 
 def _fits(base: LoaderConfig, sets: Sequence[Path], memory_mb: int, streams: tuple[int, ...]) -> bool:
@@ -94,11 +86,6 @@ def _fits(base: LoaderConfig, sets: Sequence[Path], memory_mb: int, streams: tup
     return True
 
 
-def apply_choice(base: LoaderConfig, choice: Choice) -> LoaderConfig:
-    """The loader's settings with a choice."""
-    return replace(base, **choice)
-
-
 def search(
     space: Space, rate: Callable[[Choice], float], enough: Callable[[int], bool], *, seed: int
 ) -> list[tuple[Choice, float]]:
@@ -107,68 +94,36 @@ def search(
     TPE (Bergstra et al. 2011) models which values the better trials share; with noise as large as that of a loader it
     gives a candidate, not a result: the caller measures that in turn with the default.
     """
-    optuna = _optuna()
+    try:
+        import optuna
+    except ImportError:
+        raise InputError("tuning needs Optuna: pip install -e '.[tune]'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
     study.enqueue_trial(dict.fromkeys(space.values, 0))
     tried: list[tuple[Choice, float]] = []
     while not enough(len(tried)):
         trial = study.ask()
-        numbers = {name: trial.suggest_categorical(name, list(range(len(each)))) for name, each in space.values.items()}
-        choice = {name: space.values[name][number] for name, number in numbers.items()}
-        found = rate(choice)
-        study.tell(trial, found)
-        tried.append((choice, found))
+        choice = {name: each[trial.suggest_categorical(name, range(len(each)))] for name, each in space.values.items()}
+        tried.append((choice, rate(choice)))
+        study.tell(trial, tried[-1][1])
     return tried
 
 
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError:
-        raise InputError("tuning needs Optuna: pip install -e '.[tune]'") from None
-    return optuna
-
-
-Rates = dict[str, list[float]]
-"""Variant -> films/s, a value a round."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bought:
-    """What one choice bought, beside the best without it."""
-
-    setting: str
-    default: Any
-    chosen: Any
-    ratio: float
-    """Films/s with it to those without: median over rounds."""
-    lowest: float
-    highest: float
-    kept: bool
-
-
-def ablate(space: Space, best: Choice, rate: Callable[[Choice], float], seconds: float) -> list[Bought]:
-    """The best, and the best without each of its choices, in turn."""
+def ablate(space: Space, best: Choice, rate: Callable[[Choice], float], seconds: float) -> list[dict[str, Any]]:
+    """The best, and the best without each of its choices, in turn: what each choice bought, a row each."""
     changed = space.changed(best)
     if not changed:
         return []
     variants = {"": best} | {name: best | {name: space.default[name]} for name in changed}
     rates = in_turn(variants, rate, seconds)
-    return [_bought(space, best, name, rates[""], rates[name]) for name in changed]
-
-
-def _bought(space: Space, best: Choice, name: str, with_it: list[float], without: list[float]) -> Bought:
-    ratios = [one / other for one, other in zip(with_it, without, strict=True)]
-    return Bought(
-        setting=name,
-        default=space.default[name],
-        chosen=best[name],
-        ratio=statistics.median(ratios),
-        lowest=min(ratios),
-        highest=max(ratios),
-        kept=is_faster(with_it, without),
-    )
+    rows = []
+    for name in changed:
+        found = ratios(rates[""], rates[name])
+        row = {"setting": name, "default": space.default[name], "chosen": best[name]}
+        row |= {"ratio": statistics.median(found), "lowest": min(found), "highest": max(found)}
+        rows.append(row | {"kept": is_faster(rates[""], rates[name])})
+    return rows
 
 
 def is_faster(one: list[float], other: list[float]) -> bool:
@@ -176,9 +131,9 @@ def is_faster(one: list[float], other: list[float]) -> bool:
     return judge(other, one, METRICS["images_per_s"], LEAST_GAIN)[0] == BETTER
 
 
-def in_turn(variants: dict[str, Choice], rate: Callable[[Choice], float], seconds: float) -> Rates:
+def in_turn(variants: dict[str, Choice], rate: Callable[[Choice], float], seconds: float) -> dict[str, list[float]]:
     """Each variant once a round, so that what else the machine does falls on all alike; LEAST_ROUNDS or more."""
-    found: Rates = {name: [] for name in variants}
+    found: dict[str, list[float]] = {name: [] for name in variants}
     end, rounds = time.monotonic() + seconds, 0
     while rounds < LEAST_ROUNDS or time.monotonic() < end:
         for name, choice in variants.items():

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from bench.cases import BASELINE, FLOORS, NOTES, TUNED, Case
+from bench.case import BASELINE, FLOORS, NOTES, TUNED, Case
 
 Rounds = list[dict[str, Any]]
 """What `measure.Round` holds, a round each."""

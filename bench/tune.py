@@ -11,32 +11,23 @@ It measures a loader alone. Run it with the CPUs that one rank of the job will h
 node decoding on the GPU wins here by what it takes from the training step, which `bench.together` shows.
 """
 
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from bench.case import forget_rows
+from bench.kinds import ratios, spread
 from bench.processes import bench_guard
-from bench.search import (
-    LEAST_ROUNDS,
-    Choice,
-    Rates,
-    Space,
-    ablate,
-    apply_choice,
-    in_turn,
-    is_faster,
-    make_space,
-    search,
-)
+from bench.search import LEAST_ROUNDS, Choice, Space, ablate, in_turn, is_faster, make_space, search
 from bench.storage import SlowFileSystem, SlowSettings, counts_here
 from pipeline.config import LoaderConfig
 from shards.cli import parse, say
@@ -84,30 +75,37 @@ class TuneConfig:
 
 def run_tune(config: TuneConfig) -> dict[str, Any]:
     """Search, compare, decide; the result is what `--json` writes."""
-    from bench.machine import environment
+    import torch
 
-    base = LoaderConfig(shards=config.shards[0], batch_size=config.batch_size, backend=_backend())
-    space = make_space(base, config.shards, dali=base.backend == "dali", streams=config.streams)
-    rate = _rater(config, base)
+    from bench.machine import environment, has_dali
+
+    cuda = torch.cuda.is_available()
+    backend = "dali" if cuda and has_dali() else "cpu"
+    base = LoaderConfig(shards=config.shards[0], batch_size=config.batch_size, backend=backend)
+    space = make_space(base, config.shards, dali=backend == "dali", streams=config.streams)
+    rate = _rater(config, base, "cuda" if cuda else "cpu")
     begin = time.monotonic()
     tried = search(space, rate, _enough(space, begin, config.minutes * 60), seed=config.seed)
     best = max(tried, key=lambda trial: trial[1])[0]
     left = max(0.0, config.minutes * 60 - (time.monotonic() - begin))
     bought = ablate(space, best, rate, left / 2)
-    chosen = space.default | {each.setting: each.chosen for each in bought if each.kept}
+    chosen = space.default | {each["setting"]: each["chosen"] for each in bought if each["kept"]}
     final = in_turn({DEFAULT: space.default, TUNED: chosen}, rate, left / 2)
     cases = [_case(DEFAULT, space.default, final[DEFAULT]), _case(TUNED, chosen, final[TUNED])]
     if not is_faster(final[TUNED], final[DEFAULT]):
         chosen = space.default
+    kept = _plain({name: chosen[name] for name in space.changed(chosen)})
+    names = ("batch_size", "seconds", "minutes", "cold", "streams")
+    settings = {name: getattr(config, name) for name in names} | {"sets": len(config.shards)}
     return {
         "bench": "tune",
-        "environment": environment(),
-        "settings": _settings(config),
+        "environment": environment({"shards": config.shards[0]}),
+        "settings": settings | (asdict(config.slow) if counts_here() else {}),
         "cases": cases,
-        "choices": [_plain(asdict(each)) for each in bought],
-        "chosen": _plain({name: chosen[name] for name in space.changed(chosen)}),
+        "choices": [_plain(each) for each in bought],
+        "chosen": kept,
         "trials": [{"films_per_s": found, **_plain(choice)} for choice, found in tried],
-        "verdict": _verdict(space, chosen, final),
+        "verdict": _verdict(kept, final),
     }
 
 
@@ -122,51 +120,30 @@ def _enough(space: Space, begin: float, seconds: float) -> Callable[[int], bool]
     return enough
 
 
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _backend() -> str:
-    from bench.machine import has_dali
-
-    return "dali" if _cuda() and has_dali() else "cpu"
-
-
-def _rater(config: TuneConfig, base: LoaderConfig) -> Callable[[Choice], float]:
+def _rater(config: TuneConfig, base: LoaderConfig, device: str) -> Callable[[Choice], float]:
     """Measures a choice: films/s. Each time in another order: blocks in a cache are not those that come first."""
-    import torch
-
-    from bench.measure import measure
+    from bench.measure import forget_rows, measure
     from bench.storage import evict
     from pipeline.batch import World
     from pipeline.loader import build_loader
 
     if counts_here() is not None:
         forget_rows()
-    device = "cuda" if _cuda() else "cpu"
-    orders = iter(range(1, 1 << 31))
+    orders = itertools.count(1)
 
     def rate(choice: Choice) -> float:
-        settings = apply_choice(base, {**choice, "seed": next(orders)})
+        settings = replace(base, **choice, seed=next(orders))
         if config.cold:
             evict([settings.shards])
         found = measure(
             lambda: build_loader(settings, World(device=device)),
             warmup_batches=WARMUP_BATCHES,
             seconds=config.seconds,
-            device=torch.device(device),
+            device=device,
         )
         return found.images_per_s
 
     return rate
-
-
-def _settings(config: TuneConfig) -> dict[str, Any]:
-    settings: dict[str, Any] = {"batch_size": config.batch_size, "seconds": config.seconds, "minutes": config.minutes}
-    settings |= {"cold": config.cold, "sets": len(config.shards), "streams": list(config.streams)}
-    return settings | (asdict(config.slow) if counts_here() else {})
 
 
 def _case(name: str, choice: Choice, rates: list[float]) -> dict[str, Any]:
@@ -179,13 +156,11 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value.name if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def _verdict(space: Space, chosen: Choice, rates: Rates) -> str:
-    ratio = statistics.median(one / other for one, other in zip(rates[TUNED], rates[DEFAULT], strict=True))
-    names = space.changed(chosen)
-    if not names:
+def _verdict(kept: Choice, rates: dict[str, list[float]]) -> str:
+    if not kept:
         return "Tuning bought no more than the noise: the defaults suit this machine and file system."
-    said = ", ".join(f"{name} {_plain(chosen)[name]}" for name in names)
-    return f"Tuned, the loader is {ratio:.2f}x as fast as with the defaults: {said}."
+    said = ", ".join(f"{name} {value}" for name, value in kept.items())
+    return f"Tuned, the loader is {spread(ratios(rates[TUNED], rates[DEFAULT]))} as fast as with the defaults: {said}."
 
 
 def toml_of(result: dict[str, Any]) -> str:
@@ -235,8 +210,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run_slow(config: TuneConfig, arguments: list[str]) -> int:
     """The same in a process with the slow file system under it."""
-    import os
-
     with SlowFileSystem(config.slow, config.shards) as slow:
         command = [sys.executable, "-m", "bench.tune", *arguments]
         return subprocess.run(command, env=os.environ | slow.environment()).returncode

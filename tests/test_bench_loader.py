@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY, assert_refused, run_module
 
-from bench.case import Task
-from bench.cases import Case, convert
+from bench.case import Case, Task, convert
 from bench.loader import LoaderBenchConfig, main, run_bench
 from bench.machine import _TELLING, file_system
 from bench.peers import LOADERS, WRITERS, missing
@@ -307,7 +306,7 @@ def test_films_that_were_converted_by_half_are_converted_anew(
         Path(task.data, "cxr-uint8.h5").write_bytes(b"half")
         raise InputError("interrupted")
 
-    monkeypatch.setattr("bench.cases.run_child", half)
+    monkeypatch.setattr("bench.case.run_child", half)
     with pytest.raises(InputError):
         convert(config, [case], tmp_path)
     assert not list(tmp_path.iterdir())
@@ -500,7 +499,7 @@ def test_peers_that_are_installed_give_batches(name: str, shards_dir: Path, tmp_
     data.mkdir()
     for action in (["write"] if name in WRITERS else []) + ["measure"]:
         task = Task(action=action, loader=name, shards=str(shards_dir), data=str(data), batch_size=16, seconds=0.1)
-        done = run_module("bench.case", json.dumps(asdict(task)), tmp_path / "result")
+        done = run_module("bench.measure", json.dumps(asdict(task)), tmp_path / "result")
         assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "result").read_text())["images"] % 16 == 0
 
