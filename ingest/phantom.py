@@ -3,13 +3,11 @@
     OUT/cxr.h5        dataset `cxr`, float32 (samples, 320, 320), contiguous, whole numbers 0..255
     OUT/reports.csv   Path, impression, patient, a column per finding: 1 stated, 0 denied, -1 hedged, or empty
 
-For demos and tests: nobody's data, learnable, and the same films for the same seed whatever the worker count. Workers
-write their films straight into the file at the dataset's offset, so memory is flat at any size.
+For demos and tests: nobody's data, learnable, and the same films for the same seed whatever the worker count.
 """
 
 import contextlib
 import csv
-import errno
 import io
 import multiprocessing
 import os
@@ -22,6 +20,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
@@ -31,7 +30,7 @@ from ingest.phantom_canvas import SIZE, Array, Field, Frame, Lines
 from ingest.phantom_case import LABELS, Case, make_case, patient_of_film
 from ingest.phantom_findings import devices, lung_findings
 from ingest.phantom_report import write_report
-from shards.atomic import TEMPORARY_PREFIX, atomic_file, check_writable, sync_folder
+from shards.atomic import atomic_file, check_writable
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from shards.processes import start_worker
@@ -75,12 +74,15 @@ def make_phantom(config: PhantomConfig) -> None:
         return
     check_writable(config.out, folder=True)
     _check_space(config)
-    with _atomic_images(images, config) as (temporary, offset), atomic_file(reports) as file:
+    with atomic_file(images) as h5, atomic_file(reports) as file, h5py.File(h5.name, "w") as films:
+        data = films.create_dataset(DATASET, (config.samples, SIZE, SIZE), np.float32)
+        data.attrs.update(_fingerprint(config))
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
         table = csv.writer(text, lineterminator="\n")
         table.writerow(COLUMNS)
         with tqdm(total=config.samples, unit="film", desc="phantom", mininterval=1.0, disable=None) as bar:
-            for rows in _draw_all(config, temporary, offset):
+            for start, (drawn, rows) in zip(range(0, config.samples, _CHUNK), _draw_all(config), strict=True):
+                data[start : start + _CHUNK] = drawn
                 table.writerows(rows)
                 bar.update(len(rows))
         text.detach()
@@ -113,65 +115,26 @@ def _check_space(config: PhantomConfig) -> None:
         )
 
 
-@contextlib.contextmanager
-def _atomic_images(path: Path, config: PhantomConfig) -> Iterator[tuple[Path, int]]:
-    """A temporary HDF5 file with its dataset allocated, and the dataset's byte offset; renamed on success."""
-    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
-    try:
-        yield temporary, _allocate(temporary, config)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def _allocate(path: Path, config: PhantomConfig) -> int:
-    """Create the file with an unwritten contiguous dataset; its offset in bytes."""
-    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    layout.set_layout(h5py.h5d.CONTIGUOUS)
-    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    layout.set_obj_track_times(False)  # same input, same bytes
-    with h5py.File(path, "w") as file:
-        space = h5py.h5s.create_simple((config.samples, SIZE, SIZE))
-        data = h5py.Dataset(h5py.h5d.create(file.id, DATASET.encode(), h5py.h5t.IEEE_F32LE, space, layout))
-        for name, value in _fingerprint(config).items():
-            data.attrs[name] = value
-        return data.id.get_offset()
-
-
-def _draw_all(config: PhantomConfig, path: Path, offset: int) -> Iterator[list[list]]:
-    """Draw every chunk on the workers, few ahead of the reader; CSV rows of each chunk in order."""
+def _draw_all(config: PhantomConfig) -> Iterator[tuple[NDArray[np.uint8], list[list]]]:
+    """Draw every chunk on the workers, few ahead of the reader; films and CSV rows of each chunk in order."""
     workers = config.workers or len(os.sched_getaffinity(0))
     patients = patient_of_film(config.samples, config.seed)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker, initargs=(os.getpid(),)) as pool:
-        waiting: deque[Future[list[list]]] = deque()
+        waiting: deque[Future[tuple[NDArray[np.uint8], list[list]]]] = deque()
         for start in range(0, config.samples, _CHUNK):
-            waiting.append(
-                pool.submit(_draw_chunk, config.seed, start, patients[start : start + _CHUNK].tolist(), path, offset)
-            )
+            waiting.append(pool.submit(_draw_chunk, config.seed, start, patients[start : start + _CHUNK].tolist()))
             if len(waiting) > 4 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _draw_chunk(seed: int, start: int, patients: list[int], path: Path, offset: int) -> list[list]:
-    """Draw films `start`, `start` + 1, ... into the file; their CSV rows."""
+def _draw_chunk(seed: int, start: int, patients: list[int]) -> tuple[NDArray[np.uint8], list[list]]:
+    """Films `start`, `start` + 1, ..., (n, 320, 320), and their CSV rows."""
     cases = [make_case(seed, start + i, patient) for i, patient in enumerate(patients)]
-    films = np.stack([draw_film(case) for case in cases]).astype("<f4")
-    handle = os.open(path, os.O_WRONLY)
-    try:
-        written = os.pwrite(handle, films.data.cast("B"), offset + start * _ROW_BYTES)
-    finally:
-        os.close(handle)
-    if written != films.nbytes:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))  # cut short: the next write would say so
-    return [_csv_row(case.index, case.patient_index, *_told(case)) for case in cases]
+    films = np.stack([draw_film(case) for case in cases]).astype(np.uint8)
+    return films, [_csv_row(case.index, case.patient_index, *_told(case)) for case in cases]
 
 
 def _told(case: Case) -> tuple[str, list]:
