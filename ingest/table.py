@@ -1,5 +1,6 @@
 """What the CSV files of one source say about its rows: reports, labels, patients, splits, image files."""
 
+import math
 import os
 import re
 import time
@@ -14,8 +15,7 @@ import regex
 from numpy.typing import NDArray
 
 from ingest.config import SourceConfig
-from ingest.reports import parse_label, read_columns, strings
-from ingest.sections import cut_section, is_xml, read_report
+from ingest.reports import cut_section, is_xml, read_columns, read_report, strings
 from shards.errors import InputError
 from shards.schema import SPLITS
 
@@ -37,6 +37,9 @@ _REGEX_S, _REGEX_ROW_S = 5.0, 0.001
 """CPU seconds that --group-regex may take: for a source, and for each row besides."""
 _FILE_NAME, _LOOKED_AT = re.compile(r"\s*\S+\.(?:txt|xml)\s*", re.IGNORECASE), 64
 """What no report reads like, and how many rows tell."""
+_NUMBER = re.compile(r"[0-9eE.+-]+")
+"""Of what Python takes for a number, what a label is: no `1_0`, no digits of other scripts."""
+_MOST = float(np.finfo(np.float32).max)
 _FIELD = re.compile(r"\{([^{}]+)\}")
 
 
@@ -144,7 +147,7 @@ def _extract(config: SourceConfig, texts: pa.ChunkedArray, reasons: dict[int, st
 
 
 def _labels(config: SourceConfig, columns: dict[str, pa.ChunkedArray], rows: int) -> dict[str, NDArray[np.float32]]:
-    labels = {name: parse_label(name, columns[name]) for name in config.label_columns}
+    labels = {name: _numbers(name, columns[name]) for name in config.label_columns}
     if config.label_list_column:
         listed = _listed_labels(columns[config.label_list_column], config.label_list_separator, rows)
         twice = sorted(set(listed) & set(labels))
@@ -152,6 +155,26 @@ def _labels(config: SourceConfig, columns: dict[str, pa.ChunkedArray], rows: int
             raise InputError(f"label {twice[0]!r} is a column and stands in {config.label_list_column!r} too")
         labels |= listed
     return labels
+
+
+def _numbers(name: str, column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """A label column to float32 (rows,), blank to NaN. InputError names column and row of anything else."""
+    values = np.empty(len(column), dtype=np.float32)
+    for row, text in enumerate(strings(column)):
+        values[row] = _label(text, name, row)
+    return values
+
+
+def _label(text: str, name: str, row: int) -> float:
+    if not text.strip():
+        return math.nan
+    try:
+        value = float(text) if _NUMBER.fullmatch(text.strip()) else math.nan
+    except ValueError:
+        value = math.nan
+    if not abs(value) <= _MOST:
+        raise InputError(f"row {row} of label column {name!r} is neither a number nor blank; correct the CSV")
+    return value
 
 
 def _listed_labels(column: pa.ChunkedArray, separator: str, rows: int) -> dict[str, NDArray[np.float32]]:

@@ -20,8 +20,8 @@ from ingest.films import H5Films
 from ingest.images import Fault, read_film
 from ingest.inputs import read_inputs
 from ingest.plan import Plan
+from ingest.reports import cut_section
 from ingest.run import ingest
-from ingest.sections import cut_section
 from ingest.source import H5Source
 from ingest.trial import dry_run
 from shards.encodings import ENCODINGS, decode, encode
