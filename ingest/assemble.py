@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +16,15 @@ from ingest.spill import Images, SpillReader
 from shards.atomic import write_atomic
 from shards.digest import file_digest
 from shards.reader import check_file
-from shards.schema import FileInfo, ImageSpec, ShardInfo
+from shards.schema import FileInfo, ImageSpec, Manifest, ShardInfo, shard_name
 from shards.writer import Sample, ShardWriter
+
+if TYPE_CHECKING:  # no worker needs them
+    from ingest.config import IngestConfig
+    from ingest.inputs import Inputs
+
+_SAMPLE_OVERHEAD = 2500
+"""Bytes a sample takes in the tar beside its image: three headers, report, labels, padding. For sizing shards only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +51,51 @@ class AssembleTask:
     """(n,) source of each row."""
     source_rows: NDArray[np.int64]
     """(n,) row in the source."""
+
+
+def shard_tasks(
+    config: "IngestConfig",
+    draft: Manifest,
+    inputs: "Inputs",
+    records: NDArray[np.void],
+    order: dict[str, NDArray[np.int64]],
+    work: Path,
+) -> Iterator[AssembleTask]:
+    """The shards of each split, from its rows in `order` and the `records` (rows,) of phase one."""
+    source_of, starts = inputs.source_of, inputs.starts
+    places = inputs.plan.places
+    sample_bytes = float(records["size"].sum()) / sum(map(len, order.values())) + _SAMPLE_OVERHEAD
+    for name, rows in _cut_shards(order, sample_bytes, config.shard_mb * 1e6):
+        yield AssembleTask(
+            folder=config.to_shards,
+            work=work,
+            name=name,
+            starts=inputs.spill_starts,
+            image=draft.image,
+            context=draft.tokenizer.context,
+            labels=draft.labels,
+            block_rows=draft.block_rows,
+            group_range=draft.groups.get(name.split("-")[0]),
+            places=places[rows],
+            images=Images(
+                rows=rows,
+                offsets=records["offset"][rows],
+                sizes=records["size"][rows],
+                hashes=records["xxh3"][rows],
+            ),
+            sources=source_of[rows],
+            source_rows=rows - starts[source_of[rows]],
+        )
+
+
+def _cut_shards(
+    order: dict[str, NDArray[np.int64]], sample_bytes: float, shard_bytes: float
+) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    """Names and rows of the shards: each split in nearly equal parts of about `shard_bytes`."""
+    for split, rows in order.items():
+        count = min(len(rows), math.ceil(len(rows) * sample_bytes / shard_bytes))
+        for number, part in enumerate(np.array_split(rows, count)):
+            yield shard_name(split, number), part
 
 
 def assemble_shard(task: AssembleTask) -> ShardInfo:

@@ -58,6 +58,16 @@ class Inputs:
         """(sources + 1,) number of each source's first row, and the number of rows."""
         return np.concatenate([[0], np.cumsum([table.rows for table in self.tables])])
 
+    @property
+    def source_of(self) -> NDArray[np.int64]:
+        """(rows,) the source of each row."""
+        return np.repeat(np.arange(len(self.tables)), np.diff(self.starts))
+
+    @property
+    def spill_starts(self) -> NDArray[np.int64]:
+        """(ranges,) number of each range's first row, all sources counted through."""
+        return np.array([each.start for each in self.ranges])
+
 
 def read_inputs(config: IngestConfig) -> Inputs:
     """Read the CSV files, look at the films, refuse what does not fit, and plan."""

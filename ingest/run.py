@@ -6,7 +6,6 @@ Both phases can be interrupted at any moment; the same command goes on and ends 
 import csv
 import dataclasses
 import io
-import math
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from xxhash import xxh3_128_hexdigest
 
-from ingest.assemble import AssembleTask, assemble_shard
+from ingest.assemble import AssembleTask, assemble_shard, shard_tasks
 from ingest.config import IngestConfig
 from ingest.encode import EncodeTask, encode_range
 from ingest.images import Fault
@@ -26,7 +25,7 @@ from ingest.plan import Plan
 from ingest.pool import Pool, open_pool
 from ingest.report import Report, make_report, write_report
 from ingest.rows import Reports, write_rows
-from ingest.spill import Images, read_records, spill_path
+from ingest.spill import read_records, spill_path
 from ingest.trial import settle
 from ingest.workdir import check_unchanged, open_work, remove_work
 from shards.atomic import write_atomic
@@ -42,13 +41,9 @@ from shards.schema import (
     SourceInfo,
     TokenizerSpec,
     block_rows_for,
-    shard_name,
 )
 from shards.stats import add_tables, make_stats, new_tallies
 from shards.tally import Tally
-
-_SAMPLE_OVERHEAD = 2500
-"""Bytes a sample takes in the tar beside its image: three headers, report, labels, padding. For sizing shards only."""
 
 _MEASURE_EVERY, _MEASURED = 32, 64
 """What the encoding loses is measured on every 32nd film, or on 64 in all."""
@@ -67,12 +62,12 @@ def ingest(config: IngestConfig) -> Report:
         with open_pool(config, inputs.sources, work) as pool:
             tokenizer = _encode(config, inputs, work, pool)
             check_unchanged(config, work)
-            records = read_records(work, _spill_starts(inputs))
+            records = read_records(work, inputs.spill_starts)
             rejects = _rejects(inputs.plan, records)
             _check_rejects(config, inputs, rejects)
             order = _accepted(inputs.plan, rejects)
             draft = _draft(config, inputs, tokenizer, records, order)
-            tasks = _shard_tasks(config, draft, inputs, records, order, work)
+            tasks = shard_tasks(config, draft, inputs, records, order, work)
             tallies = new_tallies(draft, {split: len(rows) for split, rows in order.items()})
             manifest = signed(_assemble(config.to_shards, draft, tasks, tallies, pool))
         _write_rejects(config.to_shards, inputs, rejects)
@@ -85,10 +80,6 @@ def ingest(config: IngestConfig) -> Report:
 
 def _image_spec(config: IngestConfig, inputs: Inputs) -> ImageSpec:
     return ImageSpec(height=inputs.height, width=inputs.width, codec=config.encoding, quality=config.quality)
-
-
-def _spill_starts(inputs: Inputs) -> NDArray[np.int64]:
-    return np.array([each.start for each in inputs.ranges])
 
 
 def _encode(config: IngestConfig, inputs: Inputs, work: Path, pool: Pool) -> TokenizerSpec:
@@ -184,50 +175,10 @@ def _assemble(
     return dataclasses.replace(draft, splits=splits)
 
 
-def _shard_tasks(
-    config: IngestConfig,
-    draft: Manifest,
-    inputs: Inputs,
-    records: NDArray[np.void],
-    order: dict[str, NDArray[np.int64]],
-    work: Path,
-) -> Iterator[AssembleTask]:
-    source_of, starts = _numbers(inputs)
-    places = inputs.plan.places
-    sample_bytes = float(records["size"].sum()) / sum(map(len, order.values())) + _SAMPLE_OVERHEAD
-    for name, rows in _cut_shards(order, sample_bytes, config.shard_mb * 1e6):
-        yield AssembleTask(
-            folder=config.to_shards,
-            work=work,
-            name=name,
-            starts=_spill_starts(inputs),
-            image=draft.image,
-            context=draft.tokenizer.context,
-            labels=draft.labels,
-            block_rows=draft.block_rows,
-            group_range=draft.groups.get(name.split("-")[0]),
-            places=places[rows],
-            images=Images(
-                rows=rows,
-                offsets=records["offset"][rows],
-                sizes=records["size"][rows],
-                hashes=records["xxh3"][rows],
-            ),
-            sources=source_of[rows],
-            source_rows=rows - starts[source_of[rows]],
-        )
-
-
-def _numbers(inputs: Inputs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(rows,) the source of each row, and (sources + 1,) the first row of each source."""
-    starts = inputs.starts
-    return np.repeat(np.arange(len(inputs.tables)), np.diff(starts)), starts
-
-
 def _source_infos(
     inputs: Inputs, records: NDArray[np.void], order: dict[str, NDArray[np.int64]]
 ) -> tuple[SourceInfo, ...]:
-    source_of, starts = _numbers(inputs)
+    source_of, starts = inputs.source_of, inputs.starts
     samples = np.bincount(source_of[np.concatenate(list(order.values()))], minlength=len(inputs.tables))
     return tuple(
         SourceInfo(
@@ -240,18 +191,8 @@ def _source_infos(
     )
 
 
-def _cut_shards(
-    order: dict[str, NDArray[np.int64]], sample_bytes: float, shard_bytes: float
-) -> Iterator[tuple[str, NDArray[np.int64]]]:
-    """Names and rows of the shards: each split in nearly equal parts of about `shard_bytes`."""
-    for split, rows in order.items():
-        count = min(len(rows), math.ceil(len(rows) * sample_bytes / shard_bytes))
-        for number, part in enumerate(np.array_split(rows, count)):
-            yield shard_name(split, number), part
-
-
 def _write_rejects(out: Path, inputs: Inputs, rejects: dict[int, str]) -> None:
-    source_of, starts = _numbers(inputs)
+    source_of, starts = inputs.source_of, inputs.starts
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["source", "row", "reason"])
