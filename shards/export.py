@@ -129,28 +129,21 @@ def write_shards(root: Path, manifest: Manifest, chosen: Chosen, folder: Path, s
         groups={split: manifest.groups[split] for split in chosen.rows if split in manifest.groups},
         splits={},
     )
-    splits = {}
+    splits: dict[str, tuple[ShardInfo, ...]] = {}
     with tqdm(total=chosen.samples, unit="film", disable=None, leave=False) as progress:
         for split, rows in chosen.rows.items():
             count = min(len(rows), math.ceil(len(rows) * (mean_bytes + SAMPLE_OVERHEAD) / shard_bytes))
-            parts = enumerate(np.array_split(rows, count))
-            splits[split] = tuple(
-                _write_shard(root, manifest, subset, split, number, part, folder, progress) for number, part in parts
-            )
+            for number, part in enumerate(np.array_split(rows, count)):
+                with _writer(folder, subset, split, number) as writer:
+                    for sample in _samples(root, manifest, split, part):
+                        writer.add(sample)
+                        progress.update()
+                splits[split] = (*splits.get(split, ()), writer.info)
     write_manifest(folder, replace(subset, splits=splits))
 
 
-def _write_shard(
-    root: Path,
-    manifest: Manifest,
-    subset: Manifest,
-    split: str,
-    number: int,
-    rows: NDArray[np.int64],
-    folder: Path,
-    progress: tqdm,
-) -> ShardInfo:
-    writer = ShardWriter(
+def _writer(folder: Path, subset: Manifest, split: str, number: int) -> ShardWriter:
+    return ShardWriter(
         folder,
         shard_name(split, number),
         image=subset.image,
@@ -159,11 +152,6 @@ def _write_shard(
         block_rows=subset.block_rows,
         groups=subset.groups.get(split),
     )
-    with writer:
-        for sample in _samples(root, manifest, split, rows):
-            writer.add(sample)
-            progress.update()
-    return writer.info
 
 
 def _samples(root: Path, manifest: Manifest, split: str, rows: NDArray[np.int64]) -> Iterator[Sample]:
