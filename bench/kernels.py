@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.augment import decide
 from pipeline.batch import World
 from pipeline.config import LoaderConfig, thread_count
-from pipeline.cpu import start_single_threaded, task_images
-from pipeline.encoded import decide
-from pipeline.kernels import ImageKernel, Normalise
+from pipeline.cpu import make_kernel, start_single_threaded, task_images
+from pipeline.kernels import ImageKernel
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
 from shards.schema import Manifest
@@ -60,17 +60,7 @@ class Floor:
         self.out = torch.empty(shape, dtype=getattr(torch, config.dtype))
         self._numbers = itertools.count()
         self._done, self._closed = threading.Semaphore(0), False
-        normalise = Normalise(config.mean, config.std)
-        self.kernels = [
-            ImageKernel(
-                manifest.image,
-                size=config.image_size,
-                normalise=normalise,
-                dtype=config.dtype,
-                own_jpeg=config.own_jpeg,
-            )
-            for _ in range(threads)
-        ]
+        self.kernels = [make_kernel(config, manifest.image) for _ in range(threads)]
         self._idle = iter(self.kernels)
         self._threads = start_single_threaded(self._work, threads)
 

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from bench.kernels import parts, read_films, thread_times
+from pipeline.augment import DECIDED, decide
 from pipeline.batch import World
 from pipeline.config import LoaderConfig, stream_count
-from pipeline.encoded import DECIDED, decide
 from pipeline.loader import make_order
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
@@ -90,8 +90,8 @@ def _rows(config: LoaderConfig, manifest: Manifest, seconds: float) -> float:
 
 
 def _plan(config: LoaderConfig, manifest: Manifest, seconds: float) -> float:
-    """Visits, and what becomes of their films, a stretch of them at a time as in `pipeline.encoded`."""
-    visits = make_order(config, manifest, stream_count(config, World())).visits(0, World())
+    """Visits, and what becomes of their films, a stretch of them at a time as in `pipeline.augment`."""
+    visits = make_order(config, [manifest], stream_count(config, World())).visits(0, World())
 
     def plan() -> int:
         films = 0

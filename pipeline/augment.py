@@ -6,11 +6,16 @@ count and resumed run gives the same crop. Source: torchvision/transforms/transf
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.batch import World
+from pipeline.config import LoaderConfig
+from pipeline.effects import draw
 from shards.counter import hash64, uniform
+from shards.schema import Manifest
 
 Ints = NDArray[np.int64]
 
@@ -85,3 +90,73 @@ def _central_box(height: int, width: int) -> Ints:
     elif width / height > RATIO[1]:
         w = round(height * RATIO[1])
     return np.array([(height - h) // 2, (width - w) // 2, h, w], dtype=np.int64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fate:
+    """What becomes of n images; with several views of m samples, view v of sample i is image v * m + i."""
+
+    boxes: NDArray[np.int64]
+    """(n, 4) crop boxes: y, x, h, w in pixels."""
+    flipped: NDArray[np.bool_]
+    """(n,) left to right after the crop."""
+    effects: NDArray[np.float32] | None = None
+    """(n, 4) what `pipeline.effects` does to the films before the crop; None: nothing."""
+
+
+def decide(config: LoaderConfig, manifest: Manifest, positions: NDArray[np.int64], side: NDArray[np.bool_]) -> Fate:
+    """Fate of all views at positions (n,) whose reports name a side or not (n,), as the config asks."""
+    size = {"height": manifest.image.height, "width": manifest.image.width}
+    if config.mode == "eval":
+        return Fate(boxes=whole_boxes(len(positions), **size), flipped=np.zeros(len(positions), dtype=bool))
+    seeds = [view_seed(config.seed, view) for view in range(config.views)]
+    flipped = np.stack([flips(seed, positions, probability=config.flip) for seed in seeds])
+    boxes = [crop_boxes(seed, positions, **size, scale=config.scale) for seed in seeds]
+    effects = [draw(config.effects, seed, positions) for seed in seeds] if config.changes_films else None
+    return Fate(
+        boxes=np.concatenate(boxes),
+        flipped=(guard_flips(flipped, side) if config.flip_guard else flipped).ravel(),
+        effects=None if effects is None else np.concatenate(effects),
+    )
+
+
+DECIDED = 1024
+"""Positions whose fate is decided in one go: numpy is asked as often for one batch as for many."""
+
+
+class Fates:
+    """What becomes of a rank's positions in training, decided for a stretch of them ahead."""
+
+    def __init__(self, config: LoaderConfig, manifest: Manifest, world: World) -> None:
+        self._config, self._manifest, self._step = config, manifest, world.size
+        self._first = self._count = 0
+        self._ahead = decide(config, manifest, np.empty(0, dtype=np.int64), np.empty(0, dtype=bool))
+
+    def of(self, positions: NDArray[np.int64], side: NDArray[np.bool_]) -> Fate:
+        """As `decide`; positions `step` apart."""
+        if self._config.mode == "eval":
+            return decide(self._config, self._manifest, positions, side)
+        count = len(positions)
+        at = (int(positions[0]) - self._first) // self._step
+        if not 0 <= at <= self._count - count:
+            self._decide(int(positions[0]), max(count, DECIDED // count * count))
+            at = 0
+        ahead, views = self._ahead, self._config.views
+
+        def cut(values: NDArray) -> NDArray:
+            return values.reshape(views, self._count, *values.shape[1:])[:, at : at + count].reshape(
+                -1, *values.shape[1:]
+            )
+
+        flipped = cut(ahead.flipped)
+        return Fate(
+            boxes=cut(ahead.boxes),
+            flipped=guard_flips(flipped, np.tile(side, views)) if self._config.flip_guard else flipped.copy(),
+            effects=None if ahead.effects is None else cut(ahead.effects),
+        )
+
+    def _decide(self, first: int, count: int) -> None:
+        self._first, self._count = first, count
+        self._ahead = decide(
+            self._config, self._manifest, first + self._step * np.arange(count), np.zeros(count, dtype=bool)
+        )

@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.order import Layout, ShuffledOrder
-from pipeline.selection import RowBits, read_tables, scan_shards
+from pipeline.order import ShuffledOrder
+from pipeline.selection import Layout, RowBits, read_tables, scan_shards
 from shards.counter import hash64, permutation
 from shards.errors import InputError
 from shards.query import parse_query

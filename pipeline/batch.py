@@ -53,6 +53,23 @@ class Batch:
         return len(self.samples)
 
 
+def make_batch(images: torch.Tensor, records: NDArray[np.void], position: int, device: torch.device) -> Batch:
+    """The batch of decoded images, with what belongs to it on the device."""
+    tokens, labels = torch.from_numpy(records["tokens"].astype(np.int64)), torch.from_numpy(records["labels"].copy())
+    if device.type != "cpu":  # a call that does nothing costs a turn at the interpreter's lock
+        tokens, labels = tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    changed = records["row"] != records["planned"]
+    return Batch(
+        images=images,
+        tokens=tokens,
+        labels=labels,
+        samples=torch.from_numpy(np.stack([records["shard"], records["row"]], axis=1)),
+        position=position,
+        text_length=int(records["token_count"].max(initial=0)),
+        replaced=np.stack([records["shard"], records["planned"]], axis=1)[changed],
+    )
+
+
 def digest_batch(batch: Batch, world: World) -> int:
     """Sum modulo 2^64 of xxh3_64(position, shard, row) over the samples of one rank's batch.
 

@@ -11,18 +11,17 @@ bound what is prepared ahead. Where the device is a GPU they are pinned, and cop
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.batch import Batch, World
+from pipeline.batch import Batch, World, make_batch
 from pipeline.config import LoaderConfig, thread_count
 from pipeline.effects import apply, compiled_functions
-from pipeline.encoded import Encoded, EncodedBatches, make_batch
+from pipeline.encoded import Encoded, EncodedBatches
 from pipeline.kernels import Crop, ImageKernel, Normalise
-from shards.schema import Manifest
+from shards.schema import ImageSpec, Manifest
 
 TASK_IMAGES = 32
 """Images a task has at most: each task takes a turn at the interpreter's lock."""
@@ -108,22 +107,15 @@ class _Slot:
             self.error = error
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """Images first .. first + count - 1 of a slot's batch."""
-
-    slot: _Slot
-    first: int
-    count: int
+_Task = tuple[_Slot, int, int]
+"""Images number first .. end - 1 of a slot's batch."""
 
 
 class CpuBackend:
     """Decodes one rank's batches on its CPUs."""
 
     def __init__(self, config: LoaderConfig, manifest: Manifest, world: World, batches: EncodedBatches) -> None:
-        self._config, self._manifest, self._batches = config, manifest, batches
-        self._device = torch.device(world.device)
-        self._normalise = Normalise(config.mean, config.std)
+        self._batches, self._device = batches, torch.device(world.device)
         self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[_Slot | BaseException] = queue.SimpleQueue()
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
@@ -139,7 +131,7 @@ class CpuBackend:
         # made here and not in the threads: the first one compiles, and what goes wrong has to reach the caller
         self._kernels: queue.SimpleQueue[ImageKernel] = queue.SimpleQueue()
         for _ in range(self.threads):
-            self._kernels.put(self._kernel())
+            self._kernels.put(make_kernel(config, manifest.image))
         if config.changes_films:
             compiled_functions()
         self._feeder = threading.Thread(target=self._feed, name="shardclip-feed", daemon=True)
@@ -188,36 +180,25 @@ class CpuBackend:
             while (slot := self._free.get()) is not None:
                 encoded = next(self._batches)
                 size = task_images(len(encoded), self.threads)
-                tasks = [_Task(slot, first, min(size, len(encoded) - first)) for first in range(0, len(encoded), size)]
-                slot.start(encoded, len(tasks))
+                firsts = range(0, len(encoded), size)
+                slot.start(encoded, len(firsts))
                 self._ready.put(slot)
-                for task in tasks:
-                    self._tasks.put(task)
+                for first in firsts:
+                    self._tasks.put((slot, first, min(first + size, len(encoded))))
         except BaseException as error:  # raised by next(), where the trainer sees it
             self._ready.put(error)
-
-    def _kernel(self) -> ImageKernel:
-        config = self._config
-        return ImageKernel(
-            self._manifest.image,
-            size=config.image_size,
-            normalise=self._normalise,
-            dtype=config.dtype,
-            own_jpeg=config.own_jpeg,
-        )
 
     def _decode(self) -> None:
         kernel = self._kernels.get()
         while (task := self._tasks.get()) is not None:
             try:
-                self._run(kernel, task)
+                self._run(kernel, *task)
             except BaseException as error:
-                task.slot.finish_task(error)
+                task[0].finish_task(error)
             else:
-                task.slot.finish_task(None)
+                task[0].finish_task(None)
 
-    def _run(self, kernel: ImageKernel, task: _Task) -> None:
-        slot, index, end = task.slot, task.first, task.first + task.count
+    def _run(self, kernel: ImageKernel, slot: _Slot, index: int, end: int) -> None:
         encoded = slot.encoded
         assert encoded is not None
         fate = encoded.fate
@@ -236,6 +217,12 @@ class CpuBackend:
                 return kernel.decode(image)
             except ValueError as error:
                 image = self._batches.replace(encoded, index, error)
+
+
+def make_kernel(config: LoaderConfig, spec: ImageSpec) -> ImageKernel:
+    """What one thread decodes and resizes with."""
+    normalise = Normalise(config.mean, config.std)
+    return ImageKernel(spec, size=config.image_size, normalise=normalise, dtype=config.dtype, own_jpeg=config.own_jpeg)
 
 
 def crops(slot: _Slot, index: int, film: NDArray[np.uint8]) -> Iterator[Crop]:

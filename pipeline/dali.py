@@ -11,20 +11,19 @@ border; uint8 after the resize, because cubic overshoots 0..255 by up to 20 othe
 import gc
 import queue
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.batch import Batch, World
+from pipeline.batch import Batch, World, make_batch
 from pipeline.config import LoaderConfig, thread_count
-from pipeline.decode import check_jpeg
+from pipeline.decode import check_image
 from pipeline.effects import for_graph, in_graph
-from pipeline.encoded import Encoded, EncodedBatches, make_batch
+from pipeline.encoded import Encoded, EncodedBatches
+from pipeline.kernels import ImageKernel, Normalise
 from pipeline.quarantine import ShardNames
-from pipeline.trial import Trial
-from shards.encodings import check_header, decode
 from shards.errors import InputError
 from shards.schema import ImageSpec, Manifest
 
@@ -42,11 +41,12 @@ def build_graph(
     """
     fn, pipeline_def, types = _import_dali()
     gpu = device.type == "cuda"
+    number = torch.cuda.current_device() if gpu and device.index is None else device.index
 
     @pipeline_def(
         batch_size=batch_size,
         num_threads=threads,
-        device_id=_device_number(device) if gpu else None,
+        device_id=number if gpu else None,
         prefetch_queue_depth=config.ahead,
     )
     def graph() -> Any:
@@ -86,10 +86,6 @@ def build_graph(
     return built
 
 
-def _device_number(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
-
-
 def _import_dali() -> tuple[Any, Any, Any]:
     """fn, pipeline_def, types: Any, because DALI's stubs do not know the values its types get at run time."""
     try:
@@ -107,12 +103,13 @@ class DaliBackend:
     def __init__(self, config: LoaderConfig, manifest: Manifest, world: World, batches: EncodedBatches) -> None:
         self._config, self._image, self._batches = config, manifest.image, batches
         self._device = torch.device(world.device)
-        self._gathered: queue.Queue[Encoded | BaseException] = queue.Queue(maxsize=config.ahead)
+        self._gathered: queue.SimpleQueue[Encoded | BaseException] = queue.SimpleQueue()
+        self._room = threading.Semaphore(config.ahead)
         self._fed: deque[Encoded] = deque()
         self._trial = Trial(manifest, batches) if config.max_bad else None
         self._last_fed: Encoded | None = None
         self._empty: Encoded | None = None
-        self._closed = threading.Event()
+        self._closed = False
         self._failed: BaseException | None = None
         self._graph = build_graph(
             config,
@@ -143,10 +140,9 @@ class DaliBackend:
 
     def close(self) -> None:
         """Stop the thread and drop the graph."""
-        self._closed.set()
-        while self._gatherer.is_alive():
-            self._drain()
-            self._gatherer.join(timeout=0.01)
+        self._closed = True
+        self._room.release()
+        self._gatherer.join()
         self._graph = None
         # A graph sits in reference cycles. Destroyed later, in a forked child (a DataLoader's worker) that has none of
         # its threads, it would wait for them for ever; so here and now.
@@ -182,6 +178,7 @@ class DaliBackend:
             self._gathered.put(encoded)
             self._failed = None if isinstance(encoded, StopIteration) else encoded
             raise encoded
+        self._room.release()
         if not len(encoded):
             self._empty = encoded
             raise StopIteration
@@ -198,21 +195,13 @@ class DaliBackend:
                 if self._trial is not None:
                     self._trial.run(encoded)
                 check_headers(encoded, self._image, self._batches.names)
-                self._put(encoded)
-            self._put(StopIteration())
+                self._room.acquire()
+                if self._closed:
+                    return
+                self._gathered.put(encoded)
+            self._gathered.put(StopIteration())
         except BaseException as error:  # raised by next(), where the trainer sees it
-            self._put(error)
-
-    def _put(self, item: Encoded | BaseException) -> None:
-        while not self._closed.is_set():
-            try:
-                return self._gathered.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def _drain(self) -> None:
-        while not self._gathered.empty():
-            self._gathered.get_nowait()
+            self._gathered.put(error)
 
     def _undecodable(self, error: RuntimeError) -> InputError:
         """DALI fails a batch as a whole and does not say which sample: name the shards it came from."""
@@ -227,11 +216,37 @@ def check_headers(encoded: Encoded, spec: ImageSpec, names: ShardNames) -> None:
     larger one would be cropped as if it were of the right size."""
     for index, image in enumerate(encoded.images):
         try:
-            if spec.codec == "jpeg":
-                check_jpeg(image, (spec.height, spec.width))
-            elif spec.codec == "raw":
-                decode(image.data, spec)
-            else:
-                check_header(image.data, spec)
+            check_image(image, spec)
         except ValueError as error:
             raise InputError(f"{encoded.describe(index, names)} cannot be decoded ({error}); ingest again") from None
+
+
+class Trial:
+    """Tries to decode each image the first time it is seen, and replaces what cannot be: DALI fails a whole batch.
+
+    As the `cpu` backend does, so that all backends call the same images bad. It costs a decode on the CPU for each
+    image of the first epoch; none later, and none where no bad sample is tolerated.
+    """
+
+    def __init__(self, manifest: Manifest, batches: EncodedBatches) -> None:
+        self._batches = batches
+        self._kernel = ImageKernel(manifest.image, size=1, normalise=Normalise((0, 0, 0), (1, 1, 1)))
+        self._tried: defaultdict[int, int] = defaultdict(int)
+        """Shard -> a bit for each of its rows."""
+
+    def run(self, encoded: Encoded) -> None:
+        """Try each image of a batch that was not tried before."""
+        for index in range(len(encoded)):
+            while not self._is_sound(encoded, index):
+                pass
+
+    def _is_sound(self, encoded: Encoded, index: int) -> bool:
+        shard, row = int(encoded.records["shard"][index]), int(encoded.records["row"][index])
+        if not self._tried[shard] >> row & 1:
+            try:
+                self._kernel.decode(encoded.images[index])
+            except ValueError as error:
+                self._batches.replace(encoded, index, error)
+                return False
+            self._tried[shard] |= 1 << row
+        return True

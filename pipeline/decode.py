@@ -8,6 +8,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from pipeline.jpeg_header import Header, parse_header
+from shards.encodings import check_header, decode
 from shards.schema import ImageSpec
 
 MOST_HEADERS = 8
@@ -34,6 +35,16 @@ def check_jpeg(image: NDArray[np.uint8], shape: tuple[int, int]) -> None:
         raise ValueError(f"the image is {height}x{width}, not {shape[0]}x{shape[1]}")
     if colours in ("CMYK", "YCCK"):
         raise ValueError(f"the image is {colours}")
+
+
+def check_image(image: NDArray[np.uint8], spec: ImageSpec) -> None:
+    """ValueError where an encoded image is not what the data set says, as far as its header or its size shows."""
+    if spec.codec == "jpeg":
+        check_jpeg(image, (spec.height, spec.width))
+    elif spec.codec == "raw":
+        decode(image.data, spec)
+    else:
+        check_header(image.data, spec)
 
 
 class CompiledDecode:

@@ -10,31 +10,17 @@ visit and each batch, none for each visit in each batch.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from pipeline.augment import crop_boxes, flips, guard_flips, view_seed, whole_boxes
-from pipeline.batch import Batch, World
+from pipeline.augment import Fate, Fates, decide
+from pipeline.batch import World
 from pipeline.blocks import BlockReader
 from pipeline.config import LoaderConfig
-from pipeline.effects import draw
 from pipeline.handles import Records, key_of, record_type
 from pipeline.order import Visit
 from pipeline.quarantine import ShardNames
 from pipeline.visits import Loaded
 from shards.schema import Manifest
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fate:
-    """What becomes of n images; with several views of m samples, view v of sample i is image v * m + i."""
-
-    boxes: NDArray[np.int64]
-    """(n, 4) crop boxes: y, x, h, w in pixels."""
-    flipped: NDArray[np.bool_]
-    """(n,) left to right after the crop."""
-    effects: NDArray[np.float32] | None = None
-    """(n, 4) what `pipeline.effects` does to the films before the crop; None: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,39 +47,6 @@ class Encoded:
         return f"{names(int(record['shard']))}: image {key_of(record)} (row {record['row']})"
 
 
-def make_batch(images: torch.Tensor, records: Records, position: int, device: torch.device) -> Batch:
-    """The batch of decoded images, with what belongs to it on the device."""
-    tokens, labels = torch.from_numpy(records["tokens"].astype(np.int64)), torch.from_numpy(records["labels"].copy())
-    if device.type != "cpu":  # a call that does nothing costs a turn at the interpreter's lock
-        tokens, labels = tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-    changed = records["row"] != records["planned"]
-    return Batch(
-        images=images,
-        tokens=tokens,
-        labels=labels,
-        samples=torch.from_numpy(np.stack([records["shard"], records["row"]], axis=1)),
-        position=position,
-        text_length=int(records["token_count"].max(initial=0)),
-        replaced=np.stack([records["shard"], records["planned"]], axis=1)[changed],
-    )
-
-
-def decide(config: LoaderConfig, manifest: Manifest, positions: NDArray[np.int64], side: NDArray[np.bool_]) -> Fate:
-    """Fate of all views at positions (n,) whose reports name a side or not (n,), as the config asks."""
-    size = {"height": manifest.image.height, "width": manifest.image.width}
-    if config.mode == "eval":
-        return Fate(boxes=whole_boxes(len(positions), **size), flipped=np.zeros(len(positions), dtype=bool))
-    seeds = [view_seed(config.seed, view) for view in range(config.views)]
-    flipped = np.stack([flips(seed, positions, probability=config.flip) for seed in seeds])
-    boxes = [crop_boxes(seed, positions, **size, scale=config.scale) for seed in seeds]
-    effects = [draw(config.effects, seed, positions) for seed in seeds] if config.changes_films else None
-    return Fate(
-        boxes=np.concatenate(boxes),
-        flipped=(guard_flips(flipped, side) if config.flip_guard else flipped).ravel(),
-        effects=None if effects is None else np.concatenate(effects),
-    )
-
-
 def rank_positions(position: int, end: int, world: World) -> NDArray[np.int64]:
     """A rank's positions in the global batch [position, end), (n,); `position` is a multiple of the world's size."""
     return np.arange(position + world.rank, end, world.size, dtype=np.int64)
@@ -117,7 +70,7 @@ class EncodedBatches:
         self._end = samples if config.mode == "eval" else None
         self._live: list[Loaded] = []
         self._window = _Window(_WINDOW, manifest)
-        self._fates = _Fates(config, manifest, world)
+        self._fates = Fates(config, manifest, world)
 
     def __iter__(self) -> "EncodedBatches":
         return self
@@ -218,45 +171,3 @@ class _Window:
         """Images and a copy of the records of the samples with these numbers."""
         places = numbers % len(self)
         return [self.images[place] for place in places.tolist()], self.records[places]
-
-
-DECIDED = 1024
-"""Positions whose fate is decided in one go: numpy is asked as often for one batch as for many."""
-
-
-class _Fates:
-    """What becomes of a rank's positions in training, decided for a stretch of them ahead."""
-
-    def __init__(self, config: LoaderConfig, manifest: Manifest, world: World) -> None:
-        self._config, self._manifest, self._step = config, manifest, world.size
-        self._first = self._count = 0
-        self._ahead = decide(config, manifest, np.empty(0, dtype=np.int64), np.empty(0, dtype=bool))
-
-    def of(self, positions: NDArray[np.int64], side: NDArray[np.bool_]) -> Fate:
-        """As `decide`; positions `step` apart."""
-        if self._config.mode == "eval":
-            return decide(self._config, self._manifest, positions, side)
-        count = len(positions)
-        at = (int(positions[0]) - self._first) // self._step
-        if not 0 <= at <= self._count - count:
-            self._decide(int(positions[0]), max(count, DECIDED // count * count))
-            at = 0
-        ahead, views = self._ahead, self._config.views
-
-        def cut(values: NDArray) -> NDArray:
-            return values.reshape(views, self._count, *values.shape[1:])[:, at : at + count].reshape(
-                -1, *values.shape[1:]
-            )
-
-        flipped = cut(ahead.flipped)
-        return Fate(
-            boxes=cut(ahead.boxes),
-            flipped=guard_flips(flipped, np.tile(side, views)) if self._config.flip_guard else flipped.copy(),
-            effects=None if ahead.effects is None else cut(ahead.effects),
-        )
-
-    def _decide(self, first: int, count: int) -> None:
-        self._first, self._count = first, count
-        self._ahead = decide(
-            self._config, self._manifest, first + self._step * np.arange(count), np.zeros(count, dtype=bool)
-        )

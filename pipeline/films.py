@@ -9,13 +9,20 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+import torch
 from numba import njit, types
+from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from pipeline import compiled as compiler
 from pipeline import jpeg, jpeg_header, resize
+from pipeline.decode import CompiledDecode
 from pipeline.jpeg import SLACK, _decode_one, _load_word
+from pipeline.jpeg_header import NO_HEADER
+from pipeline.kernels import SMALLEST, CompiledResize, axis
 from pipeline.resize import _resize_one
+from shards.schema import ImageSpec
 
 RAW, HEIGHT, WIDTH, SIZE, ROWS, COLUMNS, PIXELS, STEP, DECODING, RESIZING, NORMALISE, DTYPE = range(12)
 """Places in the array of what is the same for all films: whether they are bare pixels; their height and width; height
@@ -103,3 +110,54 @@ def films_function() -> Callable[..., int]:
             pairs, pairs, types.boolean[::1], size, size, size, table, pairs, content, flat[0], header, *flat[1:]
         ),
     )
+
+
+class Films:
+    """Both in one compiled call for many films, with the memory of a `CompiledResize` and of a `CompiledDecode`."""
+
+    def __init__(
+        self, function: Callable[..., int], spec: ImageSpec, resize: CompiledResize, decode: CompiledDecode
+    ) -> None:
+        self._function, self._decode, self._size, self._dtype = function, decode, resize.size, resize.dtype
+        raw = spec.codec == "raw"
+        self._blank = NO_HEADER if raw else None
+        numbers = [raw, spec.height, spec.width, resize.size, *decode.space, *resize.space]
+        self._fixed = np.array(numbers, dtype=np.int64)
+        self._axes = np.zeros((max(spec.height, spec.width) + 1, 3), dtype=np.int64)
+        self._alive: list[object] = []
+
+    def run(
+        self,
+        spans: NDArray[np.int64],
+        boxes: NDArray[np.int64],
+        flipped: NDArray[np.bool_],
+        out: torch.Tensor,
+        first: int,
+        end: int,
+    ) -> int:
+        """See `ImageKernel.run`."""
+        header = self._blank or self._decode.header
+        if header is None:
+            return first
+        assert out.shape[1:] == (self._size, self._size, 3) and out.dtype == self._dtype and out.is_contiguous()
+        assert len(spans) <= len(boxes) == len(flipped) <= len(out)
+        return self._function(
+            spans,
+            boxes,
+            flipped,
+            first,
+            end,
+            out.data_ptr(),
+            self._fixed,
+            self._axes,
+            np.frombuffer(header.content, dtype=np.uint8),
+            *self._decode.arrays(header),
+        )
+
+    def learn(self, box: list[int]) -> None:
+        """Take crops of this size from now on, if they are not too small."""
+        for length in box[2:]:
+            if length >= SMALLEST and not self._axes[length, 0]:
+                table = axis(length, self._size)
+                self._alive.append(table)
+                self._axes[length] = table.address

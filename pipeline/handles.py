@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.order import Layout
 from pipeline.read import OpenShard, ReadStats
+from pipeline.selection import Layout
 from pipeline.stage import Stage
 from pipeline.stall import Busy
 from shards.errors import InputError

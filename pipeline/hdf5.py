@@ -31,10 +31,11 @@ from torchvision.transforms.v2 import functional as transforms
 from xxhash import xxh3_64_intdigest
 
 from ingest.source import H5Source
-from pipeline.batch import Batch, World
+from pipeline.augment import decide
+from pipeline.batch import Batch, World, make_batch
 from pipeline.config import LoaderConfig, thread_count
 from pipeline.effects import apply
-from pipeline.encoded import decide, make_batch, rank_positions
+from pipeline.encoded import rank_positions
 from pipeline.handles import Records, block_records
 from pipeline.kernels import Normalise
 from pipeline.order import Order

@@ -9,18 +9,20 @@ missing or cannot compile. On one core of an EPYC 9xx5, a 320 px q95 film of 22 
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Protocol
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from pipeline.decode import CompiledDecode, TurboDecode
-from pipeline.jpeg_header import NO_HEADER
-from pipeline.weights import axis
 from shards.encodings import decode
 from shards.schema import ImageSpec
+
+if TYPE_CHECKING:
+    from pipeline.films import Films
 
 _resize = torch.ops.aten._upsample_bicubic2d_aa
 SMALLEST = 16
@@ -82,6 +84,52 @@ class TorchResize:
         self._normalise.write(self._grey_tensor, out)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """How n pixels of a row or column become `size`."""
+
+    table: NDArray[np.int32]
+    """(size, 1 + taps): first input pixel, then the weights; a weight beyond the input is 0."""
+    shift: int
+    """The weights are multiples of 2 ** -shift."""
+    address: tuple[int, int, int]
+    """Address of the table, taps, shift: what compiled code takes. Valid as long as the object is."""
+
+
+@lru_cache(maxsize=4096)
+def axis(n: int, size: int) -> Axis:
+    """The weights of torch's uint8 bicubic resize with antialias of n pixels to `size`, bit for bit.
+
+    As `_upsample_bicubic2d_aa` has them (UpSampleKernel.cpp; Pillow's Resample.c before it): the cubic with a = -0.5,
+    stretched over the input where that is larger, as int16 of the highest precision that fits.
+    """
+    scale = n / size
+    stretch = max(scale, 1.0)
+    support = 2 * stretch
+    center = scale * (np.arange(size) + 0.5)
+    first = np.maximum((center - support + 0.5).astype(np.int64), 0)
+    count = np.minimum((center + support + 0.5).astype(np.int64), n) - first
+    tap = np.arange(int(count.max()))
+    weights = _cubic((tap + first[:, None] - center[:, None] + 0.5) / stretch) * (tap < count[:, None])
+    weights /= np.add.accumulate(weights, axis=1)[:, -1:]  # summed in order, as aten does
+    shift = _precision(float(weights.max()))
+    whole = np.trunc(np.copysign(0.5, weights) + weights * (1 << shift))
+    table = np.concatenate([first[:, None], whole], axis=1).astype(np.int32)
+    return Axis(table=table, shift=shift, address=(table.ctypes.data, len(tap), shift))
+
+
+def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Keys' cubic with a = -0.5."""
+    a, x = -0.5, np.abs(x)
+    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, (((x - 5) * x + 8) * x - 4) * a
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+def _precision(largest: float) -> int:
+    """The most bits with which the largest weight is still an int16."""
+    return next((bits for bits in range(22) if int(0.5 + largest * (1 << (bits + 1))) >= 1 << 15), 22)
+
+
 class CompiledResize:
     """With the compiled function of `resize`: this checks what that cannot, and owns the memory it works in."""
 
@@ -133,57 +181,6 @@ def make_resize(spec: ImageSpec, *, size: int, normalise: Normalise, dtype: str)
     return CompiledResize(functions[0], spec, size=size, normalise=normalise, dtype=dtype)
 
 
-class Films:
-    """Both in one compiled call for many films, with the memory of a `CompiledResize` and of a `CompiledDecode`."""
-
-    def __init__(
-        self, function: Callable[..., int], spec: ImageSpec, resize: CompiledResize, decode: CompiledDecode
-    ) -> None:
-        self._function, self._decode, self._size, self._dtype = function, decode, resize.size, resize.dtype
-        raw = spec.codec == "raw"
-        self._blank = NO_HEADER if raw else None
-        numbers = [raw, spec.height, spec.width, resize.size, *decode.space, *resize.space]
-        self._fixed = np.array(numbers, dtype=np.int64)
-        self._axes = np.zeros((max(spec.height, spec.width) + 1, 3), dtype=np.int64)
-        self._alive: list[object] = []
-
-    def run(
-        self,
-        spans: NDArray[np.int64],
-        boxes: NDArray[np.int64],
-        flipped: NDArray[np.bool_],
-        out: torch.Tensor,
-        first: int,
-        end: int,
-    ) -> int:
-        """See `ImageKernel.run`."""
-        header = self._blank or self._decode.header
-        if header is None:
-            return first
-        assert out.shape[1:] == (self._size, self._size, 3) and out.dtype == self._dtype and out.is_contiguous()
-        assert len(spans) <= len(boxes) == len(flipped) <= len(out)
-        return self._function(
-            spans,
-            boxes,
-            flipped,
-            first,
-            end,
-            out.data_ptr(),
-            self._fixed,
-            self._axes,
-            np.frombuffer(header.content, dtype=np.uint8),
-            *self._decode.arrays(header),
-        )
-
-    def learn(self, box: list[int]) -> None:
-        """Take crops of this size from now on, if they are not too small."""
-        for length in box[2:]:
-            if length >= SMALLEST and not self._axes[length, 0]:
-                table = axis(length, self._size)
-                self._alive.append(table)
-                self._axes[length] = table.address
-
-
 @cache
 def compiled_functions() -> tuple[Callable[..., None], Callable[..., bool], Callable[..., int]] | None:
     """The functions of `resize`, `jpeg` and `films`, compiled or from the cache on disk; else a warning and None."""
@@ -211,8 +208,10 @@ class ImageKernel:
         self._jpeg = CompiledDecode(functions[1], spec) if functions and own_jpeg else TurboDecode(spec)
         self._films: Films | None = None
         if functions and isinstance(self._resize, CompiledResize) and own_jpeg and spec.codec in ("jpeg", "raw"):
+            from pipeline import films
+
             decode = self._jpeg if isinstance(self._jpeg, CompiledDecode) else CompiledDecode(functions[1], spec)
-            self._films = Films(functions[2], spec, self._resize, decode)
+            self._films = films.Films(functions[2], spec, self._resize, decode)
 
     def run(
         self,

@@ -23,9 +23,9 @@ from pipeline.config import LoaderConfig, stream_count
 from pipeline.encoded import EncodedBatches
 from pipeline.handles import OpenShards, ShardSet
 from pipeline.mixture import MixedOrder, check_alike, deal_streams, set_seed
-from pipeline.order import Layout, RowOrder, ShuffledOrder
+from pipeline.order import Order, RowOrder, ShuffledOrder
 from pipeline.quarantine import Quarantine, ShardNames
-from pipeline.selection import Selection, select_rows
+from pipeline.selection import Layout, Selection, select_rows
 from pipeline.stage import Stage
 from pipeline.visits import VisitLoader
 from shards.errors import InputError
@@ -135,15 +135,14 @@ def build_loader(
     more = config.more_shards if config.mode == "train" else ()
     manifests = [read_manifest(Path(root)) for root in (config.shards, *more)]
     manifest = manifests[0]
-    order: MixedOrder | ShuffledOrder | RowOrder
-    order = make_mixed_order(config, manifests, streams) if more else make_order(config, manifest, streams)
+    order = make_order(config, manifests, streams)
     name = resolve_backend(config, world)
     if name.startswith("hdf5"):
         from pipeline.hdf5 import Hdf5Backend
 
         baseline = Hdf5Backend(config, manifest, world, order, position, tuned=name == "hdf5-tuned")
         return Loader(config, order.samples, streams, position, baseline)
-    reader = _make_reader(config, manifests, order, world, streams, position, bad_samples)
+    reader = _make_reader(config, manifests, order, world, position, bad_samples)
     try:
         batches = EncodedBatches(config, manifest, world, reader, position, order.samples)
         backend = _make_backend(name, config, manifest, world, batches)
@@ -153,16 +152,29 @@ def build_loader(
     return Loader(config, order.samples, streams, position, backend, reader)
 
 
-def make_order(config: LoaderConfig, manifest: Manifest, streams: int, number: int = 0) -> ShuffledOrder | RowOrder:
-    """The order that the config asks for, of the data set `number` of a mixture. InputError where the split is absent,
-    or too little of it is selected."""
-    layout = make_layout(config, manifest, number)
+def make_order(config: LoaderConfig, manifests: Sequence[Manifest], streams: int) -> Order:
+    """The order over all sets, in training by the mix or by their sizes. InputError where they do not go together, the
+    split is absent, or too little of it is selected."""
+    for root, manifest in zip(config.more_shards, manifests[1:], strict=False):
+        check_alike(manifests[0], manifest, str(root))
+    roots = (Path(root) for root in (config.shards, *config.more_shards))
+    sets = [(replace(config, shards=root), manifest) for root, manifest in zip(roots, manifests, strict=False)]
+    layouts = [make_layout(*each, number) for number, each in enumerate(sets)]
     if config.mode == "eval":
-        return RowOrder(layout)
+        return RowOrder(layouts[0])
+    owner = deal_streams(config.mix or [layout.samples for layout in layouts], streams)
+    orders = [
+        _make_set_order(*each, layout, set_seed(config.seed, number), int((owner == number).sum()))
+        for number, (each, layout) in enumerate(zip(sets, layouts, strict=True))
+    ]
+    return MixedOrder(orders, owner)
+
+
+def _make_set_order(config: LoaderConfig, manifest: Manifest, layout: Layout, seed: int, streams: int) -> ShuffledOrder:
     if config.balance is None:
-        return ShuffledOrder(layout, seed=config.seed, streams=streams)
-    classes = read_classes(Path(config.shards), manifest, config.split, config.balance)
-    return BalancedOrder(layout, classes, seed=config.seed, streams=streams)
+        return ShuffledOrder(layout, seed=seed, streams=streams)
+    classes = read_classes(config.shards, manifest, config.split, config.balance)
+    return BalancedOrder(layout, classes, seed=seed, streams=streams)
 
 
 def make_layout(config: LoaderConfig, manifest: Manifest, number: int = 0) -> Layout:
@@ -195,28 +207,20 @@ def resolve_backend(config: LoaderConfig, world: World) -> str:
 def _make_reader(
     config: LoaderConfig,
     manifests: Sequence[Manifest],
-    order: MixedOrder | ShuffledOrder | RowOrder,
+    order: Order,
     world: World,
-    streams: int,
     position: int,
     bad_samples: Sequence[dict[str, Any]],
 ) -> BlockReader:
     """A reader of the rank's visits."""
     if (channels := manifests[0].image.channels) != 1:
         raise InputError(f"{config.shards} holds images of {channels} channels; the backends here read grey ones")
-    if isinstance(order, MixedOrder):
-        layouts = [each.layout for each in order.orders]
-        live = [order.set_streams(number, world) for number in range(len(layouts))]
-    else:
-        layouts, live = [order.layout], [1 if config.mode == "eval" else streams // world.size]
     limit = MOST_MEMORY if config.memory_mb is None else config.memory_mb << 20
+    live = order.live(world)
     for manifest in manifests:
         check_memory(manifest, manifest.splits[config.split], limit, sum(live))
-    sets = [
-        ShardSet(root=Path(root), manifest=manifest, shards=manifest.splits[config.split], layout=layout,
-                 copies=_stage(config, Path(root), manifest))
-        for root, manifest, layout in zip((config.shards, *config.more_shards), manifests, layouts, strict=False)
-    ]  # fmt: skip
+    roots = (Path(root) for root in (config.shards, *config.more_shards))
+    sets = [_open_set(config, *each) for each in zip(roots, manifests, order.layouts, strict=False)]
     memory = limit if config.memory_mb else read_ahead(sets, live, config.read_threads)
     shards = OpenShards(sets)
     names = ShardNames(split=config.split, first=shards.first)
@@ -226,26 +230,13 @@ def _make_reader(
     return BlockReader(loader, visits, memory, threads=config.read_threads, stall_abort_s=patience)
 
 
-def make_mixed_order(config: LoaderConfig, manifests: Sequence[Manifest], streams: int) -> MixedOrder:
-    """The order over all sets, by the mix or by their sizes. InputError where they do not go together."""
-    for root, manifest in zip(config.more_shards, manifests[1:], strict=True):
-        check_alike(manifests[0], manifest, str(root))
-    sets = [replace(config, shards=Path(root)) for root in (config.shards, *config.more_shards)]
-    sizes = [make_layout(*each, number).samples for number, each in enumerate(zip(sets, manifests, strict=True))]
-    owner = deal_streams(config.mix or sizes, streams)
-    orders = [
-        make_order(replace(each, seed=set_seed(config.seed, number)), manifest, int((owner == number).sum()), number)
-        for number, (each, manifest) in enumerate(zip(sets, manifests, strict=True))
-    ]
-    return MixedOrder([order for order in orders if isinstance(order, ShuffledOrder)], owner)
-
-
-def _stage(config: LoaderConfig, root: Path, manifest: Manifest) -> Stage | None:
-    """Copies on the node, begun, where the config asks for them."""
-    if config.stage_dir is None:
-        return None
-    limit = None if config.stage_gb is None else int(config.stage_gb * 1e9)
-    return Stage(root, Path(config.stage_dir), manifest, manifest.splits[config.split], limit)
+def _open_set(config: LoaderConfig, root: Path, manifest: Manifest, layout: Layout) -> ShardSet:
+    """A data set and, where the config asks for them, its copies on the node, begun."""
+    shards, copies = manifest.splits[config.split], None
+    if config.stage_dir is not None:
+        limit = None if config.stage_gb is None else int(config.stage_gb * 1e9)
+        copies = Stage(root, Path(config.stage_dir), manifest, shards, limit)
+    return ShardSet(root=root, manifest=manifest, shards=shards, layout=layout, copies=copies)
 
 
 def _make_backend(

@@ -60,12 +60,13 @@ def check_alike(first: Manifest, other: Manifest, name: str) -> None:
 
 
 class MixedOrder:
-    """The training order of several sets. Safe to share between threads."""
+    """The training order of one set or several. Safe to share between threads."""
 
     def __init__(self, orders: Sequence[ShuffledOrder], owner: Ints) -> None:
         """`owner`: (streams,) the set of each stream; each order has as many streams as are its set's."""
         self.orders = orders
         self.samples = sum(order.samples for order in orders)
+        self.layouts = [order.layout for order in orders]
         self._owner, self._streams = owner, len(owner)
         self._mine = [np.flatnonzero(owner == number) for number in range(len(orders))]
         shards = [len(order.layout.rows) for order in orders]
@@ -89,9 +90,9 @@ class MixedOrder:
         sets = [self.set_visits(number, position, world) for number in range(len(self.orders))]
         return heapq.merge(*sets, key=lambda visit: visit.first)
 
-    def set_streams(self, number: int, world: World) -> int:
-        """How many of a rank's streams are a set's."""
-        return int((self._mine[number] % world.size == world.rank).sum())
+    def live(self, world: World) -> list[int]:
+        """How many of a rank's streams are each set's."""
+        return [int((mine % world.size == world.rank).sum()) for mine in self._mine]
 
     def set_visits(self, number: int, position: int, world: World) -> Iterator[Visit]:
         """The rank's visits of one set; positions and shards are the mixture's."""

@@ -19,7 +19,6 @@ of them as long as the shards were written in random order, as ingest does.
 A *visit* is one stay of one stream in one block: what the reader reads, and in which order its rows are used.
 """
 
-import bisect
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.batch import World
-from pipeline.selection import RowBits
+from pipeline.selection import Layout
 from shards.counter import permutation
 
 Ints = NDArray[np.int64]
@@ -75,6 +74,13 @@ class Order(Protocol):
     """What the loader needs to know of an order."""
 
     samples: int
+    """Of an epoch; in a mixture, of all sets."""
+    layouts: list[Layout]
+    """Of each set that it reads."""
+
+    def live(self, world: World) -> list[int]:
+        """How many visits of each set a rank has open at once."""
+        ...
 
     def locate(self, positions: Ints) -> Places:
         """Places of positions (n,) int64 >= 0."""
@@ -83,57 +89,6 @@ class Order(Protocol):
     def visits(self, position: int, world: World) -> Iterator[Visit]:
         """The rank's visits from a position on, by the position of their first row."""
         ...
-
-
-class Layout:
-    """How rows lie in shards and blocks of `block_rows`, numbered through the split; a shard's last may be short.
-
-    With `selected` only those rows are there for an order: one bit a row and 8 bytes a block.
-    """
-
-    def __init__(self, shard_rows: tuple[int, ...], block_rows: int, selected: RowBits | None = None) -> None:
-        self.rows = np.asarray(shard_rows, dtype=np.int64)
-        self.block_rows = block_rows
-        self.selected = selected
-        self.first_block = np.concatenate([[0], np.cumsum(-(-self.rows // block_rows))])
-        self.blocks = int(self.first_block[-1])
-        self._counts: Ints | None = None
-        if selected is not None:
-            self._counts = np.concatenate(
-                [selected.counts(shard, rows, block_rows) for shard, rows in enumerate(shard_rows)]
-            )
-        self.samples = int(self.rows.sum() if self._counts is None else self._counts.sum())
-        """Rows that are selected."""
-
-    def shard_of(self, block: Ints) -> tuple[Ints, Ints]:
-        """Shard and number within it of blocks (n,)."""
-        shard = np.searchsorted(self.first_block, block, side="right") - 1
-        return shard, block - self.first_block[shard]
-
-    def place_of(self, block: int) -> tuple[int, int]:
-        """`shard_of` of one block, in less time."""
-        shard = bisect.bisect_right(self.first_block, block) - 1
-        return shard, block - int(self.first_block[shard])
-
-    def length(self, block: Ints) -> Ints:
-        """Selected rows of blocks (n,)."""
-        if self._counts is not None:
-            return self._counts[block]
-        shard, within = self.shard_of(block)
-        return np.minimum(self.block_rows, self.rows[shard] - within * self.block_rows)
-
-    def chosen_of(self, shard: int, number: int) -> Ints:
-        """The selected rows of block `number` of a shard, as `chosen`."""
-        return self.chosen(int(self.first_block[shard]) + number)
-
-    def chosen(self, block: int) -> Ints:
-        """The selected rows of a block, (n,) ascending, counted from the block's first."""
-        shard, within = self.place_of(block)
-        begin = within * self.block_rows
-        end = min(begin + self.block_rows, int(self.rows[shard]))
-        if self.selected is None:
-            return np.arange(end - begin)
-        return np.flatnonzero(self.selected.of(shard, begin, end))
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,10 +202,14 @@ class RowOrder:
     """The evaluation order: shard by shard, row by row, once; rank r of R takes the positions r mod R."""
 
     def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+        self.layout, self.layouts = layout, [layout]
         self.samples = layout.samples
         self._start = np.concatenate([[0], np.cumsum(layout.length(np.arange(layout.blocks)))])
         """(blocks + 1,) positions before each."""
+
+    def live(self, world: World) -> list[int]:  # noqa: ARG002  # one after the other, on any rank
+        """See `Order`."""
+        return [1]
 
     def locate(self, positions: Ints) -> Places:
         """Places of positions (n,) int64 in [0, samples)."""

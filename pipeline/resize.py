@@ -4,7 +4,7 @@
         -> weigh rows (along y) -> normalise, three channels -> straight into the batch
 
 A resize along x gathers grey pixels within a row, which vector units are bad at. Between two transposes both passes
-weigh whole rows, 32 pixels at once. The first rounds to uint8, as in aten and Pillow (`weights` has their weights).
+weigh whole rows, 32 pixels at once. The first rounds to uint8, as aten and Pillow do, whose weights `kernels.axis` has.
 
 Loops are numba's; the innermost steps are LLVM vector code, because LLVM makes no shuffles of such loops on its own
 (it transposes a film in 80 us, this does in 7). The batch does not fit into a cache, so it is written past it, which
@@ -39,6 +39,7 @@ DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 # What follows is compiled: vectors first, then the loops over them. All arguments are integers, addresses in bytes.
 
 _I8, _I16, _I32, _HALF, _FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
+_ONE = ir.Constant(ir.IntType(64), 1)
 
 
 def _shuffle(indices: list[int]) -> ir.Constant:
@@ -120,33 +121,37 @@ def _first(typing, entry):  # noqa: ARG001
     return types.intp(types.intp), generate
 
 
-def _expander(dtype: str, past_cache: bool) -> Any:
-    """(grey, normalise, target): 16 bytes to 48 values. `normalise` has 48 gains, then 48 biases, float32."""
+@intrinsic
+def _expand(typing, grey, normalise, target, dtype, past_cache):  # noqa: ARG001
+    """16 bytes at `grey` to 48 values of a dtype, by its number. `normalise` has 48 gains, then 48 biases, float32."""
     third = ir.VectorType(_FLOAT, TILE)
 
     def generate(context, builder, signature, args):  # noqa: ARG001
-        grey, normalise, target = args
+        grey, normalise, target, dtype, past_cache = args
         fma = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(third, [third] * 3), f"llvm.fma.v{TILE}f32"
         )
-        values = builder.uitofp(_load(builder, grey, ir.VectorType(_I8, TILE)), third)
+        values, thirds = builder.uitofp(_load(builder, grey, ir.VectorType(_I8, TILE)), third), []
         for part in range(3):
             pixels = builder.shuffle_vector(values, values, _shuffle([(TILE * part + i) // 3 for i in range(TILE)]))
-            offset = ir.Constant(grey.type, part * TILE * 4)
-            gain = _load(builder, builder.add(normalise, offset), third)
-            bias = _load(builder, builder.add(builder.add(normalise, offset), ir.Constant(grey.type, 192)), third)
-            result = _convert(builder, builder.call(fma, [pixels, gain, bias]), dtype)
-            _store(builder, result, _at(builder, target, part * TILE, _bytes(grey.type, dtype)), past_cache)
+            gain = _load(builder, _at(builder, normalise, 64 * part, _ONE), third)
+            bias = _load(builder, _at(builder, normalise, 64 * part + 192, _ONE), third)
+            thirds.append(builder.call(fma, [pixels, gain, bias]))
+        for name, number in DTYPES.items():
+            with builder.if_then(builder.icmp_signed("==", dtype, ir.Constant(dtype.type, number))):
+                _store_thirds(builder, [_convert(builder, each, name) for each in thirds], target, past_cache)
         return context.get_dummy_value()
 
-    def declare(typing, grey, normalise, target):  # noqa: ARG001
-        return types.void(types.intp, types.intp, types.intp), generate
-
-    return intrinsic(declare)
+    return types.void(*[types.intp] * 4, types.boolean), generate
 
 
-def _bytes(kind: ir.Type, dtype: str) -> ir.Constant:
-    return ir.Constant(kind, 4 if dtype == "float32" else 2)
+def _store_thirds(builder: ir.IRBuilder, thirds: list[Any], target: Any, past_cache: Any) -> None:
+    with builder.if_else(past_cache) as branches:
+        for branch, past in zip(branches, (True, False), strict=True):
+            with branch:
+                for part, values in enumerate(thirds):
+                    step = TILE * (4 if values.type.element == _FLOAT else 2)
+                    _store(builder, values, _at(builder, target, part * step, _ONE), past)
 
 
 def _convert(builder: ir.IRBuilder, values: Any, dtype: str) -> Any:
@@ -173,12 +178,6 @@ def _fence(typing):  # noqa: ARG001
     return types.void(), generate
 
 
-_EXPAND = {(dtype, past): _expander(dtype, past) for dtype in DTYPES for past in (False, True)}
-_float32, _float32_past = _EXPAND["float32", False], _EXPAND["float32", True]
-_float16, _float16_past = _EXPAND["float16", False], _EXPAND["float16", True]
-_bfloat16, _bfloat16_past = _EXPAND["bfloat16", False], _EXPAND["bfloat16", True]
-
-
 @njit(nogil=True)
 def _transpose(source, step, rows, columns, target, target_step, overlap):
     """rows x columns bytes to columns x rows; whole tiles, unless the last may not reach beyond: then they overlap."""
@@ -195,25 +194,6 @@ def _weigh_row(source, step, entry, taps, shift, columns, target):
     first = source + _first(entry) * step
     for column in range(0, columns, LANES):
         _weigh(first + column, step, entry + 4, taps, shift, target + column)
-
-
-@njit(nogil=True)
-def _expand_row(grey, size, normalise, target, dtype, past_cache):
-    for x in range(0, size, TILE):
-        column = min(x, size - TILE)
-        pixels = grey + column
-        if dtype == 0 and past_cache:
-            _float32_past(pixels, normalise, target + column * 12)
-        elif dtype == 0:
-            _float32(pixels, normalise, target + column * 12)
-        elif dtype == 1 and past_cache:
-            _float16_past(pixels, normalise, target + column * 6)
-        elif dtype == 1:
-            _float16(pixels, normalise, target + column * 6)
-        elif past_cache:
-            _bfloat16_past(pixels, normalise, target + column * 6)
-        else:
-            _bfloat16(pixels, normalise, target + column * 6)
 
 
 @njit(nogil=True)
@@ -236,7 +216,9 @@ def _resize_one(source, step, height, width, padded, flipped, x_axis, y_axis, si
     past_cache = size % TILE == 0 and target % ALIGNED == 0
     for y in range(size):
         _weigh_row(upright, wide, table + y * 4 * (1 + taps), taps, shift, size, row)
-        _expand_row(row, size, normalise, target + y * size * pixel, dtype, past_cache)
+        for x in range(0, size, TILE):
+            column = min(x, size - TILE)
+            _expand(row + column, normalise, target + (y * size + column) * pixel, dtype, past_cache)
     if past_cache:
         _fence()
 
@@ -249,10 +231,7 @@ def _padded(count):
 
 def scratch_bytes(height: int, width: int, size: int) -> int:
     """What a resize of any crop of so many pixels needs."""
-
-    def padded(count: int) -> int:
-        return (count + 2 * LANES - 1) // LANES * LANES
-
+    padded = _padded.py_func
     tall, wide = padded(height), padded(size)
     taps = [2 * -(-2 * max(n, size) // size) + 1 for n in (width, height)]
     return padded(width + taps[0]) * tall + wide * tall + padded(height + taps[1]) * wide + wide

@@ -1,14 +1,15 @@
-"""Which samples of a split are used, without writing its shards anew: a query, an exclusion list, or both.
+"""Which samples of a split there are, and which are used without writing its shards anew: by query and exclusion list.
 
     --where QUERY     samples for which a query of `shards.query` holds, e.g. "View == 1 and token_count > 5"
     --exclude FILE    all but the samples whose keys stand in a file, one `00-0000000123` a line; where several sets are
                       mixed, `2:00-0000000123` is of the second
 
 The answer is one bit a sample, worked out once when a loader is built by reading the columns asked about, and no
-others, of every block. `order.Layout` takes it: the order is then a pure function of the position as before, over
+others, of every block. `Layout` takes it: the order is then a pure function of the position as before, over
 the rows that are left. Two loaders with the same shards, query and keys have the same bits.
 """
 
+import bisect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,7 @@ Test = Callable[[pa.Table], Mask]
 SCAN_THREADS = 4
 """As many requests on the way to a parallel file system as the block reader has."""
 SCAN_ROWS = 16_384
-"""Rows read at once: a block of a few dozen costs as much as one of thousands."""
+"""Rows read at once, or a block: one of a few dozen costs as much as one of thousands."""
 _KEY = re.compile(r"(?:([1-9][0-9]{0,3}):)?([0-9]{2})-([0-9]{10})")
 _SET_KEYS = 100 * MAX_SOURCE_ROWS
 """More than the keys of one data set can be numbers."""
@@ -65,6 +66,57 @@ class RowBits:
     def nbytes(self) -> int:
         """Bytes that the bits take."""
         return sum(packed.nbytes for packed in self._packed)
+
+
+class Layout:
+    """How rows lie in shards and blocks of `block_rows`, numbered through the split; a shard's last may be short.
+
+    With `selected` only those rows are there for an order: one bit a row and 8 bytes a block.
+    """
+
+    def __init__(self, shard_rows: tuple[int, ...], block_rows: int, selected: RowBits | None = None) -> None:
+        self.rows = np.asarray(shard_rows, dtype=np.int64)
+        self.block_rows = block_rows
+        self.selected = selected
+        self.first_block = np.concatenate([[0], np.cumsum(-(-self.rows // block_rows))])
+        self.blocks = int(self.first_block[-1])
+        self._counts: Ints | None = None
+        if selected is not None:
+            self._counts = np.concatenate(
+                [selected.counts(shard, rows, block_rows) for shard, rows in enumerate(shard_rows)]
+            )
+        self.samples = int(self.rows.sum() if self._counts is None else self._counts.sum())
+        """Rows that are selected."""
+
+    def shard_of(self, block: Ints) -> tuple[Ints, Ints]:
+        """Shard and number within it of blocks (n,)."""
+        shard = np.searchsorted(self.first_block, block, side="right") - 1
+        return shard, block - self.first_block[shard]
+
+    def place_of(self, block: int) -> tuple[int, int]:
+        """`shard_of` of one block, in less time."""
+        shard = bisect.bisect_right(self.first_block, block) - 1
+        return shard, block - int(self.first_block[shard])
+
+    def length(self, block: Ints) -> Ints:
+        """Selected rows of blocks (n,)."""
+        if self._counts is not None:
+            return self._counts[block]
+        shard, within = self.shard_of(block)
+        return np.minimum(self.block_rows, self.rows[shard] - within * self.block_rows)
+
+    def chosen_of(self, shard: int, number: int) -> Ints:
+        """The selected rows of block `number` of a shard, as `chosen`."""
+        return self.chosen(int(self.first_block[shard]) + number)
+
+    def chosen(self, block: int) -> Ints:
+        """The selected rows of a block, (n,) ascending, counted from the block's first."""
+        shard, within = self.place_of(block)
+        begin = within * self.block_rows
+        end = min(begin + self.block_rows, int(self.rows[shard]))
+        if self.selected is None:
+            return np.arange(end - begin)
+        return np.flatnonzero(self.selected.of(shard, begin, end))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,10 +177,9 @@ def scan_shards(shards: tuple[ShardInfo, ...], scan: Callable[[ShardInfo], Resul
 
 def read_tables(root: Path, manifest: Manifest, info: ShardInfo, columns: list[str]) -> Iterator[pa.Table]:
     """The columns of a shard, many blocks at a time; what often passes is tried again."""
-    stats, at_once = ReadStats(), max(1, SCAN_ROWS // manifest.block_rows)
+    stats = ReadStats()
     with retried(lambda: ShardReader(root, manifest, info), stats) as reader:
-        for block in range(0, reader.blocks, at_once):
-            count = min(at_once, reader.blocks - block)
+        for block, count in reader.spans(SCAN_ROWS):
             yield retried(partial(reader.read_columns, block, columns, count), stats)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as transforms
 
 from pipeline import effects
+from pipeline.augment import decide
 from pipeline.batch import Batch, World
 from pipeline.config import CLIP_MEAN, CLIP_STD, LoaderConfig
 from pipeline.effects import (
@@ -28,7 +29,6 @@ from pipeline.effects import (
     in_graph,
     rotate,
 )
-from pipeline.encoded import decide
 from pipeline.loader import build_loader
 from shards.errors import InputError
 from shards.manifest import read_manifest

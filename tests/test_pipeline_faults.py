@@ -392,7 +392,7 @@ def bad(copy: Path, monkeypatch: pytest.MonkeyPatch) -> dict[Place, str]:
 def expected_places(root: Path, bad: dict[Place, str], end: int) -> dict[int, Place]:
     """Position -> (shard, row), by the order and the rule, without any of the code under test but the order."""
     manifest = read_manifest(root)
-    order = make_order(settings(root), manifest, 2)
+    order = make_order(settings(root), [manifest], 2)
     found = order.locate(np.arange(end))
     expected = {}
     for position, (shard, row) in enumerate(zip(found.shard.tolist(), found.row.tolist(), strict=True)):
@@ -469,7 +469,7 @@ def test_one_bad_sample_too_many_ends_the_run_at_its_batch(
     copy: Path, bad: dict[Place, str], backend: str, ahead: int
 ) -> None:
     """At the batch that would have held it, however far ahead the damage was read."""
-    order = make_order(settings(copy), read_manifest(copy), 2)
+    order = make_order(settings(copy), [read_manifest(copy)], 2)
     found = order.locate(np.arange(160))
     due = [place in bad for place in zip(found.shard.tolist(), found.row.tolist(), strict=True)]
     batch = int(np.flatnonzero(due)[2]) // 8
@@ -579,7 +579,7 @@ def test_training_without_bad_samples_is_the_same_on_other_ranks_and_after_a_res
 def test_a_loader_that_fails_on_one_rank_costs_no_step(copy: Path, shards_dir: Path, tmp_path: Path) -> None:
     """D4: one line, and a checkpoint of the step before; with the shard restored the run goes on as if nothing was."""
     spoil(copy, 0, 2)
-    order = make_order(settings(copy, streams=48), read_manifest(copy), 48)
+    order = make_order(settings(copy, streams=48), [read_manifest(copy)], 48)
     found = order.locate(np.arange(160))
     step = int(np.flatnonzero((found.shard == 0) & (found.row == 2))[0]) // 8
     errors = start(2, copy, tmp_path / "run")

@@ -457,5 +457,7 @@ def test_the_bench_measures_the_floor_and_says_where_the_time_goes(shards_dir: P
     assert cases["cpu"]["share_of_floor"] == cases["cpu"]["images_per_s"] / cases["cpu floor"]["images_per_s"]
     profile = result["profile"]["cpu"]
     assert {"decode_us", "resize_normalise_us", "feed_us", "main_us", "read_us"} <= set(profile)
-    assert all(spent >= 0 for spent in profile.values()) and profile["decode_us"] > 0
+    # Not of what is left when others are taken off, which a busy machine may make less than nothing.
+    assert all(profile[f"{name}_us"] >= 0 for name in ("fetch", "verify", "rows", "plan", "feed", "main", "read"))
+    assert profile["resize_normalise_us"] > 0
     assert any("resize + normalise" in line for line in table(result))

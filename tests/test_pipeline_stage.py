@@ -268,7 +268,7 @@ config = LoaderConfig(shards=sys.argv[1], backend="cpu", batch_size=8, threads=1
                       stage_dir=Path(sys.argv[2]))
 with build_loader(config, World()) as loader:
     print(sum(digest_batch(next(loader), World()) for _ in range(30)))
-    loader._reader._loader.shards.copies._thread.join(60)
+    loader._reader.loader.shards.sets[0].copies._thread.join(60)
     print(loader.stats()["staged"])
 """
 
