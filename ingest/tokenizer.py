@@ -7,11 +7,11 @@ imported for the name of another model. The algorithm is that of openai/CLIP `si
 
 import difflib
 import gzip
-import heapq
 import html
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.machinery import PathFinder
+from itertools import pairwise
 from pathlib import Path
 
 import ftfy
@@ -30,7 +30,7 @@ _MERGES = 49152 - 256 - 2
 """Of the file's merges as many as CLIP uses."""
 _MOST_KNOWN, _LONGEST_KNOWN = 100_000, 100
 """Words looked up at most, and letters of one: about 20 MB. Reports have some ten thousand, typing errors more."""
-_MOST_LETTERS = 1 << 16
+_MOST_LETTERS = 4096
 """Of a word that are looked at. Its first CONTEXT tokens are all that count, and are a few hundred letters."""
 _PATTERN = regex.compile(
     rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
@@ -87,56 +87,23 @@ class ClipBpe:
         """A word in parts: neighbours merged, the pair of lowest rank first, until no pair is in the list."""
         parts = [self._letters[byte] for byte in word[:_MOST_LETTERS].encode()]
         parts[-1] += "</w>"
-        chain = _Chain(parts, self._ranks)
-        while chain.waiting:
-            chain.join(heapq.heappop(chain.waiting))
-        return [part for part in chain.parts if part]
+        while len(parts) > 1:
+            pair = min(pairwise(parts), key=lambda pair: self._ranks.get(pair, _MERGES))
+            if pair not in self._ranks:
+                break
+            parts = list(_joined(parts, pair))
+        return parts
 
 
-class _Chain:
-    """The parts of a word, and where in it each pair of the list stands.
-
-    A pass per pair over the whole word, as `simple_tokenizer.py` makes it, takes the square of the word's length.
-    """
-
-    def __init__(self, parts: list[str], ranks: dict[tuple[str, str], int]) -> None:
-        self.parts = parts
-        """Empty where a part went into the one before it."""
-        self.waiting: list[int] = []
-        """Ranks of the pairs in the word, a heap."""
-        self._ranks = ranks
-        self._places: dict[int, list[int]] = {}
-        self._left, self._right = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
-        for place in range(len(parts) - 1):
-            self._note(place)
-
-    def join(self, rank: int) -> None:
-        """Join every pair of this rank, from the left."""
-        for place in sorted(self._places.pop(rank)):
-            after = self._right[place]
-            # The place may have been joined with a neighbour since, or stand there twice.
-            if not self.parts[place] or after == len(self.parts) or self._rank(place, after) != rank:
-                continue
-            self.parts[place] += self.parts[after]
-            self.parts[after] = ""
-            self._right[place] = self._right[after]
-            if self._right[place] < len(self.parts):
-                self._left[self._right[place]] = place
-                self._note(place)
-            if self._left[place] >= 0:
-                self._note(self._left[place])
-
-    def _rank(self, place: int, after: int) -> int | None:
-        return self._ranks.get((self.parts[place], self.parts[after]))
-
-    def _note(self, place: int) -> None:
-        rank = self._rank(place, self._right[place])
-        if rank is None:
-            return
-        if rank not in self._places:
-            self._places[rank] = []
-            heapq.heappush(self.waiting, rank)
-        self._places[rank].append(place)
+def _joined(parts: list[str], pair: tuple[str, str]) -> Iterator[str]:
+    """The parts with that pair of neighbours as one, from the left."""
+    following = iter(range(len(parts)))
+    for place in following:
+        if tuple(parts[place : place + 2]) == pair:
+            next(following)
+            yield "".join(pair)
+        else:
+            yield parts[place]
 
 
 def clip_cleaned(text: str) -> str:
