@@ -8,8 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import h5py
@@ -17,7 +15,6 @@ import numpy as np
 import pytest
 from conftest import (
     FINDINGS,
-    REPOSITORY,
     assert_refused,
     made_up_images,
     run_module,
@@ -27,6 +24,7 @@ from conftest import (
 )
 from PIL import Image
 
+from ingest.__main__ import main
 from ingest.rows import names_side
 from ingest.tokenizer import Tokenizer
 from shards.manifest import read_manifest
@@ -79,19 +77,6 @@ def test_what_goes_in_comes_out(source: tuple[Path, Path], shards_dir: Path) -> 
     assert order != sorted(order) and abs(np.corrcoef(order, range(len(order)))[0, 1]) < 0.4
 
 
-def test_tokens_are_open_clips() -> None:
-    from open_clip import get_tokenizer
-
-    texts = ["No acute process.", "Größe: 3 µm — \ufffd, left; RIGHT", "word " * 200, "x"]
-    theirs = get_tokenizer("ViT-B-32-quickgelu")(texts).numpy()
-    ours = Tokenizer()
-    for text, expected in zip(texts, theirs, strict=True):
-        tokens, count, truncated = ours(text)
-        assert tokens.tolist() == expected.tolist()
-        assert count == int(expected.argmax()) + 1
-        assert truncated == (text == texts[2])
-
-
 @pytest.mark.parametrize(
     ("text", "found"),
     [
@@ -106,30 +91,6 @@ def test_tokens_are_open_clips() -> None:
 )
 def test_sides(text: str, found: bool) -> None:
     assert names_side(text) == found
-
-
-def test_same_bytes_whatever_happens(source: tuple[Path, Path], tmp_path: Path) -> None:
-    """Workers, locale, clock zone, hash seed, umask: none of them enters. A rerun after kills ends the same."""
-    first, second, third = tmp_path / "a", tmp_path / "b", tmp_path / "c"
-    done = run_module(*arguments(first, source, "--workers", "1"))
-    assert done.returncode == 0, done.stderr
-    done = run_module(*arguments(second, source, "--workers", "2"), TZ="Asia/Tokyo", LC_ALL="C", PYTHONHASHSEED="7")
-    assert done.returncode == 0, done.stderr
-    assert tree(first) == tree(second)
-    for seconds in (0.3, 1.0, 2.0, 3.0):
-        _kill_after(seconds, arguments(third, source, "--workers", "1"))
-    done = run_module(*arguments(third, source, "--workers", "1"))
-    assert done.returncode == 0, done.stderr
-    assert tree(third) == tree(first)
-
-
-def _kill_after(seconds: float, command: list[str | Path]) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", *map(str, command)], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
 
 
 def test_the_same_command_after_the_end_has_nothing_to_do(source: tuple[Path, Path], tmp_path: Path) -> None:
@@ -245,24 +206,35 @@ class TestMistakes:
     """Each ends with exit code 2, one line that says what and where, and no file under a final name."""
 
     @pytest.fixture
-    def refused(self, tmp_path: Path, source: tuple[Path, Path]):
+    def refused(self, tmp_path: Path, source: tuple[Path, Path], capsys: pytest.CaptureFixture[str]):
         def check(*words: str, h5: Path = source[0], table: Path = source[1], more: tuple[str, ...] = ()) -> None:
             out = tmp_path / "out"
             shutil.rmtree(out, ignore_errors=True)
             # The list last: `more` may begin with further tables.
-            done = run_module("ingest", "--to-shards", out, "--h5", h5, "--workers", "1", "--csv", table, *more)
-            assert_refused(done, *words)
+            command = ("--to-shards", out, "--h5", h5, "--workers", "1", "--csv", table, *more)
+            before = signal.getsignal(signal.SIGTERM)
+            try:
+                with pytest.raises(SystemExit) as stop:
+                    main(list(map(str, command)))
+            finally:
+                signal.signal(signal.SIGTERM, before)
+            error = capsys.readouterr().err
+            assert_refused(subprocess.CompletedProcess(command, stop.value.code, "", error), *words)
             assert not out.exists() or not [path for path in out.iterdir() if not path.name.startswith(".")]
 
         return check
 
     def test_files_and_columns(self, refused, tmp_path: Path) -> None:
+        files = write_csv(
+            tmp_path / "files.csv", ["Path"], [[f"r{i}.TXT "] for i in range(96)]
+        )
         refused("no HDF5 file", "nothing.h5", h5=tmp_path / "nothing.h5")
         refused("cannot read", "nothing.csv", table=tmp_path / "nothing.csv")
         os.mkfifo(tmp_path / "pipe.csv")
         refused("pipe.csv is a pipe", "save it as a file", table=tmp_path / "pipe.csv")
         refused("no column 'findings'", "impression", more=("--text-column", "findings"))
         refused("no dataset 'images'", "'cxr'", more=("--dataset", "images"))
+        refused("column 'Path' names files of reports", "--text-folder", more=("--text-column", "Path"), table=files)
         refused("label column 'Path'", "row 0", more=("--label-columns", "Path"))
         refused("--val-fraction", "1.5", more=("--val-fraction", "1.5"))
         refused("--section is empty", more=("--section", ""))
@@ -313,24 +285,6 @@ class TestMistakes:
             bad[row, 5, 5] = value
             refused(f"row {row} of", h5=write_h5(tmp_path / f"d{number}.h5", bad))
 
-    def test_data_from_elsewhere(self, refused, tmp_path: Path) -> None:
-        other = write_h5(tmp_path / "other.h5", made_up_images(96))
-        for name, link in (("x.h5", h5py.ExternalLink("other.h5", "/cxr")), ("s.h5", h5py.SoftLink("/real"))):
-            with h5py.File(tmp_path / name, "w") as file:
-                file["cxr"] = link
-            refused("link", h5=tmp_path / name)
-        layout = h5py.VirtualLayout(shape=(96, 320, 320), dtype="u1")
-        layout[:] = h5py.VirtualSource(str(other), "cxr", shape=(96, 320, 320))
-        with h5py.File(tmp_path / "v.h5", "w") as file:
-            file.create_virtual_dataset("cxr", layout)
-        refused("virtual", h5=tmp_path / "v.h5")
-        with h5py.File(tmp_path / "e.h5", "w") as file:
-            file.create_dataset("cxr", (96, 320, 320), "u1", external=[("/etc/hostname", 0, 96 * 320 * 320)])
-        refused("external", h5=tmp_path / "e.h5")
-        with h5py.File(tmp_path / "bomb.h5", "w") as file:
-            file.create_dataset("cxr", (10**9, 320, 320), "f4", chunks=(1, 320, 320))
-        refused("declares 1,000,000,000 chunks but stores 0", h5=tmp_path / "bomb.h5")
-
     def test_output_folder(self, source: tuple[Path, Path], shards_dir: Path, tmp_path: Path) -> None:
         before = tree(shards_dir)
         assert_refused(run_module(*arguments(shards_dir, source)), "finished data set of 96 samples, made with another")
@@ -361,7 +315,12 @@ def test_dry_run_writes_nothing(source: tuple[Path, Path], tmp_path: Path) -> No
     done = run_module(*arguments(tmp_path / "out", source, "--dry-run"))
     assert done.returncode == 0, done.stderr
     assert "96 rows, films of" in done.stdout and "val" in done.stdout and "nothing was written" in done.stdout
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and "patients are not named" not in done.stdout
+    h5, table = source
+    done = run_module(
+        "ingest", "--dry-run", "--to-shards", tmp_path / "out", "--h5", h5, "--csv", table, "--val-fraction", "0.2"
+    )
+    assert "patients are not named: films of one may be in train and val; see --group-column\n" in done.stdout
 
 
 def test_uint8_and_float32_make_the_same_images(tmp_path: Path) -> None:

@@ -313,7 +313,14 @@ class TestI10:
                 read_table(SourceConfig(h5=(small[0],), csv=files))
 
 
-ELSEWHERE = ("external link", "link on the way", "soft link", "virtual", "external storage")
+ELSEWHERE = {
+    "external link": "reached through a link",
+    "link on the way": "reached through a link",
+    "soft link": "reached through a link",
+    "virtual": "from other files (virtual",
+    "external storage": "from other files (virtual or external",
+}
+"""Way in which HDF5 can point elsewhere -> what the refusal says."""
 
 
 def write_pointer(path: Path, kind: str, foreign: Path) -> None:
@@ -364,7 +371,8 @@ class TestI11:
         if "4.h5" not in opened:
             pytest.skip("strace cannot trace here")
         assert done.stdout.split() == ["2"] * len(ELSEWHERE)
-        assert len(done.stderr.splitlines()) == len(ELSEWHERE), done.stderr
+        for line, words in zip(done.stderr.splitlines(), ELSEWHERE.values(), strict=True):
+            assert words in line
         assert "elsewhere.h5" not in opened and not (tmp_path / "out").exists()
 
     def test_a_shape_bomb_takes_no_memory(self, tmp_path: Path) -> None:
@@ -435,44 +443,3 @@ class TestI11:
             data[:] = made_up_images(12)
         with pytest.raises(InputError, match="filter that HDF5 does not bring itself; repack it"):
             H5Source(path)
-
-
-class TestI13:
-    """Clock, zone, locale, umask, hash seed, worker count: the same bytes."""
-
-    def test_circumstances(self, small: tuple[Path, Path], tmp_path: Path) -> None:
-        results = []
-        surroundings = [
-            ("0", 0o077, "1", {"TZ": "Pacific/Kiritimati", "LC_ALL": "C", "PYTHONHASHSEED": "1"}),
-            ("4070908800", 0o000, "2", {"TZ": "America/St_Johns", "LC_ALL": "tr_TR.UTF-8", "PYTHONHASHSEED": "2"}),
-        ]
-        for number, (clock, umask, workers, environment) in enumerate(surroundings):
-            fake = tmp_path / f"clock{number}"
-            fake.mkdir()
-            (fake / "sitecustomize.py").write_text(clock_module(clock))
-            out = tmp_path / f"out{number}"
-            arguments = command(out, small, "--group-column", "patient", "--val-fraction", "0.25")
-            arguments[arguments.index("--workers") + 1] = workers
-            done = subprocess.run(
-                [sys.executable, *arguments],
-                cwd=REPOSITORY,
-                env={**os.environ, "PYTHONPATH": str(fake), **environment},
-                capture_output=True,
-                text=True,
-                umask=umask,
-            )
-            assert done.returncode == 0, done.stderr
-            results.append(tree(out))
-        assert results[0] == results[1]
-        assert {"manifest.json", "rejects.csv", "train-000000.tar", "train-000000.parquet"} <= set(results[0])
-
-
-def clock_module(start: str) -> str:
-    """Puts `time.time` of every Python process to `start`, seconds since 1970."""
-    return (
-        "import time\n"
-        f"_shift = {start} - time.time()\n"
-        "_time, _ns = time.time, time.time_ns\n"
-        "time.time = lambda: _time() + _shift\n"
-        "time.time_ns = lambda: _ns() + int(_shift * 1e9)\n"
-    )

@@ -33,6 +33,14 @@ def test_spec_is_open_clips(theirs):
     assert Tokenizer().spec.name == CLIP_NAME and Tokenizer().spec.vocab_size == 49408
 
 
+@pytest.mark.parametrize("text", ["No acute process.", "Größe: 3 µm — \ufffd, left; RIGHT", "word " * 200, "x"])
+def test_rows_are_open_clips(theirs, text):
+    tokens, count, truncated = Tokenizer()(text)
+    (expected,) = theirs([text]).numpy()
+    assert tokens.tolist() == expected.tolist()
+    assert count == int(expected.argmax()) + 1 and truncated == text.startswith("word")
+
+
 def test_real_reports(theirs, real_data):
     with tarfile.open(real_data / "reports" / "NLMCXR_reports.tgz") as reports:
         texts = [reports.extractfile(member).read().decode() for member in reports if member.isfile()][::20]
