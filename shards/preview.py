@@ -15,7 +15,6 @@ from tyro.conf import Positional
 
 from shards.atomic import check_writable, write_atomic
 from shards.cli import check_outside, say
-from shards.counter import hash64
 from shards.encodings import decode_image
 from shards.errors import InputError
 from shards.manifest import read_manifest
@@ -83,17 +82,8 @@ def run(config: PreviewConfig) -> None:
 
 
 def choose_rows(rows: int, count: int, seed: int) -> NDArray[np.int64]:
-    """`count` different rows of a split, or all of them, in order; in time and memory of `count`."""
-    if count >= rows:
-        return np.arange(rows)
-    drawn = np.empty(0, dtype=np.int64)
-    for attempt in range(64):  # each round leaves at most half of what is missing undrawn, on average
-        fresh = (hash64(seed, attempt, np.arange(count)) % np.uint64(rows)).astype(np.int64)
-        unique, first = np.unique(np.concatenate([drawn, fresh]), return_index=True)
-        drawn = unique[np.argsort(first)]
-        if len(drawn) >= count:
-            break
-    return np.sort(drawn[:count])
+    """`count` different rows of a split, or all of them, in order."""
+    return np.sort(np.random.default_rng(seed % 2**64).choice(rows, min(count, rows), replace=False))
 
 
 def read_films(root: Path, manifest: Manifest, split: str, rows: NDArray[np.int64]) -> Iterator[Film]:
