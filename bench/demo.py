@@ -5,6 +5,7 @@ phantom -> ingest -> torchrun train.main -> train.evaluate -> bench.loader
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -97,15 +98,11 @@ def run_commands(commands: list[list[str]], *, what: str) -> dict[str, float]:
 
 def typed(command: list[str]) -> str:
     """A command as a user would type it."""
-    return " ".join([_program(command[0]), *(_quoted(word) for word in command[1:])])
+    return shlex.join([*_program(command[0]).split(), *command[1:]])
 
 
 def _program(module: str) -> str:
     return "torchrun" if module == "torch.distributed.run" else f"python -m {module}"
-
-
-def _quoted(word: str) -> str:
-    return f'"{word}"' if " " in word or "{" in word else word
 
 
 def _clear(out: Path) -> None:
@@ -134,23 +131,24 @@ def collect(places: Places, seconds: dict[str, float]) -> dict[str, Any]:
 def summary(places: Places, result: dict[str, Any]) -> list[str]:
     """What came of it: where things are, what the model learnt, how fast the loader is."""
     first, last = result["validation"][0], result["validation"][-1]
-    lines = [
-        f"The demo took {result['seconds']['all'] / 60:.1f} minutes.",
-        f"  shards           {places.shards}",
-        f"  checkpoint       {places.run / 'best.pt'}",
-        f"  curves           {places.run / 'curves.png'}",
-        f"  results          {places.result}",
-        f"  validation loss  {first['loss']:.3f} at step {first['step']}, {last['loss']:.3f} at step {last['step']}",
-        "  zero-shot AUROC on held-out patients",
-    ]
+    told = {
+        "shards": places.shards,
+        "checkpoint": places.run / "best.pt",
+        "curves": places.run / "curves.png",
+        "results": places.result,
+        "validation loss": f"{first['loss']:.3f} at step {first['step']}, {last['loss']:.3f} at step {last['step']}",
+    }
     scores = {name: score["auroc"] for name, score in result["evaluation"]["labels"].items()}
     scores["mean"] = result["evaluation"]["mean_auroc"]
-    lines += [f"    {name:<28} {auroc:.3f}" for name, auroc in scores.items() if auroc is not None]
-    lines.append("  films/s on this machine, loader alone")
-    for case in result["loader"]:
-        rate, ratio = f"{case['images_per_s']:7,.0f}", f"{case['ratio_to_hdf5']:.2f}x the HDF5 baseline"
-        lines.append(f"    {case['name']:<28} {rate}   {ratio}")
-    return lines
+    rates = {case["name"]: (case["images_per_s"], case["ratio_to_hdf5"]) for case in result["loader"]}
+    return [
+        f"The demo took {result['seconds']['all'] / 60:.1f} minutes.",
+        *(f"  {what:<16} {value}" for what, value in told.items()),
+        "  zero-shot AUROC on held-out patients",
+        *(f"    {name:<28} {auroc:.3f}" for name, auroc in scores.items() if auroc is not None),
+        "  films/s on this machine, loader alone",
+        *(f"    {name:<28} {rate:7,.0f}   {ratio:.2f}x the HDF5 baseline" for name, (rate, ratio) in rates.items()),
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.machine import bench_main, environment
+from bench.machine import bench_main, check_positive, environment
 from shards import tar
 from shards.cli import say
 from shards.encodings import ENCODINGS, Pixels, decode, decode_image, encode, loss, psnr
@@ -51,20 +51,9 @@ class EncodingsBenchConfig:
             raise InputError("neither --h5 nor --shards names any films")
         if self.names and len(self.names) != inputs:
             raise InputError(f"--names gives {len(self.names)} names to {inputs} inputs")
-        for name, values in {"films": [self.films], "rounds": [self.rounds], "qualities": self.qualities}.items():
-            if values and min(values) < 1:
-                raise InputError(f"--{name} {min(values)} is not a positive number")
+        check_positive(self, "films", "rounds", "qualities")
         if self.qualities and max(self.qualities) > 100:
             raise InputError(f"--qualities {max(self.qualities)} is not in 1..100")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Encoded:
-    """One encoding of all films."""
-
-    name: str
-    spec: ImageSpec
-    contents: list[bytes]
 
 
 def run_bench(config: EncodingsBenchConfig) -> dict[str, Any]:
@@ -82,7 +71,8 @@ def _h5_films(path: Path, dataset: str, wanted: int) -> list[Pixels]:
     from ingest.source import H5Source
 
     with H5Source(path, dataset) as source:
-        return [film for row in _spread(source.rows, wanted) if _shows(film := source.read_uint8(row, row + 1)[0])]
+        films = [source.read_uint8(row, row + 1)[0] for row in _spread(source.rows, wanted)]
+    return [film for film in films if film.min() != film.max()]  # one that shows nothing is no film
 
 
 def _shard_films(root: Path, wanted: int) -> list[Pixels]:
@@ -102,22 +92,19 @@ def _spread(rows: int, wanted: int) -> list[int]:
     return [number * rows // count for number in range(count)]
 
 
-def _shows(film: Pixels) -> bool:
-    return bool(film.min() != film.max())
-
-
 def measure(name: str, films: Sequence[Pixels], config: EncodingsBenchConfig) -> dict[str, Any]:
     """All encodings of some films, (H, W) each. InputError where there is none."""
     if not films:
         raise InputError(f"input {name}: no film shows anything")
     height, width = films[0].shape
-    kept = [_encode_all(label, spec, films) for label, spec in _specs(height, width, config.qualities)]
-    times: dict[str, list[dict[str, float]]] = {encoded.name: [] for encoded in kept}
+    specs = dict(_specs(height, width, config.qualities))
+    kept = {label: [encode(film, spec) for film in films] for label, spec in specs.items()}
+    times: dict[str, list[dict[str, float]]] = {label: [] for label in specs}
     for number in range(config.rounds):
-        for encoded in kept:
-            times[encoded.name].append(_time(encoded, films))
+        for label, spec in specs.items():
+            times[label].append(_time(spec, kept[label], films))
         say(f"{name}: round {number + 1}/{config.rounds}")
-    rows = [_summary(encoded, films, times[encoded.name]) for encoded in kept]
+    rows = [{"name": label, **_summary(spec, kept[label], films, times[label])} for label, spec in specs.items()]
     return {"name": name, "films": len(films), "height": height, "width": width, "encodings": rows}
 
 
@@ -130,17 +117,12 @@ def _specs(height: int, width: int, qualities: Sequence[int]) -> Iterator[tuple[
                 yield f"{codec} {quality}", ImageSpec(height=height, width=width, codec=codec, quality=quality)
 
 
-def _encode_all(name: str, spec: ImageSpec, films: Sequence[Pixels]) -> Encoded:
-    return Encoded(name=name, spec=spec, contents=[encode(film, spec) for film in films])
-
-
-def _time(encoded: Encoded, films: Sequence[Pixels]) -> dict[str, float]:
+def _time(spec: ImageSpec, contents: Sequence[bytes], films: Sequence[Pixels]) -> dict[str, float]:
     """CPU milliseconds a film: to encode, to decode, and to decode as `pipeline.cpu` does."""
-    load = _loader_decode(encoded.spec)
     return {
-        "encode_ms": _cpu_ms(lambda film: encode(film, encoded.spec), films),
-        "decode_ms": _cpu_ms(lambda content: decode(content, encoded.spec), encoded.contents),
-        "load_ms": _cpu_ms(load, [np.frombuffer(content, dtype=np.uint8) for content in encoded.contents]),
+        "encode_ms": _cpu_ms(lambda film: encode(film, spec), films),
+        "decode_ms": _cpu_ms(lambda content: decode(content, spec), contents),
+        "load_ms": _cpu_ms(_loader_decode(spec), [np.frombuffer(content, dtype=np.uint8) for content in contents]),
     }
 
 
@@ -161,23 +143,24 @@ def _loader_decode(spec: ImageSpec) -> Callable[[Any], object]:
     return lambda content: np.copyto(pixels[..., 0], decode(content.data, spec))
 
 
-def _summary(encoded: Encoded, films: Sequence[Pixels], times: list[dict[str, float]]) -> dict[str, Any]:
-    back = [decode(content, encoded.spec) for content in encoded.contents]
+def _summary(
+    spec: ImageSpec, contents: Sequence[bytes], films: Sequence[Pixels], times: list[dict[str, float]]
+) -> dict[str, Any]:
+    back = [decode(content, spec) for content in contents]
     losses = list(map(loss, films, back))
-    error, resized_error, resized_difference = (
-        statistics.fmean(getattr(each, field) for each in losses)
+    mean = {
+        field: statistics.fmean(getattr(each, field) for each in losses)
         for field in ("error", "resized_error", "resized_difference")
-    )
-    member = f"{sample_key(0, 0)}.{encoded.spec.extension}"
+    }
+    member = f"{sample_key(0, 0)}.{spec.extension}"
     return {
-        "name": encoded.name,
-        "bytes": statistics.fmean(map(len, encoded.contents)),
-        "tar_bytes": statistics.fmean(len(tar.member(member, each)) + _OTHER_MEMBERS for each in encoded.contents),
+        "bytes": statistics.fmean(map(len, contents)),
+        "tar_bytes": statistics.fmean(len(tar.member(member, each)) + _OTHER_MEMBERS for each in contents),
         **{field: statistics.median(taken[field] for taken in times) for field in times[0]},
-        "psnr": psnr(error) if error else None,  # JSON has no infinity
+        "psnr": psnr(mean["error"]) if mean["error"] else None,  # JSON has no infinity
         "difference": statistics.fmean(map(_mean_difference, films, back)),
-        "resized_psnr": psnr(resized_error) if resized_error else None,
-        "resized_difference": resized_difference,
+        "resized_psnr": psnr(mean["resized_error"]) if mean["resized_error"] else None,
+        "resized_difference": mean["resized_difference"],
         "resized_difference_worst": max(each.resized_difference for each in losses),
         "rounds": times,
     }

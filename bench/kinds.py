@@ -118,6 +118,11 @@ def ratios(values: Sequence[float], base: Sequence[float]) -> tuple[float, ...]:
     return tuple(value / under for value, under in zip(values, base, strict=True)) if len(values) == len(base) else ()
 
 
+def speed(rates: Sequence[float]) -> Row:
+    """Films/s of a case, as its JSON has them: the median over rounds, and the range."""
+    return {"images_per_s": statistics.median(rates), "lowest": min(rates), "highest": max(rates)}
+
+
 def spread(values: Sequence[float], form: str = "{:.2f}x") -> str:
     """The median, and lowest and highest where there are several."""
     ends = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""

@@ -95,17 +95,14 @@ def peak(device: torch.device, precision: str) -> dict[str, Any]:
 _STEPS = 5
 
 
-def host_seconds(run: Callable[[int], None], device: torch.device, steps: int) -> tuple[float, float]:
-    """Seconds a step that the host takes to launch it, and that the device takes to finish it.
-
-    Alike, the host is what a step waits for; far apart, the device is kept busy.
-    """
+def launch_seconds(run: Callable[[int], None], device: torch.device, steps: int) -> float:
+    """Seconds a step that the host takes to launch it: near those of the step, the host is what it waits for."""
     torch.cuda.synchronize(device)
     begin = time.perf_counter()
     run(steps)
     launched = time.perf_counter()
     torch.cuda.synchronize(device)
-    return (launched - begin) / steps, (time.perf_counter() - begin) / steps
+    return (launched - begin) / steps
 
 
 def idle_share(run: Callable[[int], None], device: torch.device) -> float | None:
@@ -159,12 +156,12 @@ def search_batch(
 ) -> list[dict[str, Any]]:
     """Double the batch from `first` until films/s grow by less than 3 %, memory ends, or `largest` is reached.
 
-    A list of what was tried, {batch_size, images_per_s, ended}; `ended` says why no larger one was. `build` gives a
-    trainer for a batch size.
+    A list of what was tried, {batch_size, images_per_s, ended}; `ended` says why no larger one was; empty where
+    `largest` is below `first`. `build` gives a trainer for a batch size.
     """
     tried: list[dict[str, Any]] = []
     size = first
-    while True:
+    while size <= largest:
         before = available_memory(device)
         try:
             rate, taken = _rate(build, device, size, seconds)
@@ -172,7 +169,7 @@ def search_batch(
             if not tried:
                 raise
             tried[-1]["ended"] = f"batch {size}: out of memory"
-            return tried
+            break
         tried.append({"batch_size": size, "images_per_s": rate, "ended": None})
         if len(tried) > 1 and rate < tried[-2]["images_per_s"] * GROWTH:
             tried[-1]["ended"] = f"batch {size}: less than {GROWTH - 1:.0%} faster than batch {size // 2}"
@@ -181,8 +178,9 @@ def search_batch(
         elif device.type == "cpu" and 2 * taken > before * (1 - _LEFT_FREE):
             tried[-1]["ended"] = f"batch {2 * size}: memory would not do"
         if tried[-1]["ended"]:
-            return tried
+            break
         size *= 2
+    return tried
 
 
 def best_batch(tried: list[dict[str, Any]]) -> int:

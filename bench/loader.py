@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.case import FLOORS, Case, Task, absolute, cases, convert, run_child
-from bench.machine import bench_main, environment
+from bench.machine import bench_main, check_positive, environment
 from bench.processes import pinned
 from bench.storage import SlowFileSystem, SlowSettings, evict
 from bench.summary import Key, Rounds, summarise, table
@@ -88,12 +88,9 @@ class LoaderBenchConfig:
     GPU and `tiny` on a CPU. Left out where --only picks cases, and with --cold."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "rounds", "warmup_batches"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is not a positive number")
-        for name in ("seconds", "cold_s", "memory_s"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is no time")
+        check_positive(self, "batch_size", "rounds", "warmup_batches", "seconds", "cold_s")
+        if not 0 <= self.memory_s < math.inf:
+            raise InputError(f"--memory-s {self.memory_s} is no time")
         if unknown := set(self.cpus) - os.sched_getaffinity(0):
             raise InputError(f"--cpus {min(unknown)}: this process may use {sorted(os.sched_getaffinity(0))}")
         if self.uint8 and not self.h5:

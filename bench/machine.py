@@ -3,6 +3,7 @@ JSON."""
 
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -122,6 +123,15 @@ def _check_pairs(task: Task) -> None:
             raise InputError(
                 f"{what} has {rows:,} rows, the shards were made from {expected:,}; give the files they were made from"
             )
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """InputError where a value of one of these settings is not a positive number."""
+    for name in names:
+        value = getattr(config, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(0 < each < math.inf for each in values):
+            raise InputError(f"--{name.replace('_', '-')} {' '.join(map(str, values))} is not a positive number")
 
 
 def bench_main(

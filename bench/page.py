@@ -33,7 +33,7 @@ th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right;
 th, td { max-width: 22rem; }
 th { border-bottom: 2px solid #888; white-space: nowrap; vertical-align: bottom; }
 .text { text-align: left; } td { white-space: nowrap; }
-td.long { white-space: normal; min-width: 9rem; }
+td.long { white-space: normal; min-width: 18rem; }
 td.good { color: #0a6b2d; font-weight: 600; } td.bad { color: #b00020; font-weight: 600; } td.unknown { color: #666; }
 img { display: block; width: 100%; max-width: 32rem; height: auto; margin: .75rem 0; }
 """

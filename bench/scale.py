@@ -5,12 +5,11 @@ its first batch, in a fresh process, imports not counted; of it the manifest and
 say where a batch lies, somewhere in the run. Ranks: block reads of an epoch, all ranks together. Threads: films/s.
 """
 
-import json
 import statistics
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -19,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from bench.case import Task, run_child
-from bench.processes import bench_guard
+from bench.kinds import speed
+from bench.machine import bench_main, check_positive, environment
 from bench.simulate import write_set
 from pipeline.batch import World
 from pipeline.config import LoaderConfig, available_cpus, stream_count
 from pipeline.order import Layout, ShuffledOrder
-from pipeline.selection import RowBits
-from shards.cli import parse, say
+from shards.cli import say
 from shards.errors import InputError
 from shards.manifest import read_manifest
 
@@ -39,6 +38,8 @@ LOCATED = 200
 """Batches located, anywhere in an epoch."""
 MOST_SHARDS = 60_000
 """A file may have 65,000 links."""
+SECONDS = 3.0
+"""Measured stretch of each number of threads in each round."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,8 +56,6 @@ class ScaleConfig:
     """Numbers of decoding threads; none: powers of two up to the CPUs, and these."""
     rounds: int = 3
     """Fresh processes for each first batch, and rounds of the threads; medians are taken."""
-    seconds: float = 3.0
-    """Measured stretch of each number of threads in each round."""
     out: Path | None = None
     """Folder for the simulated sets, 250 MB, removed afterwards; the system's for temporary files when not given."""
     json: Path | None = None
@@ -65,11 +64,7 @@ class ScaleConfig:
     """Where the plots go."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "shards", "ranks", "threads"):
-            if any(value < 1 for value in getattr(self, name)):
-                raise InputError(f"--{name} {' '.join(map(str, getattr(self, name)))} has to be of numbers above 0")
-        if self.rounds < 1 or not 0 < self.seconds < 1e6:
-            raise InputError(f"--rounds {self.rounds} and --seconds {self.seconds} have to be above 0")
+        check_positive(self, "samples", "shards", "ranks", "threads", "rounds")
         for samples, shards in self.sets:
             if samples % shards or shards > MOST_SHARDS:
                 raise InputError(
@@ -86,17 +81,14 @@ class ScaleConfig:
 
 def run_bench(config: ScaleConfig) -> dict[str, Any]:
     """Measure everything; the result is what `--json` writes."""
-    from bench.machine import environment
-
     rows = [measure_set(samples, shards, config) for samples, shards in config.sets]
-    cut = len(config.samples)
     layout = Layout((SHARD_ROWS,) * (MIDDLE // SHARD_ROWS), BLOCK_ROWS)
     return {
         "bench": "scale",
         "environment": environment(),
-        "settings": {"batch_size": BATCH, "rounds": config.rounds, "seconds": config.seconds, "films": "made up"},
-        "samples": [*rows[:cut], *(selected_row(*each) for each in config.sets[:cut])],
-        "shards": rows[cut:],
+        "settings": {"batch_size": BATCH, "rounds": config.rounds, "seconds": SECONDS, "films": "made up"},
+        "samples": rows[: len(config.samples)],
+        "shards": rows[len(config.samples) :],
         "ranks": [measure_ranks(layout, ranks) for ranks in config.ranks],
         "cases": measure_threads(config),
     }
@@ -107,7 +99,10 @@ def measure_set(samples: int, shards: int, config: ScaleConfig) -> dict[str, Any
     with tempfile.TemporaryDirectory(prefix="bench-scale-", dir=config.out) as name:
         root = Path(name)
         write_set(root, samples, shards)
-        firsts = [first_batch(root) for _ in range(config.rounds)]
+        task = Task(
+            loader="cpu", shards=str(root), batch_size=BATCH, seconds=1e-3
+        )  # in a process that has done nothing
+        firsts = [run_child(task)["first_batch_s"] for _ in range(config.rounds)]
         manifest_s, manifest = _timed(lambda: read_manifest(root))
         manifest_bytes = (root / "manifest.json").stat().st_size
     row = {"samples": samples, "shards": shards, "block_rows": manifest.block_rows, "manifest_bytes": manifest_bytes}
@@ -119,20 +114,6 @@ def measure_set(samples: int, shards: int, config: ScaleConfig) -> dict[str, Any
         f"{row['peak_bytes'] / 1e6:6.2f} MB; a batch located in {row['locate_us']:4.0f} us"
     )
     return row
-
-
-def first_batch(root: Path) -> float:
-    """Seconds from building the loader to its first batch, in a process that has done nothing before."""
-    return run_child(Task(loader="cpu", shards=str(root), batch_size=BATCH, seconds=1e-3))["first_batch_s"]
-
-
-def selected_row(samples: int, shards: int) -> dict[str, Any]:
-    """The order alone, where two rows of three are selected."""
-    rows = samples // shards
-    mask = np.packbits(np.arange(rows) % 3 > 0)
-    bits = RowBits(mask.copy() for _ in range(shards))
-    found = measure_order(lambda: Layout((rows,) * shards, BLOCK_ROWS, bits))
-    return {"samples": samples, "shards": shards, "selected_share": 2 / 3, "selection_bytes": bits.nbytes, **found}
 
 
 def measure_order(make_layout: Callable[[], Layout]) -> dict[str, Any]:
@@ -157,14 +138,8 @@ def measure_order(make_layout: Callable[[], Layout]) -> dict[str, Any]:
     for position in steps.tolist():
         order.locate(np.arange(position, position + BATCH))
     located = (time.perf_counter() - started) / LOCATED
-    return {
-        "selected": order.samples,
-        "blocks": order.layout.blocks,
-        "order_s": seconds,
-        "kept_bytes": kept,
-        "peak_bytes": peak,
-        "locate_us": located * 1e6,
-    }
+    sizes = {"blocks": order.layout.blocks, "kept_bytes": kept, "peak_bytes": peak}
+    return {**sizes, "order_s": seconds, "locate_us": located * 1e6}
 
 
 def _timed(work: Callable[[], Any], times: int = 3) -> tuple[float, Any]:
@@ -183,23 +158,12 @@ def measure_ranks(layout: Layout, ranks: int) -> dict[str, Any]:
     order = ShuffledOrder(layout, seed=0, streams=streams)
     order.locate(np.zeros(1, dtype=np.int64))
     started = time.perf_counter()
-    reads = sum(_visits(order, World(rank=rank, size=ranks)) for rank in range(ranks))
-    taken = time.perf_counter() - started
-    blocks, bound = layout.blocks, layout.blocks + streams - 1
-    say(f"{ranks:>3} ranks, {streams} streams: {reads:,} reads of {blocks:,} blocks, {bound:,} is the bound")
-    return {
-        "ranks": ranks,
-        "streams": streams,
-        "reads": reads,
-        "blocks": blocks,
-        "bound": bound,
-        "ratio": reads / blocks,
-        "plan_us": taken / reads * 1e6,
-    }
-
-
-def _visits(order: ShuffledOrder, world: World) -> int:
-    return sum(1 for _ in takewhile(lambda visit: visit.first < order.samples, order.visits(0, world)))
+    visits = (order.visits(0, World(rank=rank, size=ranks)) for rank in range(ranks))
+    reads = sum(1 for each in visits for _ in takewhile(lambda visit: visit.first < order.samples, each))
+    taken, blocks = time.perf_counter() - started, layout.blocks
+    row = {"ranks": ranks, "streams": streams, "reads": reads, "blocks": blocks, "bound": blocks + streams - 1}
+    say(f"{ranks:>3} ranks, {streams} streams: {reads:,} reads of {blocks:,} blocks, {row['bound']:,} is the bound")
+    return {**row, "ratio": reads / blocks, "plan_us": taken / reads * 1e6}
 
 
 def measure_threads(config: ScaleConfig) -> list[dict[str, Any]]:
@@ -210,12 +174,9 @@ def measure_threads(config: ScaleConfig) -> list[dict[str, Any]]:
         write_set(Path(name), MIDDLE, MIDDLE // SHARD_ROWS)
         for _ in range(config.rounds):
             for threads in counts:
-                task = Task(loader="cpu", shards=name, threads=threads, warmup_batches=8, seconds=config.seconds)
+                task = Task(loader="cpu", shards=name, threads=threads, warmup_batches=8, seconds=SECONDS)
                 rounds[threads].append(run_child(task))
-    cases = [_thread_case(threads, found) for threads, found in rounds.items()]
-    for case in cases:
-        say(f"{case['name']}: {case['images_per_s']:,.0f} films/s")
-    return cases
+    return [_thread_case(threads, found) for threads, found in rounds.items()]
 
 
 def thread_counts(cpus: int) -> tuple[int, ...]:
@@ -224,26 +185,33 @@ def thread_counts(cpus: int) -> tuple[int, ...]:
 
 
 def _thread_case(threads: int, rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    rate = statistics.median(each["images_per_s"] for each in rounds)
-    name = f"{threads} thread" + "s" * (threads > 1)
-    return {"name": name, "threads": threads, "images_per_s": rate, "rounds": rounds}
+    rates = [each["images_per_s"] for each in rounds]
+    return {"name": f"{threads} thread" + "s" * (threads > 1), "threads": threads, **speed(rates), "rounds": rounds}
+
+
+def table(result: dict[str, Any]) -> Iterator[str]:
+    """What was not said as it was measured."""
+    for case in result["cases"]:
+        yield f"{case['name']}: {case['images_per_s']:,.0f} films/s"
+
+
+def run_and_draw(config: ScaleConfig) -> dict[str, Any]:
+    """And the plots, where asked for."""
+    from bench.plots import draw, scale_panels
+    from shards.atomic import check_writable, write_atomic
+
+    if config.png:
+        check_writable(config.png)
+    result = run_bench(config)
+    if config.png:
+        panels = [panel for panel in scale_panels(result) if panel is not None]
+        write_atomic(config.png, draw(panels, "png", columns=2))
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure as the command line says. Exit code 2 for a user's mistake."""
-    with bench_guard("bench.scale"):
-        config = parse(ScaleConfig, argv, prog="python -m bench.scale")
-        from bench.plots import draw, scale_panels
-        from shards.atomic import check_writable, write_atomic
-
-        for path in filter(None, (config.json, config.png)):
-            check_writable(path)
-        result = run_bench(config)
-        if config.json:
-            write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
-        if config.png:
-            panels = [panel for panel in scale_panels(result) if panel is not None]
-            write_atomic(config.png, draw(panels, "png", columns=2))
+    """Measure, write JSON and plots."""
+    bench_main("bench.scale", ScaleConfig, argv, run_and_draw, table)
 
 
 if __name__ == "__main__":

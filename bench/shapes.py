@@ -207,17 +207,16 @@ def demo_tables(raw: Row) -> Iterator[Table]:
 
 def nih_tables(raw: Row) -> Iterator[Table]:
     """AUROC of the labels, beside what they are measured against."""
-    rows = [{"label": name, **found} for name, found in raw["test"].items()]
     names = ("model", "thumbnails", "untrained_0", "view_ap", "model_among_abnormal")
+    rows = [{"label": name, **found} for name, found in raw["test"].items()]
     yield rows_table("AUROC, test split", rows, [*cells("", "label"), *cells("{:.3f}", *names)])
 
 
 def controls_tables(raw: Row) -> Iterator[Table]:
     """AUROC of the model and of what must not be as good."""
-    found: dict[str, Row] = raw["auroc"]
-    labels = dict.fromkeys(label for each in found.values() for label in each)
-    rows = [{"label": label} | {name: each.get(label) for name, each in found.items()} for label in labels]
-    yield rows_table("AUROC", rows, [("label", "label", ""), *((name, text(name), "{:.3f}") for name in found)])
+    labels = dict.fromkeys(label for each in raw["auroc"].values() for label in each)
+    rows = [{"label": label, **{name: each.get(label) for name, each in raw["auroc"].items()}} for label in labels]
+    yield rows_table("AUROC", rows, [("label", "label", ""), *((name, text(name), "{:.3f}") for name in raw["auroc"])])
 
 
 def tune_tables(raw: Row) -> Iterator[Table]:
@@ -229,7 +228,7 @@ def tune_tables(raw: Row) -> Iterator[Table]:
 
 def said_tables(raw: Row) -> Iterator[Table]:
     """What the tests that need a GPU said; why a part of `make gpu`, or the training beside the loaders, failed."""
-    lines = [*raw.get("summary", []), *raw.get("not_passed", []), *([raw["failed"]] if "failed" in raw else [])]
+    lines = [*raw.get("summary", []), *raw.get("not_passed", []), *filter(None, [raw.get("failed")])]
     yield Table(header=("said",), rows=tuple((text(line),) for line in lines))
 
 

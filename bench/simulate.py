@@ -7,6 +7,7 @@ checks and decodes. What is missing is their number of bytes: all shards are the
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,24 +56,12 @@ def made_up_films() -> list[bytes]:
 
 
 def _write_shard(root: Path, films: list[bytes], rows: int, block_rows: int) -> ShardInfo:
+    fields: dict[str, Any] = {"source": 0, "text": "", "token_count": 2, "truncated": False, "side_words": False}
     tokens = np.zeros(CONTEXT, dtype=np.uint16)
-    writer = ShardWriter(
-        root, shard_name("train", 0), image=ImageSpec(), context=CONTEXT, labels=(), block_rows=block_rows
-    )
-    with writer:
+    name = shard_name("train", 0)
+    with ShardWriter(root, name, image=ImageSpec(), context=CONTEXT, labels=(), block_rows=block_rows) as writer:
         for row in range(rows):
-            writer.add(
-                Sample(
-                    source=0,
-                    row=row,
-                    image=films[row % FILMS],
-                    text="",
-                    tokens=tokens,
-                    token_count=2,
-                    truncated=False,
-                    side_words=False,
-                )
-            )
+            writer.add(Sample(**fields, row=row, image=films[row % FILMS], tokens=tokens))
     return writer.info
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import bench_main, environment
-from bench.step_cases import COMPILED, OURS, Pace, measure_size
+from bench.step_cases import COMPILED, OURS, measure_size
 from bench.together import TrainBenchConfig, train_config
 from shards.cli import say
 from shards.errors import InputError
@@ -22,8 +22,8 @@ from shards.errors import InputError
 class StepBenchConfig(TrainBenchConfig):
     """Measure the training step, eager and compiled, at batch 64 and at the best one, next to open_clip's trainer."""
 
-    shards: Path | None = None
-    """Folder of shards that the batch is read from; none: a phantom of 256 films, drawn for the purpose."""
+    shards: Path
+    """Folder of shards that the batch is read from."""
     largest_batch: int = 4096
     """Where the search for the best batch ends at the latest; 0: no search."""
     seconds: float = 2.0
@@ -42,31 +42,38 @@ def run_step(config: StepBenchConfig) -> dict[str, Any]:
     from bench.turns import BARE, RESIDENT, take_turns
 
     with tempfile.TemporaryDirectory() as scratch:
-        config = replace(config, shards=config.shards or phantom(Path(scratch)))
         settings = train_config(config, Path(scratch) / "run", compiled=False)  # the loop is timed on the eager step
         setup, batch = prepare(settings)
-        from bench.limits import peak
+        from bench.limits import best_batch, peak, search_batch, sized
+        from bench.trainers import Ours
 
-        top = peak(setup.precision.device, setup.precision.name)
-        tried = _search(config, setup, batch) if config.largest_batch else []
-        sizes = dict.fromkeys([config.batch_size, *_best(tried)])
-        pace = Pace(rounds=config.rounds, seconds=config.seconds, compiled=config.compiled)
-        cases = [found for size in sizes for found in measure_size(setup, batch, size, top, pace)]
+        device = setup.precision.device
+        top = peak(device, setup.precision.name)
+        tried = search_batch(  # the eager step: compiling anew for each size would take longer than the search
+            lambda size: Ours(setup, sized(batch, size), compiled=False),
+            device,
+            first=config.batch_size,
+            largest=config.largest_batch,
+            seconds=config.seconds,
+        )
+        best = best_batch(tried) if tried else None
+        sizes = dict.fromkeys([config.batch_size, best or config.batch_size])
+        cases = [found for size in sizes for found in measure_size(setup, batch, size, top, config)]
         say("the loop around the step:")
         taken = take_turns(settings, (BARE, RESIDENT), rounds=2 * config.rounds, seconds=config.seconds)
     said = {
         "preset": settings.preset,
         "batch_size": config.batch_size,
-        "best_batch": _best(tried)[0] if tried else None,
+        "best_batch": best,
         "seconds": config.seconds,
-        "device": setup.precision.device.type,
+        "device": device.type,
         "precision": setup.precision.name,
         "text_length": batch.text_length,
         "context": batch.tokens.shape[1],
         "log_every": settings.log_every,
     }
     result: dict[str, Any] = {"bench": "step", "environment": environment(), "settings": said, "peak": top}
-    result |= {"cases": cases, "search": tried, "loop": loop_overhead(taken.rounds, setup.precision.device.type)}
+    result |= {"cases": cases, "search": tried, "loop": loop_overhead(taken.rounds, device.type)}
     return {**result, "verdict": verdict(result)}
 
 
@@ -81,43 +88,6 @@ def prepare(settings: Any) -> tuple[Any, Any]:
     with job.loader:
         batch = keep(next(job.loader))
     return Setup(config=settings, model=job.learner.model, precision=job.precision), batch
-
-
-def _search(config: StepBenchConfig, setup: Any, batch: Any) -> list[dict[str, Any]]:
-    """Films/s of the eager step by batch size: compiling anew for each would take longer than the search."""
-    from bench.limits import search_batch, sized
-    from bench.trainers import Ours
-
-    return search_batch(
-        lambda size: Ours(setup, sized(batch, size), compiled=False),
-        setup.precision.device,
-        first=config.batch_size,
-        largest=config.largest_batch,
-        seconds=config.seconds,
-    )
-
-
-def _best(tried: list[dict[str, Any]]) -> list[int]:
-    from bench.limits import best_batch
-
-    return [best_batch(tried)] if tried else []
-
-
-def phantom(folder: Path) -> Path:
-    """A small set to read a batch from."""
-    import subprocess
-    import sys
-
-    films, shards = folder / "films", folder / "shards"
-    for command in (
-        ["ingest.phantom", "--out", films, "--samples", "256"],
-        ["ingest", "--to-shards", shards, "--h5", films / "cxr.h5", "--csv", films / "reports.csv", "--workers", "1"],
-    ):
-        done = subprocess.run([sys.executable, "-m", *map(str, command)], capture_output=True, text=True)
-        if done.returncode:
-            said = done.stderr.strip().splitlines()
-            raise InputError(f"could not make the phantom: {said[-1] if said else command[0]}")
-    return shards
 
 
 def loop_overhead(rounds: list[dict[str, Any]], device: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bench.kinds import ratios, speed
 from shards.cli import say
 
 OURS, WHOLE, RIVAL = "step", "step, whole text", "open_clip"
@@ -17,17 +18,6 @@ NOTES = {
     RIVAL: "open_clip_train's train_one_epoch, unchanged; whole context, contiguous images, its own optimizer's groups",
 }
 _WARM = 3
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pace:
-    """How long to measure."""
-
-    rounds: int
-    seconds: float
-    """About how long each case takes in each round."""
-    compiled: bool
-    """Compiled steps as well."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,23 +35,23 @@ class Case:
     """Seconds of its first steps, compiling among them."""
 
 
-def measure_size(setup: Any, batch: Any, size: int, top: dict[str, Any], pace: Pace) -> list[dict[str, Any]]:
-    """All cases at one batch size, in turn; a list of what each came to."""
+def measure_size(setup: Any, batch: Any, size: int, top: dict[str, Any], config: Any) -> list[dict[str, Any]]:
+    """All cases at one batch size, in turn, `config.rounds` times; a list of what each came to."""
     import torch
 
     from bench.limits import sized
 
-    batch = sized(batch, size)
+    batch, device = sized(batch, size), setup.precision.device
     torch.compiler.reset()  # else the second size would be compiled for any size, which no training run is
-    cases, missing = build_cases(setup, batch, compiled=pace.compiled)
-    steps = {case.name: _steps(case, setup.precision.device, pace.seconds) for case in cases}
+    cases, missing = build_cases(setup, batch, compiled=config.compiled)
+    steps = {case.name: max(2, math.ceil(config.seconds / timed(case.trainer.run, device, 2))) for case in cases}
     taken: dict[str, list[dict[str, float]]] = {case.name: [] for case in cases}
-    for number in range(pace.rounds):
+    for number in range(config.rounds):
         for case in cases:
-            step_s = timed(case.trainer.run, setup.precision.device, steps[case.name])
+            step_s = timed(case.trainer.run, device, steps[case.name])
             taken[case.name].append({"step_s": step_s, "images_per_s": size / step_s})
         told = "  ".join(f"{name} {rows[-1]['step_s'] * 1e3:,.1f} ms" for name, rows in taken.items())
-        say(f"batch {size}, round {number + 1}/{pace.rounds}  {told}")
+        say(f"batch {size}, round {number + 1}/{config.rounds}  {told}")
     done = [summary(case, taken, setup, batch, top) for case in cases]
     return done + [{"name": name, "batch_size": size, "note": why} for name, why in missing.items()]
 
@@ -136,17 +126,15 @@ def summary(
     rows = rounds[case.name]
     step_s = statistics.median(row["step_s"] for row in rows)
     rates = [row["images_per_s"] for row in rows]
-    per_sample = count_flops(setup.model, batch.images[:4], batch.tokens[:4, : case.tokens])
+    flops = count_flops(setup.model, batch.images[:4], batch.tokens[:4, : case.tokens]) * case.batch_size
     found: dict[str, Any] = {
         "name": case.name,
         "batch_size": case.batch_size,
         "step_s": step_s,
-        "images_per_s": statistics.median(rates),
-        "lowest": min(rates),
-        "highest": max(rates),
+        **speed(rates),
         "tokens": case.tokens,
-        "flops_per_step": per_sample * case.batch_size,
-        "mfu": per_sample * case.batch_size / step_s / top["flops_per_s"],
+        "flops_per_step": flops,
+        "mfu": flops / step_s / top["flops_per_s"],
         "memory_bytes": case.memory_bytes,
         "first_s": case.first_s,
         "note": NOTES[case.name.removesuffix(COMPILED)],
@@ -154,13 +142,9 @@ def summary(
     }
     rival = RIVAL + (COMPILED if case.name.endswith(COMPILED) else "")
     if rival in rounds and case.name != rival:
-        pairs = zip(rates, rounds[rival], strict=True)
-        ratios = [rate / row["images_per_s"] for rate, row in pairs]
-        found |= {
-            "ratio_to_open_clip": statistics.median(ratios),
-            "ratio_lowest": min(ratios),
-            "ratio_highest": max(ratios),
-        }
+        against = ratios(rates, [row["images_per_s"] for row in rounds[rival]])
+        found |= {"ratio_to_open_clip": statistics.median(against)}
+        found |= {"ratio_lowest": min(against), "ratio_highest": max(against)}
     return {**found, "rounds": rows}
 
 
@@ -168,11 +152,7 @@ def _host(case: Case, device: Any) -> dict[str, float | None]:
     """Launch time a step and the share of it without a kernel; nothing on a CPU, which is its own host."""
     if device.type != "cuda":
         return {"host_ms": None, "idle_share": None}
-    from bench.limits import host_seconds, idle_share
+    from bench.limits import idle_share, launch_seconds
 
-    launch, _ = host_seconds(case.trainer.run, device, _WARM)
-    return {"host_ms": launch * 1e3, "idle_share": idle_share(case.trainer.run, device)}
-
-
-def _steps(case: Case, device: Any, seconds: float) -> int:
-    return max(2, math.ceil(seconds / timed(case.trainer.run, device, 2)))
+    run = case.trainer.run
+    return {"host_ms": launch_seconds(run, device, _WARM) * 1e3, "idle_share": idle_share(run, device)}

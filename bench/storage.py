@@ -18,6 +18,7 @@ delayed; mapping one is refused, and counted.
 
 import ctypes
 import math
+import mmap
 import os
 import shutil
 import struct
@@ -35,7 +36,6 @@ MOST_RESIDENT = 0.01
 """Share of the bytes that may still be in the page cache for a run to count as cold."""
 _STRETCH = 1 << 30
 """Bytes mapped at once; a multiple of any page size."""
-_PROT_READ, _MAP_SHARED = 1, 1
 
 
 def evict(paths: Sequence[Path]) -> float:
@@ -86,20 +86,13 @@ def _drop(file: Path) -> None:
 
 
 def _resident_pages(descriptor: int, offset: int, size: int, page: int) -> int:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
-    at = libc.mmap(None, size, _PROT_READ, _MAP_SHARED, descriptor, offset)
-    if at == ctypes.c_void_p(-1).value:
+    found = ctypes.create_string_buffer(-(-size // page))
+    with mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY, offset=offset) as mapped:  # ctypes wants it writable
+        first = ctypes.c_char.from_buffer(mapped)
+        failed = ctypes.CDLL(None, use_errno=True).mincore(ctypes.byref(first), ctypes.c_size_t(size), found)
+        del first
+    if failed:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    try:
-        found = ctypes.create_string_buffer(-(-size // page))
-        if libc.mincore(at, size, found):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    finally:
-        libc.munmap(at, size)
     return sum(byte & 1 for byte in found.raw)
 
 

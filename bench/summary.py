@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bench.case import BASELINE, FLOORS, NOTES, TUNED, Case
+from bench.kinds import ratios, speed
 
 Rounds = list[dict[str, Any]]
 """What `measure.Round` holds, a round each."""
@@ -30,7 +31,7 @@ def summarise(cases: Sequence[Case], rounds: dict[Key, Rounds], notes: dict[Key,
 def _figures(name: str, taken: Rounds, beside: dict[str, Rounds], peers: set[str]) -> dict[str, Any]:
     """`beside`: the rounds of all cases at this latency."""
     rates = _values(taken, "images_per_s")
-    result: dict[str, Any] = {"images_per_s": statistics.median(rates), "lowest": min(rates), "highest": max(rates)}
+    result = speed(rates)
     for field in ("first_batch_s", "cpu_s_per_1000"):
         result[field] = statistics.median(_values(taken, field))
     if sizes := _values(taken, "pss_bytes"):
@@ -38,34 +39,20 @@ def _figures(name: str, taken: Rounds, beside: dict[str, Rounds], peers: set[str
     for field in ("read_bytes", "rchar", "requests", "request_bytes"):
         if field in taken[0]:
             result[f"{field}_per_1000"] = statistics.median(1000 * each[field] / each["images"] for each in taken)
-    result |= _ratios(name, taken, beside, peers)
+    bases = {"ratio_to_hdf5": BASELINE, "ratio_to_hdf5_tuned": TUNED}
+    bases |= {"ratio_to_best_peer": best_peer(beside, peers), "share_of_floor": FLOORS.get(name, "")}
+    for field, base in bases.items():
+        if beside.get(base):
+            found = ratios(rates, _values(beside[base], "images_per_s"))
+            result[field] = statistics.median(found)
+            result |= {"ratio_lowest": min(found), "ratio_highest": max(found)} if base == BASELINE else {}
     return result | {"rounds": taken}
 
 
-def _ratios(name: str, taken: Rounds, beside: dict[str, Rounds], peers: set[str]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    if beside.get(BASELINE):
-        ratios = _within(taken, beside[BASELINE])
-        result["ratio_to_hdf5"] = statistics.median(ratios)
-        result |= {"ratio_lowest": min(ratios), "ratio_highest": max(ratios)}
-    if beside.get(TUNED):
-        result["ratio_to_hdf5_tuned"] = statistics.median(_within(taken, beside[TUNED]))
-    if best := best_peer(beside, peers):
-        result["ratio_to_best_peer"] = statistics.median(_within(taken, beside[best]))
-    if beside.get(FLOORS.get(name, "")):
-        result["share_of_floor"] = statistics.median(_within(taken, beside[FLOORS[name]]))
-    return result
-
-
-def best_peer(beside: dict[str, Rounds], peers: set[str]) -> str | None:
-    """The fastest of the loaders of others, by its median."""
-    measured = {name: statistics.median(_values(beside[name], "images_per_s")) for name in peers if beside.get(name)}
-    return max(measured, key=lambda name: measured[name]) if measured else None
-
-
-def _within(taken: Rounds, base: Rounds) -> list[float]:
-    """Ratios of films/s within each round, so that what else the machine does falls on both."""
-    return [one["images_per_s"] / other["images_per_s"] for one, other in zip(taken, base, strict=True)]
+def best_peer(beside: dict[str, Rounds], peers: set[str]) -> str:
+    """The fastest of the loaders of others, by its median; "" where none was measured."""
+    measured = [name for name in sorted(peers) if beside.get(name)]
+    return max(measured, key=lambda name: statistics.median(_values(beside[name], "images_per_s")), default="")
 
 
 def _values(taken: Rounds, field: str) -> list[float]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.machine import bench_main, environment
-from shards.errors import InputError
+from bench.kinds import speed
+from bench.machine import bench_main, check_positive, environment
 
 CASES = ("bare step", "resident", "replayed", "live", "loader alone")
 WAITING = 0.01
@@ -53,11 +53,7 @@ class TrainBenchConfig:
     """The loader's settings as `bench.loader --tune` wrote them: what they bring to training."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "rounds"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is not a positive number")
-        if not 0 < self.seconds < math.inf:
-            raise InputError(f"--seconds {self.seconds} is not a positive number")
+        check_positive(self, "batch_size", "rounds", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,10 +123,9 @@ def train_config(config: Any, out: Path, *, compiled: bool) -> Any:
 
 def summary(name: str, rows: Sequence[dict[str, float]]) -> dict[str, Any]:
     """Medians of a case, the spread of its speed, and the rounds themselves."""
-    rates = [row["images_per_s"] for row in rows]
-    names = ("step_s", "images_per_s", "wait_s", "wait_share", "cpu_s_per_1000")
+    names = ("step_s", "wait_s", "wait_share", "cpu_s_per_1000")
     medians = {key: statistics.median(row[key] for row in rows) for key in names}
-    return {"name": name, **medians, "lowest": min(rates), "highest": max(rates), "rounds": list(rows)}
+    return {"name": name, **medians, **speed([row["images_per_s"] for row in rows]), "rounds": list(rows)}
 
 
 def compare(rounds: dict[str, list[dict[str, float]]], *, cpus: int, device: str) -> dict[str, Any]:

@@ -4,20 +4,19 @@ What each gets:
 
     ours        the `Step` that train.main runs: channels_last where the config says so, text cut to the longest report
                 of the batch, fused optimizer, no host sync, norm of the gradient taken in every step
-    open_clip   its `train_one_epoch`, unchanged, logging every 100 steps as it does by default; the optimizer that its
-                main would build (AdamW in its two groups, `--opt timm/momentum` for SGD); contiguous images and the
-                whole context of tokens, as its loader delivers them; they lie on the device already, so that copying
-                costs it nothing; `--precision amp_bf16` where ours is bf16, `amp` where fp16; `--torchcompile` wraps
-                the model in torch.compile, with nothing else around it
+    open_clip   its `train_one_epoch`, unchanged, reading losses back every 100 steps as it does by default; the
+                optimizer that its main would build (AdamW in its two groups, `--opt timm/momentum` for SGD);
+                contiguous images and the whole context of tokens, as its loader delivers them; they lie on the device
+                already, so that copying costs it nothing; `--precision amp_bf16` where ours is bf16, `amp` where fp16;
+                `--torchcompile` wraps the model in torch.compile, with nothing else around it
     both        start from equal weights, at the same learning rate, and clip the gradient alike (not at all in the
                 recipes); TF32 and cuDNN settings are torch's defaults for both
 """
 
 import argparse
 import copy
-import logging
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +31,6 @@ from train.step import build_step
 
 LOG_EVERY = 100
 """open_clip's --log-every-n-steps."""
-
-
-class Trainer(Protocol):
-    """Something that can train on one batch again and again."""
-
-    def run(self, steps: int) -> None:
-        """Launch so many steps; on a GPU they need not be finished."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,24 +129,8 @@ class Epoch:
         return iter(self._batches)
 
 
-def _log_as_it_does() -> None:
-    """Its main logs at INFO to the terminal and a file; here its lines are made and thrown away."""
-    logger = logging.getLogger()
-    logger.setLevel(logging.INFO)
-    if not any(isinstance(handler, _Nowhere) for handler in logger.handlers):
-        logger.addHandler(_Nowhere())
-
-
-class _Nowhere(logging.Handler):
-    """Formats a line and drops it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.format(record)
-
-
 def _arguments(setup: Setup, batch_size: int) -> argparse.Namespace:
     """The part of open_clip's command line that its training loop reads."""
-    _log_as_it_does()
     names = {"fp32": "fp32", "bf16": "amp_bf16", "fp16": "amp"}
     return argparse.Namespace(
         device=str(setup.precision.device),

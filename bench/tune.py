@@ -14,7 +14,6 @@ node decoding on the GPU wins here by what it takes from the training step, whic
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -25,13 +24,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from bench.kinds import ratios, spread
+from bench.kinds import ratios, speed, spread
+from bench.machine import check_positive
 from bench.processes import bench_guard
 from bench.search import LEAST_ROUNDS, Choice, Space, ablate, in_turn, is_faster, make_space, search
 from bench.storage import SlowFileSystem, SlowSettings, counts_here
 from pipeline.config import LoaderConfig
 from shards.cli import parse, say
-from shards.errors import InputError
 
 PROG = "python -m bench.loader --tune"
 LEAST_TRIALS = 10
@@ -66,11 +65,7 @@ class TuneConfig:
     """A slow file system under it, to see what would be chosen there."""
 
     def __post_init__(self) -> None:
-        for name in ("minutes", "seconds", "batch_size"):
-            if not 0 < getattr(self, name) < 1e9:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is not a positive number")
-        if any(streams < 1 for streams in self.streams):
-            raise InputError(f"--streams {' '.join(map(str, self.streams))} has to be of numbers above 0")
+        check_positive(self, "minutes", "seconds", "batch_size", "streams")
 
 
 def run_tune(config: TuneConfig) -> dict[str, Any]:
@@ -148,7 +143,7 @@ def _rater(config: TuneConfig, base: LoaderConfig, device: str) -> Callable[[Cho
 
 def _case(name: str, choice: Choice, rates: list[float]) -> dict[str, Any]:
     rounds = [{"images_per_s": rate} for rate in rates]
-    return {"name": name, "images_per_s": statistics.median(rates), "choice": _plain(choice), "rounds": rounds}
+    return {"name": name, **speed(rates), "choice": _plain(choice), "rounds": rounds}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

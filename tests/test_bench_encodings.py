@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import assert_refused, run_module
 
-from bench.encodings import _encode_all, _h5_films, _shard_films, _summary
+from bench.encodings import EncodingsBenchConfig, _h5_films, _shard_films, _summary
 from ingest.config import IngestConfig
 from ingest.run import ingest
-from shards.encodings import ENCODINGS
+from shards.encodings import ENCODINGS, encode
+from shards.errors import InputError
 from shards.schema import CODEC_EXTENSIONS, ImageSpec
 
 
@@ -53,7 +55,7 @@ def test_bytes_are_those_of_shards(source: tuple[Path, Path], shards_dir: Path) 
     manifest = read_manifest(shards_dir)
     infos = [info for shards in manifest.splits.values() for info in shards]
     films = _h5_films(source[0], "cxr", 96)
-    jpeg = _summary(_encode_all("jpeg 95", ImageSpec(), films), films, [{}])
+    jpeg = _summary(ImageSpec(), [encode(film, ImageSpec()) for film in films], films, [{}])
     assert len(films) == sum(info.rows for info in infos) == 96
     assert jpeg["tar_bytes"] * 96 == pytest.approx(sum(info.tar.bytes - 1024 for info in infos))
 
@@ -66,14 +68,18 @@ def test_films_are_spread(source: tuple[Path, Path], shards_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "word"),
+    ("settings", "words"),
     [
-        ([], "names any films"),
-        (["--h5", "a.h5", "--names", "a", "b"], "2 names to 1"),
-        (["--h5", "a.h5", "--rounds", "0"], "--rounds 0"),
-        (["--h5", "a.h5", "--qualities", "101"], "--qualities 101"),
-        (["--h5", "no-such.h5"], "no HDF5 file"),
+        ({}, "names any films"),
+        ({"h5": (Path("a.h5"),), "names": ("a", "b")}, "2 names to 1"),
+        ({"h5": (Path("a.h5"),), "rounds": 0}, "--rounds 0"),
+        ({"h5": (Path("a.h5"),), "qualities": (101,)}, "--qualities 101"),
     ],
 )
-def test_mistakes(flags: list[str], word: str) -> None:
-    assert_refused(run_module("bench.encodings", *flags), word)
+def test_mistakes(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        EncodingsBenchConfig(**settings)
+
+
+def test_a_file_that_is_not_there() -> None:
+    assert_refused(run_module("bench.encodings", "--h5", "no-such.h5"), "no HDF5 file")

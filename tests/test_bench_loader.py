@@ -105,7 +105,7 @@ def test_a_cold_run_evicts_and_says_so(shards_dir: Path, tmp_path: Path) -> None
     copy = shutil.copytree(shards_dir, tmp_path / "shards")
     cpu = min(os.sched_getaffinity(0))
     config = LoaderBenchConfig(
-        shards=copy, rounds=1, seconds=60, memory_s=0, batch_size=16, only=("cpu",), cold=True, cpus=(cpu,)
+        shards=copy, rounds=1, seconds=0.01, memory_s=0, batch_size=16, only=("cpu",), cold=True, cpus=(cpu,)
     )
     result = run_bench(config)
     assert result["settings"]["cpus"] == [cpu] and result["settings"]["threads"] == 1 and result["settings"]["cold"]
@@ -251,7 +251,7 @@ def until(holds: Callable[[], Any], seconds: float) -> Any:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_ended_leaves_no_process_and_no_folder(number: int, shards_dir: Path, tmp_path: Path) -> None:
     """Only after SIGKILL do folders stay: nobody is left to remove them."""
     command = [sys.executable, "-m", "bench.loader", "--shards", str(shards_dir), "--only", "webdataset"]
@@ -322,13 +322,24 @@ def test_ours_has_to_run(monkeypatch: pytest.MonkeyPatch, shards_dir: Path) -> N
 
 
 def test_what_cannot_be_is_refused(shards_dir: Path) -> None:
-    for flags, words in (
-        (["--cpus", "9999"], "--cpus 9999"),
-        (["--uint8"], "--h5"),
-        (["--latency-ms", "-1"], "--latency-ms -1"),
-        (["--bandwidth-mb", "0"], "--bandwidth-mb 0"),
-    ):
-        assert_refused(run_module("bench.loader", "--shards", shards_dir, *flags), words)
+    wrong: dict[str, dict[str, Any]] = {
+        "--uint8 copies": {"uint8": True},
+        "--latency-ms -1": {"latency_ms": (-1.0,)},
+        "--bandwidth-mb 0": {"bandwidth_mb": 0.0},
+        "--jitter 0.1": {"jitter": 0.1},
+        "--cold-s 0": {"cold_s": 0.0},
+    }
+    for words, settings in wrong.items():
+        with pytest.raises(InputError, match=words):
+            LoaderBenchConfig(shards=shards_dir, **settings)
+    assert_refused(run_module("bench.loader", "--shards", shards_dir, "--cpus", "9999"), "--cpus 9999")
+
+
+def test_other_films_than_those_of_the_shards_are_refused(shards_dir: Path, tmp_path: Path) -> None:
+    """The HDF5 file and the CSV, by their rows: nobody compares two data sets."""
+    (tmp_path / "one.csv").write_text("impression\nClear.\n")
+    flags = ["--shards", shards_dir, "--csv", tmp_path / "one.csv", "--only", "cpu"]
+    assert_refused(run_module("bench.loader", *flags), "the CSV has 1 rows, the shards were made from 96")
 
 
 # --- counted by the kernel ---

@@ -23,9 +23,10 @@ from conftest import REPOSITORY, assert_refused, run_module
 from bench.compare import BETTER, FEW, MACHINE, SAME, WORSE, compare_all, judge
 from bench.kinds import METRICS, Result
 from bench.page import to_html, to_markdown
-from bench.report import main, make_report, sections
+from bench.report import ReportConfig, main, make_report, sections
 from bench.shapes import UnreadableError, bundle, distinct, read_results
 from bench.standards import judged
+from shards.errors import InputError
 
 RESULTS = sorted((REPOSITORY / "bench" / "results").glob("*.json"))
 MACHINES = {"cpu": "EPYC", "cpus": 2, "memory_gib": 23.5, "gpu": None}
@@ -235,9 +236,11 @@ def test_a_reader_that_has_gone_is_no_error_of_ours(tmp_path: Path) -> None:
 
 def test_mistakes(tmp_path: Path) -> None:
     foreign = save(tmp_path / "foreign.json", {"a": 1})
+    with pytest.raises(InputError, match=r"none of the files .*foreign\.json: .* of no kind"):
+        make_report([foreign])
+    with pytest.raises(InputError, match="name one JSON"):
+        ReportConfig(files=())
     assert_refused(run_module("bench.report", tmp_path / "nosuch.json"), "nosuch.json", "No such file")
-    assert_refused(run_module("bench.report", foreign), "none of the files", "foreign.json", "of no kind")
-    assert_refused(run_module("bench.report"), "name one JSON")
 
 
 def test_what_is_not_read_is_named_and_the_rest_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

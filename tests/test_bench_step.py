@@ -302,7 +302,7 @@ def test_the_time_of_a_recipe_is_its_steps_and_validations() -> None:
 
 def test_mistakes_are_named(shards_dir: Path) -> None:
     with pytest.raises(InputError, match="--rounds 0"):
-        StepBenchConfig(rounds=0)
+        StepBenchConfig(shards=shards_dir, rounds=0)
     with pytest.raises(InputError, match="unknown preset 'huge'"):
         run_step(StepBenchConfig(shards=shards_dir, preset="huge"))
 
