@@ -40,6 +40,14 @@ case "$1 $2" in "show hostnames") echo localhost ;; *) echo "$@" >>"$(dirname "$
 """
 
 
+SQUEUE = """#!/usr/bin/env bash
+echo "${FAKE_STATE:-RUNNING None}"
+"""
+STOPPED = """#!/usr/bin/env bash
+mkdir -p run && [[ "$*" != *torch.distributed.run* ]] || echo 7 >run/requeue
+"""
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck(script: Path) -> None:
     if shutil.which("shellcheck") is None:
@@ -66,7 +74,8 @@ def job(tmp_path: Path) -> dict[str, str]:
     """Environment of a job on two nodes of one CPU each."""
     srun = tmp_path / "bin" / "srun"
     srun.parent.mkdir()
-    for path, text in ((srun, SRUN), (srun.with_name("scontrol"), SCONTROL)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("squeue", SQUEUE), ("stopped", STOPPED)):
+        path = srun.with_name(name)
         path.write_text(text)
         path.chmod(0o755)
     slurm = {"SUBMIT_DIR": str(tmp_path), "JOB_ID": "7", "JOB_NUM_NODES": "2", "CPUS_PER_TASK": "1"}
@@ -191,6 +200,21 @@ def test_a_mistake_is_not_queued_again(job: dict[str, str], tmp_path: Path) -> N
     assert failed.wait(120) != 0
     assert not (tmp_path / "scontrol.log").exists()
     assert "no shards here" in (tmp_path / "shardclip-train-7" / "rank-0.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("state", "again"),
+    [("RUNNING None", True), ("COMPLETING TimeLimit", True), ("COMPLETING None", False), ("PENDING BeginTime", False)],
+)
+def test_a_cancelled_job_does_not_come_back(job: dict[str, str], tmp_path: Path, state: str, again: bool) -> None:
+    """Nor is one queued again twice that Slurm has queued again itself; one that ran out of its time is."""
+    job |= {"PYTHON": str(tmp_path / "bin" / "stopped"), "FAKE_STATE": state, "SLURM_SUBMIT_DIR": str(tmp_path)}
+    script = REPOSITORY / "train" / "slurm" / "train.sbatch"
+    command = ["bash", str(script), "--out", "run"]
+    done = subprocess.run(command, cwd=tmp_path, env=job, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "scontrol.log").exists() == again, done.stdout
+    assert ("queued again by Slurm" not in done.stdout) == again
 
 
 def test_training_says_what_it_lacks(job: dict[str, str], tmp_path: Path) -> None:
