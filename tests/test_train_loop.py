@@ -8,17 +8,15 @@ import pytest
 import torch
 
 from shards.errors import InputError
-from train.accumulate import check_parts
 from train.checkpoint import list_checkpoints, read_checkpoint
 from train.commandline import from_fields, parse_config
 from train.config import TrainConfig, loader_config
 from train.device import Precision
 from train.main import main
 from train.model import build_model
-from train.objective import Contrastive
+from train.objective import Contrastive, validation_loss
 from train.ranks import Ranks
-from train.step import Step
-from train.validate import validation_loss
+from train.step import Step, check_parts
 
 SMALL = (
     *("--steps", "12", "--batch-size", "8", "--model.widths", *("16",) * 4, "--device", "cpu", "--threads", "1"),

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 
 from pipeline.batch import Batch
 from train.model import ModelConfig, build_model
-from train.objective import Contrastive, shuffle_reports
+from train.objective import Contrastive, cut_tokens, shuffle_reports
 from train.ranks import Ranks
-from train.validate import cut_tokens
 
 START, END, CONTEXT = 49406, 49407, 77
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from pipeline.config import LoaderConfig
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
-from train import validate
+from train import objective
 from train.device import Precision
 from train.model import ModelConfig, build_model
+from train.objective import contrastive_loss, embed_split, validation_loss
 from train.ranks import Ranks
-from train.validate import contrastive_loss, embed_split, validation_loss
 
 CPU = Precision(name="fp32", device=torch.device("cpu"))
 
@@ -74,6 +74,6 @@ def test_the_loss_does_not_depend_on_the_cut_of_texts(
         widths.append((tokens.shape[1], length))
         return tokens
 
-    monkeypatch.setattr(validate, "cut_tokens", whole)
+    monkeypatch.setattr(objective, "cut_tokens", whole)
     assert validation_loss(model, loader(shards_dir, 16), CPU, Ranks()) == pytest.approx(cut, rel=1e-5)
     assert widths and all(width == 77 and 2 < length < 60 for width, length in widths)

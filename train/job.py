@@ -11,7 +11,6 @@ from shards.errors import InputError
 from shards.lock import Lease
 from shards.manifest import read_manifest
 from shards.schema import MANIFEST_NAME, Manifest
-from train.accumulate import check_parts
 from train.config import TrainConfig, loader_config
 from train.device import Precision, choose_device, choose_precision, pin_threads
 from train.model import build_model
@@ -21,6 +20,7 @@ from train.ranks import Ranks, tell
 from train.resume import check_optimizer, check_weights
 from train.rundir import RunFolder, check_lease
 from train.state import Learner, differences, fingerprint
+from train.step import check_parts
 from train.tracking import check_installed
 
 

@@ -17,13 +17,12 @@ from train.curves import draw_curves
 from train.job import Job
 from train.metrics import Meter, MetricsLog, Row, memory_mb
 from train.nonfinite import REPORT, Recorder, all_finite, complain
-from train.objective import Output
+from train.objective import OtherRankFailed, Output
 from train.optim import learning_rate, momentum, update_average
 from train.ranks import StopRequest, together
 from train.saving import CheckpointWriter, Shelf
 from train.state import Progress, capture, gather_bad, order_digest, restore
 from train.step import build_step, compiled_graphs, nothing_batch
-from train.validate import OtherRankFailed
 
 
 def run(job: Job, stop: StopRequest) -> bool:

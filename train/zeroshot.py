@@ -30,9 +30,9 @@ from shards.errors import InputError
 from shards.schema import Manifest
 from train.commandline import read_text
 from train.device import choose_precision
+from train.objective import contrastive_loss, embed_split
 from train.ranks import Ranks
 from train.scores import Floats, auroc, truth_of
-from train.validate import contrastive_loss, embed_split
 
 Style = Literal["reports", "chexzero", "listed"]
 NORMAL = "No Finding"

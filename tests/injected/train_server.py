@@ -27,7 +27,7 @@ import torch.utils.tensorboard  # noqa: F401
 
 import train.checkpoint
 import train.loop
-import train.validate
+import train.objective
 from pipeline.kernels import compiled_functions
 from train.main import main
 
@@ -45,7 +45,7 @@ def fault(command: dict) -> None:
         counted = runpy.run_path(str(Path(__file__).with_name("sitecustomize.py")))["_counted"]
         os.link, os.unlink = counted(os.link), counted(os.unlink)
         train.checkpoint._Hashing.write = counted(train.checkpoint._Hashing.write)
-        train.validate._embed_batch = counted(train.validate._embed_batch)
+        train.objective._embed_batch = counted(train.objective._embed_batch)
     if command.get("slow_save"):
         write = train.checkpoint.write_stream
         train.checkpoint.write_stream = lambda *what: (time.sleep(command["slow_save"]), write(*what))
