@@ -4,12 +4,14 @@ A finding is stated, denied, hedged or not mentioned; the label column says 1, 0
 would read the text. What is stated is on the film; what is denied or not mentioned is not. A hedge settles nothing.
 """
 
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ingest.phantom_case import LABELS, REPORT, Case, Device, Draw, Opacity
-from ingest.phantom_phrases import ALL_DEVICES, ALONE, DENIALS, DEVICES, FILLERS, HEDGES, NORMAL, NOUNS, PATCHES, STATED
 
+_PHRASES = tomllib.loads((Path(__file__).parent / "phantom.toml").read_text(encoding="utf-8"))
 _YES, _NO, _MAYBE = 1, 0, -1
 
 
@@ -34,8 +36,8 @@ def write_report(case: Case) -> Report:
         and _MAYBE not in labels.values()
         and (not sentences or draw.chance(0.4))
     ):
-        sentences.append(draw.pick(NORMAL))
-    sentences = _setting(case, draw) + sentences + ([draw.pick(FILLERS)] if draw.chance(0.12) else [])
+        sentences.append(draw.pick(_PHRASES["normal"]))
+    sentences = _setting(case, draw) + sentences + ([draw.pick(_PHRASES["fillers"])] if draw.chance(0.12) else [])
     return Report(text=_layout(sentences, draw), labels=labels)
 
 
@@ -52,20 +54,21 @@ def _choose(case: Case, draw: Draw) -> dict[str, int | None]:
 def _state(case: Case, label: str, draw: Draw) -> str:
     """One finding, as a sentence or a few."""
     f = case.findings
+    if label == "Support Devices":
+        return _tubes(f.devices, draw)
+    sentence = draw.pick(_PHRASES["stated"][label])
     if label == "Cardiomegaly":
-        return _fill(draw.pick(STATED[label]), degree=_grade(f.heart, 0.48, 0.58, ("mild", "moderate", "marked")))
+        return _fill(sentence, degree=_grade(f.heart, 0.48, 0.58, ("mild", "moderate", "marked")))
     if label == "Edema":
-        return _fill(draw.pick(STATED[label]), degree=_grade(f.edema, 0.76, 0.94, ("mild", "moderate", "severe")))
+        return _fill(sentence, degree=_grade(f.edema, 0.76, 0.94, ("mild", "moderate", "severe")))
     if label == "Lung Opacity":
-        return _fill(draw.pick(STATED[label]), patch=draw.pick(PATCHES), where=_where(f.opacities))
+        return _fill(sentence, patch=draw.pick(_PHRASES["patches"]), where=_where(f.opacities))
     if label == "Pleural Effusion":
         size = _grade(max(e.amount for e in f.effusions), 0.5, 0.8, ("small", "moderate", "large"))
-        return _fill(draw.pick(STATED[label]), size=size, **_sides([e.side for e in f.effusions]))
-    if label == "Pneumothorax":
-        assert f.pneumothorax is not None
-        size = _grade(f.pneumothorax.depth, 0.4, 0.52, ("small", "moderate", "large"))
-        return _fill(draw.pick(STATED[label]), size=size, sides=f.pneumothorax.side)
-    return _tubes(f.devices, draw)
+        return _fill(sentence, size=size, **_sides([e.side for e in f.effusions]))
+    assert f.pneumothorax is not None
+    size = _grade(f.pneumothorax.depth, 0.4, 0.52, ("small", "moderate", "large"))
+    return _fill(sentence, size=size, sides=f.pneumothorax.side)
 
 
 def _grade(value: float, low: float, high: float, words: tuple[str, str, str]) -> str:
@@ -75,8 +78,8 @@ def _grade(value: float, low: float, high: float, words: tuple[str, str, str]) -
 def _sides(sides: list[str]) -> dict[str, str]:
     """The words that depend on one side or both."""
     if len(sides) > 1:
-        return {"sides": "bilateral", "place": "on both sides", "effusion": "effusions", "angle": "angles"}
-    return {"sides": sides[0], "place": f"on the {sides[0]}", "effusion": "effusion", "angle": "angle"}
+        return {"sides": "bilateral", "place": "on both sides", "effusion": "effusions"}
+    return {"sides": sides[0], "place": f"on the {sides[0]}", "effusion": "effusion"}
 
 
 def _where(opacities: tuple[Opacity, ...]) -> str:
@@ -88,8 +91,8 @@ def _where(opacities: tuple[Opacity, ...]) -> str:
 
 
 def _tubes(devices: tuple[Device, ...], draw: Draw) -> str:
-    told = [_fill(draw.pick(DEVICES[d.kind]), side=d.side) for d in devices[:2]]
-    return draw.pick(ALL_DEVICES) if draw.chance(0.35) else " ".join(told)
+    told = [_fill(draw.pick(_PHRASES["devices"][d.kind]), side=d.side) for d in devices[:2]]
+    return draw.pick(_PHRASES["all_devices"]) if draw.chance(0.35) else " ".join(told)
 
 
 def _fill(template: str, **slots: str) -> str:
@@ -101,15 +104,17 @@ def _capital(sentence: str) -> str:
 
 
 def _hedge(label: str, draw: Draw) -> str:
-    return _capital(draw.pick(HEDGES).format(NOUNS[label][0]))
+    return _capital(draw.pick(_PHRASES["hedges"]).format(_PHRASES["nouns"][label][0]))
 
 
 def _deny(labels: list[str], draw: Draw) -> list[str]:
     """Denials: a finding in a sentence of its own, or two that share one."""
     alone = [label for label in labels if draw.chance(0.8)]
-    shared = _shuffled([draw.pick(NOUNS[label]) for label in labels if label not in alone], draw)
+    shared = _shuffled([draw.pick(_PHRASES["nouns"][label]) for label in labels if label not in alone], draw)
     pairs = [" or ".join(shared[start : start + 2]) for start in range(0, len(shared), 2)]
-    return [draw.pick(ALONE[label]) for label in alone] + [draw.pick(DENIALS).format(pair) for pair in pairs]
+    return [draw.pick(_PHRASES["alone"][label]) for label in alone] + [
+        draw.pick(_PHRASES["denials"]).format(pair) for pair in pairs
+    ]
 
 
 def _setting(case: Case, draw: Draw) -> list[str]:

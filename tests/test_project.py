@@ -89,7 +89,7 @@ def test_a_wheel_holds_all_five_packages_and_no_tests(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("shardclip-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if name.endswith(".py")} == set(OURS)
-    assert {"shards/FORMAT.md", "ingest/slurm/ingest.sbatch"} <= set(names)
+    assert {"shards/FORMAT.md", "ingest/phantom.toml", "ingest/slurm/ingest.sbatch"} <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel]
