@@ -120,6 +120,7 @@ def collect(places: Places, seconds: dict[str, float]) -> dict[str, Any]:
 
     rows = [json.loads(line) for line in (places.run / "metrics.jsonl").read_text().splitlines()]
     return {
+        "bench": "demo",
         "environment": environment(),
         "seconds": seconds,
         "validation": [{"step": row["step"], "loss": row["val_loss"]} for row in rows if "val_loss" in row],

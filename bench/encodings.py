@@ -1,4 +1,4 @@
-"""`python -m bench.encodings --h5 FILE ... | --shards DIR ... --json F`: what each encoding costs and keeps.
+"""`python -m bench.encodings --h5 FILE ... --json F`: what each encoding costs and keeps.
 
 Bytes, CPU time to encode and to decode on one core, and what is lost, over the same films for all encodings, each timed
 in every round, one after the other; medians over rounds.
@@ -16,7 +16,7 @@ import numpy as np
 from bench.machine import bench_main, check_positive, environment
 from shards import tar
 from shards.cli import say
-from shards.encodings import ENCODINGS, Pixels, decode, decode_image, encode, loss, psnr
+from shards.encodings import ENCODINGS, Pixels, decode, encode, loss, psnr
 from shards.errors import InputError
 from shards.schema import CODEC_EXTENSIONS, ImageSpec, sample_key
 
@@ -29,13 +29,9 @@ class EncodingsBenchConfig:
     """Measure every encoding on some films: bytes, time to encode and decode, loss."""
 
     h5: tuple[Path, ...] = ()
-    """HDF5 files of films; a table each."""
-    shards: tuple[Path, ...] = ()
-    """Folders of shards; a table each. What JPEG loses is told only by films that never were JPEG."""
+    """HDF5 files of films, a table each; what JPEG loses is told only by films that never were JPEG."""
     names: tuple[str, ...] = ()
     """What to call them in the results, in that order; their numbers when not given."""
-    dataset: str = "cxr"
-    """Path of the dataset in the HDF5 files."""
     films: int = 1000
     """Films of each, evenly spread; films that show nothing are left out."""
     qualities: tuple[int, ...] = (85, 90, 95, 98)
@@ -46,11 +42,10 @@ class EncodingsBenchConfig:
     """Where the results go, as JSON."""
 
     def __post_init__(self) -> None:
-        inputs = len(self.h5) + len(self.shards)
-        if not inputs:
-            raise InputError("neither --h5 nor --shards names any films")
-        if self.names and len(self.names) != inputs:
-            raise InputError(f"--names gives {len(self.names)} names to {inputs} inputs")
+        if not self.h5:
+            raise InputError("name the files of films with --h5")
+        if self.names and len(self.names) != len(self.h5):
+            raise InputError(f"--names gives {len(self.names)} names to {len(self.h5)} files")
         check_positive(self, "films", "rounds", "qualities")
         if self.qualities and max(self.qualities) > 100:
             raise InputError(f"--qualities {max(self.qualities)} is not in 1..100")
@@ -58,38 +53,21 @@ class EncodingsBenchConfig:
 
 def run_bench(config: EncodingsBenchConfig) -> dict[str, Any]:
     """Measure everything; the result is what `--json` writes."""
-    readers: list[Callable[[], list[Pixels]]] = [
-        *(lambda path=path: _h5_films(path, config.dataset, config.films) for path in config.h5),
-        *(lambda path=path: _shard_films(path, config.films) for path in config.shards),
-    ]
-    names = config.names or tuple(map(str, range(len(readers))))
-    inputs = [measure(name, read(), config) for name, read in zip(names, readers, strict=True)]
-    return {"environment": environment(), "settings": {"rounds": config.rounds}, "inputs": inputs}
+    names = config.names or tuple(map(str, range(len(config.h5))))
+    inputs = [measure(name, read_films(path, config.films), config) for name, path in zip(names, config.h5, strict=True)]
+    settings = {"rounds": config.rounds}
+    return {"bench": "encodings", "environment": environment(), "settings": settings, "inputs": inputs}
 
 
-def _h5_films(path: Path, dataset: str, wanted: int) -> list[Pixels]:
+def read_films(path: Path, wanted: int) -> list[Pixels]:
+    """So many films of a file, evenly spread; one that shows nothing is none."""
     from ingest.source import H5Source
 
-    with H5Source(path, dataset) as source:
-        films = [source.read_uint8(row, row + 1)[0] for row in _spread(source.rows, wanted)]
-    return [film for film in films if film.min() != film.max()]  # one that shows nothing is no film
-
-
-def _shard_films(root: Path, wanted: int) -> list[Pixels]:
-    from shards.manifest import read_manifest
-    from shards.scan import read_image, read_samples
-
-    manifest = read_manifest(root)
-    split = max(manifest.splits, key=manifest.rows)
-    rows = np.array(_spread(manifest.rows(split), wanted))
-    samples = read_samples(root, manifest, split, rows, ("key", "offset", "size", "xxh3"))
-    return [decode_image(read_image(reader, row), manifest.image) for reader, row in samples]
-
-
-def _spread(rows: int, wanted: int) -> list[int]:
-    """Rows spread evenly over so many."""
-    count = min(rows, wanted)
-    return [number * rows // count for number in range(count)]
+    with H5Source(path) as source:
+        count = min(source.rows, wanted)
+        rows = (number * source.rows // count for number in range(count))
+        found = [source.read_uint8(row, row + 1)[0] for row in rows]
+    return [film for film in found if film.min() != film.max()]
 
 
 def measure(name: str, films: Sequence[Pixels], config: EncodingsBenchConfig) -> dict[str, Any]:

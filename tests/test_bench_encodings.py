@@ -7,27 +7,24 @@ from typing import Any
 import pytest
 from conftest import assert_refused, run_module
 
-from bench.encodings import EncodingsBenchConfig, _h5_films, _shard_films, _summary
-from ingest.config import IngestConfig
-from ingest.run import ingest
+from bench.encodings import EncodingsBenchConfig, _summary, read_films
 from shards.encodings import ENCODINGS, encode
 from shards.errors import InputError
 from shards.schema import CODEC_EXTENSIONS, ImageSpec
 
 
 @pytest.fixture(scope="module")
-def result(source: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The command's JSON for a file and for shards of it, lossless."""
-    folder = tmp_path_factory.mktemp("bench")
-    ingest(IngestConfig(to_shards=folder / "png", h5=(source[0],), csv=(source[1],), encoding="png", workers=1))
-    command = ["bench.encodings", "--h5", source[0], "--shards", folder / "png", "--names", "file", "set"]
-    done = run_module(*command, "--films", "8", "--rounds", "1", "--qualities", "50", "95", "--json", folder / "r.json")
+def result(source: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The command's JSON for a file."""
+    path = tmp_path_factory.mktemp("bench") / "r.json"
+    flags = ["--films", "8", "--rounds", "1", "--qualities", "50", "95", "--json", path]
+    done = run_module("bench.encodings", "--h5", source[0], "--names", "file", *flags)
     assert done.returncode == 0, done.stderr
-    assert "file: 8 films of 320 x 320" in done.stdout and "set: 8 films" in done.stdout
-    return json.loads((folder / "r.json").read_bytes())
+    assert "file: 8 films of 320 x 320" in done.stdout
+    return json.loads(path.read_bytes())
 
 
-def test_every_codec_of_every_input(result: dict) -> None:
+def test_every_codec_of_every_input(result: dict[str, Any]) -> None:
     names = ["jpeg 50", "jpeg 95", *(codec for codec in CODEC_EXTENSIONS if ENCODINGS[codec].lossless)]
     for found in result["inputs"]:
         assert [row["name"] for row in found["encodings"]] == names
@@ -36,7 +33,7 @@ def test_every_codec_of_every_input(result: dict) -> None:
             assert row["bytes"] + 512 + 2048 <= row["tar_bytes"] <= row["bytes"] + 1024 + 2048
 
 
-def test_what_is_lost(result: dict) -> None:
+def test_what_is_lost(result: dict[str, Any]) -> None:
     for found in result["inputs"]:
         rows = {row["name"]: row for row in found["encodings"]}
         assert rows["raw"]["bytes"] == 320 * 320
@@ -54,23 +51,22 @@ def test_bytes_are_those_of_shards(source: tuple[Path, Path], shards_dir: Path) 
 
     manifest = read_manifest(shards_dir)
     infos = [info for shards in manifest.splits.values() for info in shards]
-    films = _h5_films(source[0], "cxr", 96)
-    jpeg = _summary(ImageSpec(), [encode(film, ImageSpec()) for film in films], films, [{}])
-    assert len(films) == sum(info.rows for info in infos) == 96
+    given = read_films(source[0], 96)
+    jpeg = _summary(ImageSpec(), [encode(film, ImageSpec()) for film in given], given, [{}])
+    assert len(given) == sum(info.rows for info in infos) == 96
     assert jpeg["tar_bytes"] * 96 == pytest.approx(sum(info.tar.bytes - 1024 for info in infos))
 
 
-def test_films_are_spread(source: tuple[Path, Path], shards_dir: Path) -> None:
-    few, all_of_them = (_h5_films(source[0], "cxr", wanted) for wanted in (4, 1000))
+def test_films_are_spread(source: tuple[Path, Path]) -> None:
+    few, all_of_them = (read_films(source[0], wanted) for wanted in (4, 1000))
     assert len(all_of_them) == 96
     assert all((film == all_of_them[row]).all() for film, row in zip(few, (0, 24, 48, 72), strict=True))
-    assert len(_shard_films(shards_dir, 5)) == 5
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "names any films"),
+        ({}, "name the files of films"),
         ({"h5": (Path("a.h5"),), "names": ("a", "b")}, "2 names to 1"),
         ({"h5": (Path("a.h5"),), "rounds": 0}, "--rounds 0"),
         ({"h5": (Path("a.h5"),), "qualities": (101,)}, "--qualities 101"),
