@@ -54,7 +54,9 @@ class EncodingsBenchConfig:
 def run_bench(config: EncodingsBenchConfig) -> dict[str, Any]:
     """Measure everything; the result is what `--json` writes."""
     names = config.names or tuple(map(str, range(len(config.h5))))
-    inputs = [measure(name, read_films(path, config.films), config) for name, path in zip(names, config.h5, strict=True)]
+    inputs = [
+        measure(name, read_films(path, config.films), config) for name, path in zip(names, config.h5, strict=True)
+    ]
     settings = {"rounds": config.rounds}
     return {"bench": "encodings", "environment": environment(), "settings": settings, "inputs": inputs}
 
