@@ -325,7 +325,19 @@ def test_without_labels_there_is_retrieval(run: Path, source: tuple[Path, Path],
     ingest(IngestConfig(to_shards=tmp_path / "set", h5=(h5,), csv=(table_file,), val_fraction=0.1, workers=1))
     result = evaluate(asked(run, tmp_path / "set", json=tmp_path / "r.json"))
     assert result.labels == {} and result.mean.auroc is None and result.retrieval is not None
-    assert "film to report" in table(result, 20) and "AUROC" not in table(result, 20)
+    shown = table(result, 20)
+    assert "film to report" in shown and "AUROC" not in shown and "zero-shot" not in shown
+
+
+def test_results_on_other_shards_leave_those_there_alone(shards_dir: Path, plain_shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    write_checkpoint(folder / "best.pt", shards_dir, 0)
+    wanted = {"evaluation-val.json": shards_dir}
+    wanted[f"evaluation-val-{read_manifest(plain_shards).digest[:8]}.json"] = plain_shards
+    for shards in (shards_dir, plain_shards, plain_shards, shards_dir):
+        evaluate(asked(folder, shards, split="val", retrieval=False))
+    found = {path.name: json.loads(path.read_bytes())["shards"] for path in folder.glob("*.json")}
+    assert found == {name: read_manifest(shards).digest for name, shards in wanted.items()}
 
 
 def test_mistakes_are_one_line(run: Path, shards_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,9 @@ A run keeps its newest checkpoints and its best one (`--keep`), and no others. T
 lowest validation loss, worked out anew on the films that are evaluated: a choice that uses no label.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +25,7 @@ from train.config import TrainConfig, loader_config
 from train.model import ClipModel, build_model
 from train.resume import check_fields, check_weights
 from train.rundir import RunFolder
-from train.zeroshot import Predicted, Wording, predict
+from train.zeroshot import Predicted
 
 Weights = Literal["auto", "ema", "model"]
 
@@ -76,6 +78,17 @@ def run_folder(path: Path) -> Path:
     if path.is_dir():
         return path
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
+
+
+def result_path(files: Sequence[Path], split: str, manifest: Manifest, *, of: int) -> Path:
+    """Where the results of `of` checkpoints go: evaluation-SPLIT.json in the first one's run; under a name of its own
+    where that holds the results on another data set."""
+    name = f"evaluation-{split}" + (f"-of-{of}" if of > 1 else "")
+    path = run_folder(files[0]) / f"{name}.json"
+    with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):  # none there, or nothing of ours
+        if json.loads(path.read_bytes()).get("shards") != manifest.digest:
+            return path.with_name(f"{name}-{manifest.digest[:8]}.json")
+    return path
 
 
 def read_member(path: Path, weights: Weights = "auto") -> Member:
@@ -153,48 +166,33 @@ def build_member(member: Member, *, vocab_size: int, context: int) -> ClipModel:
     return model
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Predictor:
-    """Makes predictions of checkpoints on one data set."""
+def predict_as_one(
+    files: Sequence[Path],
+    weights: Weights,
+    predict: Callable[[Member, str], Predicted],
+    *,
+    top: int | None,
+    splits: Sequence[str],
+) -> tuple[list[dict[str, Any]], dict[str, Predicted]]:
+    """Step and weights of each checkpoint, and what all of them, or the `top` of them, make of each split.
 
-    manifest: Manifest
-    rows: LoaderConfig
-    """Which films, and how they are read; the split is another with each call."""
-    device: torch.device
-    precision: str
-    wording: Wording
-    weights: Weights
-
-    def predict(
-        self, files: Sequence[Path], *, top: int | None, splits: Sequence[str]
-    ) -> tuple[list[dict[str, Any]], dict[str, Predicted]]:
-        """Step and weights of each checkpoint, and what all of them, or the `top` of them, make of each split."""
-        if top is not None:
-            _check_enough(len(files), top)  # before anything is embedded
-            files = lowest({m.path: self._one(m, "val").loss for m in read_members(files, self.weights)}, top)
-        told, parts = [], []
-        for file in files:
-            member = read_member(file, self.weights)
-            told.append({"step": member.step, "weights": member.weights})
-            parts.append({split: self._one(member, split) for split in dict.fromkeys(splits)})
-        return told, {split: average([part[split] for part in parts]) for split in parts[0]}
-
-    def _one(self, member: Member, split: str) -> Predicted:
-        model = model_of(member, self.manifest)
-        return predict(
-            model.to(device=self.device, memory_format=torch.channels_last),  # type: ignore[call-overload]
-            eval_loader(member.settings, self.rows, split),
-            manifest=self.manifest,
-            device=self.device,
-            precision=self.precision,
-            wording=self.wording,
-        )
+    `predict` tells what one makes of one split.
+    """
+    if top is not None:
+        _check_enough(len(files), top)  # before anything is embedded
+        files = lowest({member.path: predict(member, "val").loss for member in read_members(files, weights)}, top)
+    told, parts = [], []
+    for file in files:
+        member = read_member(file, weights)
+        told.append({"step": member.step, "weights": member.weights})
+        parts.append({split: predict(member, split) for split in dict.fromkeys(splits)})
+    return told, {split: average([part[split] for part in parts]) for split in parts[0]}
 
 
-def eval_loader(trained: TrainConfig, rows: LoaderConfig, split: str) -> LoaderConfig:
+def eval_loader(trained: TrainConfig, rows: LoaderConfig) -> LoaderConfig:
     """Images as a checkpoint was trained on them; of the data set, and the films of it, that `rows` names."""
     data = replace(trained.data, where=rows.where, exclude=rows.exclude, mix=())  # nor the training's further sets
-    loader = loader_config(replace(trained, data=data), split=split, mode="eval")
+    loader = loader_config(replace(trained, data=data), split=rows.split, mode="eval")
     return replace(loader, shards=rows.shards, backend=rows.backend, batch_size=rows.batch_size, h5=rows.h5)
 
 

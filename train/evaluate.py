@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from pipeline.config import LoaderConfig
 from pipeline.loader import make_layout
@@ -26,12 +27,12 @@ from shards.manifest import read_manifest
 from shards.schema import Manifest
 from train.curves import draw_precision_recall, draw_roc
 from train.device import choose_device, memory_named
-from train.ensemble import Predictor, Weights, find_checkpoints, run_folder
+from train.ensemble import Member, Weights, eval_loader, find_checkpoints, model_of, predict_as_one, result_path
 from train.ranks import Ranks
 from train.retrieval import read_identity, retrieve
 from train.scorecard import Evaluation, label_notes, score_split, split_notes, table, to_csv
 from train.scores import ROUNDS, Criterion, Floats, Uncertain, choose_threshold, patients_of, truth_of
-from train.zeroshot import Predicted, Style, Wording, read_prompts
+from train.zeroshot import Predicted, Style, Wording, predict, read_prompts
 
 PROG = "train.evaluate"
 
@@ -78,7 +79,8 @@ class EvaluateConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     """What the towers compute in; auto: as training does."""
     json: Path | None = None
-    """Where the results go, CSV and plots beside it; none: evaluation-SPLIT.json in the run's folder."""
+    """Where the results go, CSV and plots beside it; none: evaluation-SPLIT.json in the run's folder,
+    or evaluation-SPLIT-DIGEST.json where that one is of other shards."""
     prompts: Style = "reports"
     """What a finding is called: as reports say it, CheXzero's `no X`, or as in texts made of a list of labels."""
     prompts_file: Path | None = None
@@ -106,11 +108,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if config.top is not None and not choosing:
         raise InputError(f"--top chooses by the loss on val, of which {config.shards} has no film here")
     files = find_checkpoints(config.checkpoint, every=config.top is not None)
-    path = config.json or _default_path(config, split)
+    path = config.json or result_path(files, split, manifest, of=config.top or len(files))
     check_writable(path)
-    told, found = _predictor(config, manifest, wording).predict(
-        files, top=config.top, splits=("val", split) if choosing and manifest.labels else (split,)
-    )
+    splits = ("val", split) if choosing and manifest.labels else (split,)
+    told, found = _predict(config, manifest, wording, files, splits)
     result, truth = _score(config, manifest, wording, told, found, split=split, choosing=choosing)
     _write(path, _asked(config, manifest, wording) | {"mean_auroc": result.mean.auroc} | asdict(result), result)
     if config.plots and result.labels:
@@ -126,12 +127,6 @@ def choose_split(config: EvaluateConfig, manifest: Manifest) -> str:
     if not manifest.labels and not config.retrieval:
         raise InputError(f"{config.shards} has no label columns; ingest with --label-columns")
     return split
-
-
-def _default_path(config: EvaluateConfig, split: str) -> Path:
-    count = config.top or len(config.checkpoint)
-    many = f"-of-{count}" if count > 1 else ""
-    return run_folder(config.checkpoint[0]) / f"evaluation-{split}{many}.json"
 
 
 def _can_choose(config: EvaluateConfig, manifest: Manifest) -> bool:
@@ -158,15 +153,18 @@ def _rows(config: EvaluateConfig, split: str) -> LoaderConfig:
     )
 
 
-def _predictor(config: EvaluateConfig, manifest: Manifest, wording: Wording) -> Predictor:
-    return Predictor(
-        manifest=manifest,
-        rows=_rows(config, "test"),
-        device=choose_device(config.device, Ranks()),
-        precision=config.precision,
-        wording=wording,
-        weights=config.weights,
-    )
+def _predict(
+    config: EvaluateConfig, manifest: Manifest, wording: Wording, files: Sequence[Path], splits: Sequence[str]
+) -> tuple[list[dict[str, Any]], dict[str, Predicted]]:
+    """Step and weights of each checkpoint, and what all of them as one make of each split."""
+    device = choose_device(config.device, Ranks())
+
+    def predicted(member: Member, split: str) -> Predicted:
+        model = model_of(member, manifest).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        loader = eval_loader(member.settings, _rows(config, split))
+        return predict(model, loader, manifest=manifest, device=device, precision=config.precision, wording=wording)
+
+    return predict_as_one(files, config.weights, predicted, top=config.top, splits=splits)
 
 
 def _score(

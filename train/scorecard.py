@@ -137,7 +137,8 @@ def to_csv(labels: dict[str, LabelScores], mean: MeanScores) -> str:
 def table(result: Evaluation, resamples: int) -> str:
     """The result for people, at most 100 columns wide."""
     films = f"{result.samples:,} films of {result.patients:,} patients"
-    lines = [f"zero-shot on {result.split}, {films if result.unit == 'patient' else f'{result.samples:,} films'}"]
+    what = "zero-shot on" if result.labels else "retrieval alone on"
+    lines = [f"{what} {result.split}, {films if result.unit == 'patient' else f'{result.samples:,} films'}"]
     if resamples:
         lines[0] += f"; 95 % intervals from {resamples:,} draws of a {result.unit}"
     if result.labels:
