@@ -20,6 +20,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ from pipeline.kernels import Normalise
 from pipeline.order import Order
 from shards.encodings import ENCODINGS, decode, encode
 from shards.errors import InputError
+from shards.processes import die_with_parent
 from shards.reader import ShardReader
 from shards.schema import Manifest
 
@@ -120,6 +122,7 @@ class Hdf5Backend:
             persistent_workers=True,
             pin_memory=self._device.type == "cuda",
             collate_fn=_stack,
+            worker_init_fn=partial(_follow, os.getpid()),
         )
         gc.collect()  # before the fork: a child hangs where it destroys what has threads, such as a DALI graph
         self._images = iter(loader)
@@ -157,6 +160,14 @@ class Hdf5Backend:
             row = records["source_row"].tolist() * self._config.images_a_sample
             yield list(zip(row, fate.boxes.tolist(), fate.flipped.tolist(), effects, strict=True))
             position = stop
+
+
+def _follow(parent: int, worker: int) -> None:  # noqa: ARG001
+    """End a worker with its parent. torch's own watch takes whoever is the parent once the worker is set up: where that
+    was killed before, the worker would live for ever."""
+    die_with_parent()
+    if os.getppid() != parent:  # it died before we asked
+        os._exit(1)
 
 
 def check_file(config: LoaderConfig, manifest: Manifest) -> None:

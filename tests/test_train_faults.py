@@ -451,3 +451,31 @@ def test_a_clock_that_jumps_changes_nothing(
 def test_saves_are_timed(whole: dict[int, Path]) -> None:
     figures = [row["save_s"] for row in rows(whole[1]) if "save_s" in row]
     assert len(figures) >= 4 and all(figure > 0 for figure in figures)
+
+
+def test_workers_of_the_hdf5_backends_die_with_their_rank(shards_dir: Path, source: tuple[Path, Path]) -> None:
+    """Also one that is still being set up when its parent is killed: torch's own watch would take init for it."""
+    code = """if True:
+        import multiprocessing, os, signal, sys
+        from pathlib import Path
+        from pipeline.batch import World
+        from pipeline.config import LoaderConfig
+        from pipeline.loader import build_loader
+        parent = os.getpid()
+        def wait():
+            while os.getppid() == parent: pass
+        os.register_at_fork(after_in_child=wait)
+        config = LoaderConfig(shards=Path(sys.argv[1]), h5=Path(sys.argv[2]), backend="hdf5", batch_size=8, threads=1)
+        loader = build_loader(config, World())
+        print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+        os.kill(parent, signal.SIGKILL)"""
+    command = [sys.executable, "-c", code, str(shards_dir), str(source[0])]
+    with open(os.devnull, "w") as nothing:  # a pipe would be held by workers that live
+        done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=nothing, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    workers = [int(word) for word in done.stdout.split()]
+    assert workers
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers):
+        assert time.monotonic() < deadline, "a worker lives on"
+        time.sleep(0.05)
