@@ -15,7 +15,7 @@ from typing import Any, Literal
 from bench.kinds import speed
 from bench.machine import bench_main, check_positive, environment
 
-CASES = ("bare step", "resident", "replayed", "live", "loader alone")
+CASES = ("resident", "replayed", "live", "loader alone")
 WAITING = 0.01
 """DESIGN's bound: training waits for data under 1 % of the time."""
 HELD_UP = 0.05
@@ -143,7 +143,6 @@ def compare(rounds: dict[str, list[dict[str, float]]], *, cpus: int, device: str
         "loader_cost_highest": max(cost),
         "wait_share": middle(row["wait_share"] for row in rounds["live"]),
         "replay_cost": middle(share("replayed", "resident")),
-        "loop_overhead": middle(share("resident", "bare step")),
         "loader_over_step": middle(
             row["images_per_s"] / base["images_per_s"] for row, base in zip(loader, rounds["replayed"], strict=True)
         ),
