@@ -35,7 +35,7 @@ _SPLIT_NAMES = {
 """What else data sets call the splits; MIMIC-CXR has `validate`."""
 _REGEX_S, _REGEX_ROW_S = 5.0, 0.001
 """CPU seconds that --group-regex may take: for a source, and for each row besides."""
-_FILE_NAME, _LOOKED_AT = re.compile(r"\s*\S+\.(?:txt|xml)\s*", re.IGNORECASE), 64
+_FILE_NAME, _LOOKED_AT = re.compile(r".+\.(?:txt|xml|png|jpe?g|webp|tiff?|dcm)\s*", re.IGNORECASE), 64
 """What no report reads like, and how many rows tell."""
 _NUMBER = re.compile(r"[0-9eE.+-]+")
 """Of what Python takes for a number, what a label is: no `1_0`, no digits of other scripts."""
@@ -102,7 +102,10 @@ def _texts(config: SourceConfig, columns: dict[str, pa.ChunkedArray]) -> tuple[p
     else:
         texts = columns[config.text_column]
     if not config.text_folder and texts.length() and all(map(_FILE_NAME.fullmatch, strings(texts[:_LOOKED_AT]))):
-        raise InputError(f"column {config.text_column!r} names files of reports; say by --text-folder where they lie")
+        raise InputError(
+            f"column {config.text_column!r} holds names of files, no reports; give another --text-column, or say by "
+            "--text-folder where files of reports lie"
+        )
     if config.text_folder or config.section:
         texts = _extract(config, texts, reasons)
     first = 0

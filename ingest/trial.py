@@ -70,7 +70,7 @@ def dry_run(config: IngestConfig) -> Iterator[str]:
     minutes = inputs.rows * seconds / config.worker_count / 60
     yield (
         f"{f'about {minutes:,.0f} minutes' if minutes >= 1 else 'less than a minute'} with {config.worker_count} "
-        f"workers if the files are read as fast as now; {final / 1e9:,.2f} GB of shards, twice that while it runs"
+        f"workers if the files are read as fast as now; {final / 1e6:,.0f} MB of shards, twice that while it runs"
     )
     yield f"{shutil.disk_usage(_existing(config.to_shards)).free / 1e9:,.1f} GB are free there; nothing was written"
 

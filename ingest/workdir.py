@@ -88,7 +88,7 @@ def open_work(config: IngestConfig) -> Iterator[Path]:
         work.mkdir(exist_ok=True)
         with exclusive(work / _LOCK, f"another ingest is writing to {out}"):
             remove_temporary(out, work)
-            write_atomic(work / _INPUTS, json.dumps(inputs).encode())
+            write_atomic(work / _INPUTS, (json.dumps(inputs, indent=1) + "\n").encode())
             try:
                 yield work
             finally:

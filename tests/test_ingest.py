@@ -226,7 +226,7 @@ class TestMistakes:
 
     def test_files_and_columns(self, refused, tmp_path: Path) -> None:
         files = write_csv(
-            tmp_path / "files.csv", ["Path"], [[f"r{i}.TXT "] for i in range(96)]
+            tmp_path / "files.csv", ["Path"], [[f"r {i}.TXT "] for i in range(48)] + [[f"a/{i}.png"] for i in range(48)]
         )
         refused("no HDF5 file", "nothing.h5", h5=tmp_path / "nothing.h5")
         refused("cannot read", "nothing.csv", table=tmp_path / "nothing.csv")
@@ -234,7 +234,7 @@ class TestMistakes:
         refused("pipe.csv is a pipe", "save it as a file", table=tmp_path / "pipe.csv")
         refused("no column 'findings'", "impression", more=("--text-column", "findings"))
         refused("no dataset 'images'", "'cxr'", more=("--dataset", "images"))
-        refused("column 'Path' names files of reports", "--text-folder", more=("--text-column", "Path"), table=files)
+        refused("column 'Path' holds names of files", "--text-folder", more=("--text-column", "Path"), table=files)
         refused("label column 'Path'", "row 0", more=("--label-columns", "Path"))
         refused("--val-fraction", "1.5", more=("--val-fraction", "1.5"))
         refused("--section is empty", more=("--section", ""))
