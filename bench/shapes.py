@@ -22,7 +22,6 @@ MAX_BYTES, MAX_SAID = 64 << 20, 1_500
 
 Cell = tuple[str, str, str]
 """Key of a row's value, title of its column, format of a number."""
-
 MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
 """What a JSON that is not as the bench writes it gives rise to."""
 
