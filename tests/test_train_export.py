@@ -18,8 +18,8 @@ from train.config import DataConfig, TrainConfig
 from train.export import ExportConfig, export, main
 from train.model import ClipModel, ModelConfig, build_model
 from train.presets import CHEXZERO_MEAN, CHEXZERO_STD
-from train.pretrained import load_pretrained
 from train.state import LEFT_OUT
+from train.weights import load_pretrained
 
 CONTEXT, VOCAB, SIZE = 16, 100, 32
 CLIP_SMALL = ModelConfig(

@@ -31,9 +31,8 @@ from train.evaluate import main as evaluate
 from train.main import main
 from train.model import ClipModel, ModelConfig, build_model
 from train.presets import PRESETS
-from train.pretrained import load_pretrained
-from train.weightfile import read_tensors
-from train.weights import NAMES, fetch_all, files_of, find_weights, parse_hub, show
+from train.pretrained import read_tensors
+from train.weights import fetch_all, files_of, find_weights, load_pretrained, parse_hub, show
 
 CONTEXT, VOCAB, SIZE = 16, 100, 32
 CLIP_SMALL = ModelConfig(
@@ -437,29 +436,17 @@ def test_the_payload_would_have_run(tmp_path: Path) -> None:
     assert (tmp_path / "evil").is_dir()
 
 
-def cache_of(root: Path, repository: str, name: str, content: bytes, *, revisions: tuple[str, ...] = ("a1",)) -> Path:
-    """A Hugging Face cache that holds one file of a repository."""
-    folder = root / f"models--{repository.replace('/', '--')}"
-    for revision in revisions:
-        snapshot = folder / "snapshots" / revision
-        snapshot.mkdir(parents=True)
-        (snapshot / name).write_bytes(content)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text(revisions[-1])
-    return folder
-
-
-def test_folders_in_the_layout_of_the_cache(tmp_path: Path) -> None:
-    folder = cache_of(tmp_path / "hub", "timm/one", NAMES[2], b"", revisions=("b2", "a1"))
-    wanted = folder / "snapshots" / "a1" / "model.safetensors"
-    for place in (tmp_path / "hub", folder, folder / "snapshots" / "a1"):
-        assert find_weights(str(place), option="--vision-weights", preset="tiny") == wanted
-    assert find_weights(str(wanted), option="--vision-weights", preset="tiny") == wanted
-    cache_of(tmp_path / "hub", "timm/two", NAMES[0], b"")
-    with pytest.raises(InputError, match="a cache of 2 models: name one"):
-        find_weights(str(tmp_path / "hub"), option="--vision-weights", preset="tiny")
-    with pytest.raises(InputError, match="holds no weight file"):
-        find_weights(str(folder / "refs"), option="--vision-weights", preset="tiny")
+def test_the_folder_of_a_run_is_its_best_checkpoint(clip: CLIP, tmp_path: Path) -> None:
+    """`--vision-weights RUN --text-weights RUN`."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    assert "holds no weight file" in refusal(load_pretrained, fresh(CLIP_SMALL), settings(run, run))
+    as_ours(run / "best.pt", clip)
+    model = fresh(CLIP_SMALL)
+    load_pretrained(model, settings(run, run))
+    for name, tensor in model.image.state_dict().items():
+        assert torch.equal(tensor, clip.visual.state_dict()[name]), name
+    assert torch.equal(model.text.token_embedding.weight, clip.token_embedding.weight)
 
 
 def test_names_of_the_hub() -> None:

@@ -15,13 +15,13 @@ from train.config import TrainConfig, loader_config
 from train.device import Precision, choose_device, choose_precision, pin_threads
 from train.model import build_model
 from train.optim import build_average, build_optimizer
-from train.pretrained import load_pretrained
 from train.ranks import Ranks, tell
 from train.resume import check_optimizer, check_weights
 from train.rundir import RunFolder, check_lease
 from train.state import Learner, differences, fingerprint
 from train.step import check_parts
 from train.tracking import check_installed
+from train.weights import load_pretrained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

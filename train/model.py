@@ -106,7 +106,7 @@ _SIZES = (
 def build_model(config: ModelConfig, *, vocab_size: int, context: int, image_size: int = 224) -> "ClipModel":
     """The model of a config for images of `image_size` pixels, freshly initialised from torch's global generator.
 
-    Touches neither network nor weight files; see train/pretrained.py for those.
+    Touches neither network nor weight files; see train/weights.py for those.
     """
     image = _image_tower(config, image_size)
     return ClipModel(image, _text_tower(config, vocab_size, context), config.temperature)

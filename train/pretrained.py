@@ -1,12 +1,17 @@
-"""A run's first weights: tensors of a file to those of a tower, by their names, all of them or none.
+"""Tensors out of a file that came from elsewhere to those of a tower, by their names, all of them or none.
+
+Nothing in a file is run. Taken: safetensors; a torch archive (open_clip's, timm's, CheXzero's checkpoints), by
+`torch.load` with `weights_only=True`; a TorchScript archive (OpenAI's), by train/torchscript.py; a checkpoint of a run.
 
 The files' own names are understood: timm's, and Meta's of DINOv2 and DINOv3 (by timm's filters, which resize position
 embeddings too), OpenAI's and open_clip's of CLIP, our own. The temperature never comes from a file: it is a setting.
 """
 
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from open_clip.model import resize_pos_embed
@@ -14,41 +19,18 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from shards.errors import InputError
-from train.config import TrainConfig
-from train.model import ClipModel
+from train.checkpoint import MAGIC, read_checkpoint
+from train.torchscript import read_torchscript
 from train.towers import CausalTextTower, Headed
-from train.weightfile import read_tensors
-from train.weights import find_weights
 
 Tensors = dict[str, Tensor]
 
-NONE = "none"
 IMAGE = ("image.", "visual.")
 TEXT = ("text.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
 """What names of a CLIP model's text tower begin with; OpenAI's stand at the top, with nothing before them."""
 OTHER = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size")
 """Of no tower."""
 _SHOWN = 3
-
-
-def load_pretrained(model: ClipModel, config: TrainConfig) -> list[str]:
-    """Give each tower the weights that its setting names; a line on each, for people. For a run's beginning only.
-
-    InputError where a file is missing, is refused, or does not fit: no weight has changed in a tower then.
-    """
-    told, read = [], dict[Path, Tensors]()
-    for name, option, source in (
-        ("image", "--vision-weights", config.vision_weights),
-        ("text", "--text-weights", config.text_weights),
-    ):
-        if source == NONE:
-            continue
-        path = find_weights(source, option=option, preset=config.preset)
-        if path not in read:
-            read = {path: read_tensors(path)}  # at most one file in memory
-        count = load_tower(getattr(model, name), read[path], text=name == "text", what=f"{option} {path}")
-        told.append(f"{name} tower: {count} tensors from {path}")
-    return told
 
 
 def load_tower(tower: nn.Module, found: Tensors, *, text: bool, what: str) -> int:
@@ -139,3 +121,90 @@ def _check(wanted: Tensors, found: Tensors, what: str) -> None:
     ]
     if faults:
         raise InputError(f"{what} does not fit this model: {'; '.join(faults)}; name weights of the same architecture")
+
+
+HEADER_LIMIT = 16 * 1024**2
+"""Bytes of a safetensors header; those of the models here have some ten thousand."""
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+"""Where checkpoints of trainers keep the weights, among their other things."""
+PREFIXES = ("module.", "_orig_mod.")
+"""What DDP and torch.compile put before every name."""
+
+
+def read_tensors(path: Path) -> Tensors:
+    """Name -> tensor on the CPU, dense, no larger than its bytes in the file. InputError, in one line, otherwise."""
+    if not path.is_file():
+        raise InputError(f"{path} is no file")
+    try:
+        found = _read(path)
+    except InputError:
+        raise
+    except Exception as error:  # a parser that is fed a hostile or damaged file may end in any way
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{path} is refused: it holds more than tensors, or is damaged ({reason})") from None
+    if not found:
+        raise InputError(f"{path} holds no tensors")
+    for name, tensor in found.items():
+        _check_plain(path, name, tensor)
+    return _without_prefix(found)
+
+
+def _read(path: Path) -> Tensors:
+    with open(path, "rb") as file:
+        start = file.read(max(len(MAGIC), 16))
+    if start.startswith(MAGIC.encode()):
+        payload = read_checkpoint(path)
+        return _tensors(path, payload.get("ema") or payload["model"])
+    if start.startswith(b"PK\x03\x04"):
+        return _read_archive(path)
+    if start[8:9] == b"{":
+        return _read_safetensors(path, header=int.from_bytes(start[:8], "little"))
+    if start.startswith(b"\x80"):  # a pickle, as torch wrote before 1.6
+        return _tensors(path, torch.load(path, map_location="cpu", weights_only=True))
+    raise InputError(f"{path} is neither safetensors nor a file of torch")
+
+
+def _read_safetensors(path: Path, *, header: int) -> Tensors:
+    from safetensors import safe_open
+
+    if header > min(HEADER_LIMIT, path.stat().st_size):
+        raise InputError(f"{path} is refused: a header of {header:,} bytes, of which {HEADER_LIMIT:,} are enough")
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def _read_archive(path: Path) -> Tensors:
+    """torch's zip, or TorchScript's, which has code beside the data."""
+    with zipfile.ZipFile(path) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            return read_torchscript(path, archive)
+        entries = archive.infolist()
+    # torch packs nothing; entries that are packed, or share bytes, unpack to more than the file has.
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise InputError(f"{path} is refused: it unpacks to more than its size, which no file of torch does")
+    return _tensors(path, torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _tensors(path: Path, content: Any) -> Tensors:
+    """The weights among what a checkpoint holds."""
+    for name in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+            break
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _check_plain(path: Path, name: str, tensor: Tensor) -> None:
+    """InputError for a tensor of a kind that weights do not have, or one that repeats few bytes without end."""
+    kind = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and tensor.is_cpu
+    if not kind or tensor.is_quantized or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise InputError(f"{path} is refused: the tensor {name[:60]!r} is no plain array of numbers")
+
+
+def _without_prefix(found: Tensors) -> Tensors:
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in found):
+            found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    return found

@@ -1,4 +1,6 @@
-"""`python -m train.weights show|fetch PRESET`: which weight files a preset starts from, where they are, and get them.
+"""A run's first weights: which files, where they are, and into the model with them.
+
+`python -m train.weights show|fetch PRESET` says which a preset starts from and whether they are there, and gets them.
 
 A file of the hub is written hub:ORG/REPO/FILE. Training never touches a network; `fetch` fills the Hugging Face cache
 on a machine that has one, a login node say. `HF_HOME` or `HF_HUB_CACHE` say where the cache is, `HF_ENDPOINT` which hub
@@ -14,10 +16,12 @@ import tyro
 from shards.cli import main_guard, parse, say
 from shards.digest import file_digest
 from shards.errors import InputError
+from train.config import TrainConfig
+from train.model import ClipModel
 from train.presets import PRESETS
-from train.weightfile import read_tensors
+from train.pretrained import Tensors, load_tower, read_tensors
 
-SCHEME = "hub:"
+SCHEME, NONE = "hub:", "none"
 NAMES = (
     *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors"),
     *("open_clip_pytorch_model.bin", "pytorch_model.bin", "ViT-B-32.pt", "best.pt"),
@@ -77,29 +81,32 @@ def find_weights(source: str, *, option: str, preset: str) -> Path:
     return found
 
 
+def load_pretrained(model: ClipModel, config: TrainConfig) -> list[str]:
+    """Give each tower the weights that its setting names; a line on each, for people. For a run's beginning only.
+
+    InputError where a file is missing, is refused, or does not fit: no weight has changed in a tower then.
+    """
+    told, read = [], dict[Path, Tensors]()
+    for name, option, source in (
+        ("image", "--vision-weights", config.vision_weights),
+        ("text", "--text-weights", config.text_weights),
+    ):
+        if source == NONE:
+            continue
+        path = find_weights(source, option=option, preset=config.preset)
+        if path not in read:
+            read = {path: read_tensors(path)}  # at most one file in memory
+        count = load_tower(getattr(model, name), read[path], text=name == "text", what=f"{option} {path}")
+        told.append(f"{name} tower: {count} tensors from {path}")
+    return told
+
+
 def _in_folder(folder: Path, option: str) -> Path:
-    """The weight file in a folder: a plain one, a repository of the cache, or a cache that has one repository."""
-    if not (folder / "snapshots").is_dir():
-        repositories = sorted(folder.glob("models--*"))
-        if len(repositories) > 1:
-            raise InputError(
-                f"{option} {folder} is a cache of {len(repositories)} models: name one of the folders in it"
-            )
-        if repositories:
-            return _in_folder(repositories[0], option)
+    """The weight file in a folder, that of a run of ours say."""
     for name in NAMES:
-        if (_snapshot(folder) / name).is_file():
-            return _snapshot(folder) / name
+        if (folder / name).is_file():
+            return folder / name
     raise InputError(f"{option} {folder} holds no weight file: none of {', '.join(NAMES)}")
-
-
-def _snapshot(folder: Path) -> Path:
-    """The files of a repository in the cache: those of refs/main, or the only ones; another folder is its own."""
-    revisions = sorted((folder / "snapshots").glob("*"))
-    main = folder / "refs" / "main"
-    if main.is_file() and (named := folder / "snapshots" / main.read_text().strip()) in revisions:
-        return named
-    return revisions[0] if len(revisions) == 1 else folder
 
 
 def fetch(file: HubFile) -> Path:
