@@ -22,8 +22,6 @@ from bench.turns import finish
 from pipeline.batch import Batch
 
 HALF_PEAKS = (
-    ("B200", 2250e12),
-    ("GH200", 989.4e12),
     ("H200", 989.4e12),
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
@@ -38,10 +36,6 @@ HALF_PEAKS = (
     ("L4", 121e12),
     ("V100", 125e12),
     ("T4", 65e12),
-    ("RTX 6000 Ada", 364.2e12),
-    ("RTX A6000", 154.8e12),
-    ("RTX 4090", 165.2e12),
-    ("RTX 3090", 71e12),
 )
 """Part of a card's name -> FLOP/s of its tensor cores in bf16 (V100, T4: fp16), dense, summed in float32. NVIDIA's data
 sheets of each card; where they print sparse figures, half of those. The first that fits counts."""

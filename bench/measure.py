@@ -36,8 +36,6 @@ class Round:
     """Seconds of user and system time of the process tree in the measured stretch, for 1,000 images."""
     read_bytes: int
     """Bytes fetched from storage in the measured stretch."""
-    rchar: int
-    """Bytes asked for by read calls in it."""
     pss_bytes: int | None = None
     """Memory of the process tree, the highest of several samples while it went on; None where it was not asked for."""
     requests: int | None = None
@@ -102,7 +100,6 @@ def _round(begin: _Mark, end: _Mark, images: int, first_batch_s: float, pss: int
         images=images,
         cpu_s_per_1000=(end.used.cpu_s - begin.used.cpu_s) / images * 1000,
         read_bytes=end.used.storage_bytes - begin.used.storage_bytes,
-        rchar=end.used.asked_bytes - begin.used.asked_bytes,
         pss_bytes=pss,
         requests=slow[1].requests - slow[0].requests if slow else None,
         request_bytes=slow[1].bytes - slow[0].bytes if slow else None,

@@ -186,19 +186,12 @@ class Usage:
     """User and system time."""
     storage_bytes: int
     """Fetched from storage, because the page cache did not have them (`read_bytes` of /proc/PID/io)."""
-    asked_bytes: int
-    """Asked for by read calls, of pipes too; what a mapped file is read by is not in it (`rchar`)."""
 
 
 def usage(pid: int) -> Usage:
     """Of a process tree, now."""
     processes = list(tree(pid))
-    counts = [_io(each) for each in processes]
-    return Usage(
-        cpu_s=sum(map(_cpu_ns, processes)) / 1e9,
-        storage_bytes=sum(each.get("read_bytes", 0) for each in counts),
-        asked_bytes=sum(each.get("rchar", 0) for each in counts),
-    )
+    return Usage(cpu_s=sum(map(_cpu_ns, processes)) / 1e9, storage_bytes=sum(map(_storage_bytes, processes)))
 
 
 def _cpu_ns(pid: int) -> int:
@@ -209,18 +202,18 @@ def _cpu_ns(pid: int) -> int:
         return 0
 
 
-def _io(pid: int) -> dict[str, int]:
-    try:
-        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
-    except OSError:
-        return {}
-    return {name: int(value) for name, value in (line.split(":") for line in lines)}
+def _storage_bytes(pid: int) -> int:
+    return _field(Path(f"/proc/{pid}/io"), "read_bytes:")
 
 
 def _pss(pid: int) -> int:
-    """Bytes; 0 for a process that has gone."""
+    return _field(Path(f"/proc/{pid}/smaps_rollup"), "Pss:") * 1024
+
+
+def _field(file: Path, name: str) -> int:
+    """The number of a line; 0 for a process that has gone."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        lines = file.read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+    return next((int(line.split()[1]) for line in lines if line.startswith(name)), 0)

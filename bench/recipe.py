@@ -36,7 +36,9 @@ def run_recipe(
         **pace(rows),
     }
     validations = whole.steps // whole.validate_every if whole.validate_every else 0
-    return {**found, f"seconds_{whole.steps}": total_seconds(found, whole.steps, validations), "losses": losses(rows)}
+    validated = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
+    losses = {"first": rows[0]["loss"], "last": rows[-1]["loss"], "validation": validated[-1] if validated else None}
+    return {**found, f"seconds_{whole.steps}": total_seconds(found, whole.steps, validations), "losses": losses}
 
 
 def _command(
@@ -76,9 +78,3 @@ def total_seconds(found: dict[str, Any], steps: int, rounds: int) -> float:
         return found["wall_s"]
     each = (found["validate_s"] or 0.0) + (found["save_pause_s"] or 0.0)
     return found["warm_up_s"] + steps * found["step_s"] + rounds * each
-
-
-def losses(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """First and last training loss, and the last validation loss: that it trained at all."""
-    validated = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
-    return {"first": rows[0]["loss"], "last": rows[-1]["loss"], "validation": validated[-1] if validated else None}

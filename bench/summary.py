@@ -36,7 +36,7 @@ def _figures(name: str, taken: Rounds, beside: dict[str, Rounds], peers: set[str
         result[field] = statistics.median(_values(taken, field))
     if sizes := _values(taken, "pss_bytes"):
         result["pss_bytes"] = max(sizes)
-    for field in ("read_bytes", "rchar", "requests", "request_bytes"):
+    for field in ("read_bytes", "requests", "request_bytes"):
         if field in taken[0]:
             result[f"{field}_per_1000"] = statistics.median(1000 * each[field] / each["images"] for each in taken)
     bases = {"ratio_to_hdf5": BASELINE, "ratio_to_hdf5_tuned": TUNED}

@@ -16,7 +16,6 @@ What each gets:
 import argparse
 import copy
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,24 +108,16 @@ class AsOpenClip(nn.Module):
         return {"image_features": image, "text_features": text, "logit_scale": scale}
 
 
-class Epoch:
-    """What open_clip calls data["train"]: batches with their number."""
+class Epoch(list[tuple[Tensor, Tensor]]):
+    """What open_clip calls data["train"], and its `dataloader` in one: batches with their number."""
 
     def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
-        self._batches = batches
-        self.num_batches = len(batches)
+        super().__init__(batches)
+        self.dataloader, self.num_batches = self, len(batches)
         self.num_samples = sum(len(images) for images, _ in batches)
-
-    @property
-    def dataloader(self) -> "Epoch":
-        """Itself."""
-        return self
 
     def set_epoch(self, epoch: int) -> None:
         """All epochs are alike."""
-
-    def __iter__(self) -> Any:
-        return iter(self._batches)
 
 
 def _arguments(setup: Setup, batch_size: int) -> argparse.Namespace:

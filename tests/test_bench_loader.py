@@ -127,7 +127,7 @@ def test_what_maps_its_files_is_not_measured_as_if_it_were_slow(slow_run: tuple[
 
 
 def rounds(*rates: float, **others: float) -> list[dict[str, Any]]:
-    base = {"first_batch_s": 0.5, "images": 200, "cpu_s_per_1000": 2.0, "read_bytes": 0, "rchar": 50}
+    base = {"first_batch_s": 0.5, "images": 200, "cpu_s_per_1000": 2.0, "read_bytes": 50}
     return [base | {"images_per_s": rate} | others for rate in rates]
 
 
@@ -148,7 +148,7 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert (cpu["ratio_to_hdf5"], cpu["ratio_lowest"], cpu["ratio_highest"]) == (3, 2, 4)
     assert cpu["share_of_floor"] == 0.5 and cpu["ratio_to_best_peer"] == 6
     assert (cpu["images_per_s"], cpu["lowest"], cpu["highest"], cpu["pss_bytes"]) == (120, 30, 400, 5)
-    assert cpu["rchar_per_1000"] == 250 and cpu["rounds"] == taken["cpu", None]
+    assert cpu["read_bytes_per_1000"] == 250 and cpu["rounds"] == taken["cpu", None]
     assert found["spdl"]["note"] == "not installed" and "images_per_s" not in found["spdl"]
     lines = table({"cases": list(found.values())})
     assert any(line.startswith("spdl") and line.endswith("not installed") for line in lines)
