@@ -18,7 +18,7 @@ PAGE = 4096
 """Buffers are whole pages."""
 MOST_MEMORY = 256 << 20
 """Bytes that are read ahead unless more is asked for."""
-AHEAD_BYTES = 24 << 20
+AHEAD_BYTES = 12 << 20
 """Of those, for visits that nobody needs yet, unless threads need more to be at work all the time."""
 
 

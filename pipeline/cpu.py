@@ -24,7 +24,7 @@ from pipeline.kernels import Crop, ImageKernel, Normalise
 from shards.schema import ImageSpec, Manifest
 
 TASK_IMAGES = 32
-"""Images a task has at most: each task takes a turn at the interpreter's lock."""
+"""Images a task has at most: each takes a turn at the interpreter's lock."""
 
 
 def task_images(images: int, threads: int) -> int:
@@ -41,7 +41,6 @@ class _Slot:
         self._side = side
         self.each = self.images.unbind()
         self.channels_last = self.images.permute(0, 3, 1, 2)
-        self.boxes: list[list[int]] = []
         self.spans: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)
         """(n, 2) address and bytes of each image of the batch."""
         self.encoded: Encoded | None = None
@@ -54,7 +53,6 @@ class _Slot:
     def start(self, encoded: Encoded, tasks: int) -> None:
         """Begin a batch of so many tasks."""
         self.encoded, self.error, self._open_tasks = encoded, None, tasks
-        self.boxes = encoded.fate.boxes.tolist()
         self.spans = np.stack([encoded.records["address"], encoded.records["size"]], axis=1)
         self.done.clear()
         if not tasks:
@@ -90,8 +88,7 @@ class _Slot:
 
     def _batch(self) -> torch.Tensor:
         assert self.encoded is not None
-        count = len(self.encoded.fate.boxes)
-        return self.channels_last if count == len(self.channels_last) else self.channels_last[:count]
+        return self.channels_last[: len(self.encoded.fate.boxes)]
 
     def _send(self) -> None:
         """Begin the copy to the device, beside whatever the trainer's stream is at."""
@@ -122,16 +119,13 @@ class CpuBackend:
         self._held: _Slot | None = None
         self._awaited: _Slot | BaseException | None = None
         self._failed: BaseException | None = None
-        images = config.batch_size // world.size * config.images_a_sample
-        shape = (images, config.image_size, config.image_size, 3)
+        shape = (config.batch_size // world.size * config.images_a_sample, config.image_size, config.image_size, 3)
         side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         for _ in range(config.ahead + 1):
             self._free.put(_Slot(shape, getattr(torch, config.dtype), side))
         self.threads = thread_count(config, world)
         # made here and not in the threads: the first one compiles, and what goes wrong has to reach the caller
-        self._kernels: queue.SimpleQueue[ImageKernel] = queue.SimpleQueue()
-        for _ in range(self.threads):
-            self._kernels.put(make_kernel(config, manifest.image))
+        self._kernels = [make_kernel(config, manifest.image) for _ in range(self.threads)]
         if config.changes_films:
             compiled_functions()
         self._feeder = threading.Thread(target=self._feed, name="shardclip-feed", daemon=True)
@@ -189,7 +183,7 @@ class CpuBackend:
             self._ready.put(error)
 
     def _decode(self) -> None:
-        kernel = self._kernels.get()
+        kernel = self._kernels.pop()
         while (task := self._tasks.get()) is not None:
             try:
                 self._run(kernel, *task)
@@ -206,7 +200,7 @@ class CpuBackend:
             if fate.effects is None:
                 index = kernel.run(slot.spans, fate.boxes, fate.flipped, slot.images, index, end)
             if index < end:
-                kernel.resize(list(crops(slot, index, self._pixels(kernel, encoded, index))))
+                kernel.resize(list(crops(slot, encoded, index, self._pixels(kernel, encoded, index))))
                 index += 1
 
     def _pixels(self, kernel: ImageKernel, encoded: Encoded, index: int) -> NDArray[np.uint8]:
@@ -225,13 +219,12 @@ def make_kernel(config: LoaderConfig, spec: ImageSpec) -> ImageKernel:
     return ImageKernel(spec, size=config.image_size, normalise=normalise, dtype=config.dtype, own_jpeg=config.own_jpeg)
 
 
-def crops(slot: _Slot, index: int, film: NDArray[np.uint8]) -> Iterator[Crop]:
+def crops(slot: _Slot, encoded: Encoded, index: int, film: NDArray[np.uint8]) -> Iterator[Crop]:
     """What becomes of the film of a sample: a crop a view."""
-    assert slot.encoded is not None
-    fate = slot.encoded.fate
-    for view in range(index, len(slot.boxes), len(slot.encoded)):
+    fate = encoded.fate
+    for view in range(index, len(fate.boxes), len(encoded)):
         pixels = film if fate.effects is None else apply(film, fate.effects[view])
-        yield pixels, slot.boxes[view], bool(fate.flipped[view]), slot.each[view]
+        yield pixels, fate.boxes[view].tolist(), bool(fate.flipped[view]), slot.each[view]
 
 
 def start_single_threaded(target: Callable[[], None], count: int) -> list[threading.Thread]:

@@ -163,10 +163,8 @@ class DaliBackend:
         return torch.from_dlpack(output.as_tensor())
 
     def _batch(self, encoded: Encoded, images: torch.Tensor) -> Batch:
-        dtype = getattr(torch, self._config.dtype)
-        return make_batch(
-            images.to(self._device, dtype).permute(0, 3, 1, 2), encoded.records, encoded.position, self._device
-        )
+        images = images.to(self._device, getattr(torch, self._config.dtype)).permute(0, 3, 1, 2)
+        return make_batch(images, encoded.records, encoded.position, self._device)
 
     def _source(self) -> tuple[Any, ...]:
         """Called by the graph for each batch that it starts; what it was given before has been copied by now."""
@@ -224,8 +222,7 @@ def check_headers(encoded: Encoded, spec: ImageSpec, names: ShardNames) -> None:
 class Trial:
     """Tries to decode each image the first time it is seen, and replaces what cannot be: DALI fails a whole batch.
 
-    As the `cpu` backend does, so that all backends call the same images bad. It costs a decode on the CPU for each
-    image of the first epoch; none later, and none where no bad sample is tolerated.
+    As the `cpu` backend does, so that both call the same images bad. A decode on the CPU, in the first epoch alone.
     """
 
     def __init__(self, manifest: Manifest, batches: EncodedBatches) -> None:

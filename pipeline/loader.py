@@ -223,11 +223,10 @@ def _make_reader(
     sets = [_open_set(config, *each) for each in zip(roots, manifests, order.layouts, strict=False)]
     memory = limit if config.memory_mb else read_ahead(sets, live, config.read_threads)
     shards = OpenShards(sets)
-    names = ShardNames(split=config.split, first=shards.first)
-    quarantine = Quarantine(names, config.max_bad if config.mode == "train" else 0, bad_samples)
-    visits, patience = order.visits(position, world), config.stall_abort_s
-    loader = VisitLoader(shards, quarantine)
-    return BlockReader(loader, visits, memory, threads=config.read_threads, stall_abort_s=patience)
+    max_bad = config.max_bad if config.mode == "train" else 0
+    quarantine = Quarantine(ShardNames(split=config.split, first=shards.first), max_bad, bad_samples)
+    visits, threads, patience = order.visits(position, world), config.read_threads, config.stall_abort_s
+    return BlockReader(VisitLoader(shards, quarantine), visits, memory, threads=threads, stall_abort_s=patience)
 
 
 def _open_set(config: LoaderConfig, root: Path, manifest: Manifest, layout: Layout) -> ShardSet:

@@ -37,7 +37,6 @@ DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 
 # What follows is compiled: vectors first, then the loops over them. All arguments are integers, addresses in bytes.
-
 _I8, _I16, _I32, _HALF, _FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
 _ONE = ir.Constant(ir.IntType(64), 1)
 
@@ -87,17 +86,20 @@ def _transpose_tile(typing, source, step, target, target_step):  # noqa: ARG001
 
 
 @intrinsic
-def _weigh(typing, source, step, weights, taps, shift, target):  # noqa: ARG001
-    """32 columns of `taps` rows, `step` bytes apart, weighed by int32 weights, rounded and clipped to bytes."""
+def _weigh(typing, source, step, entry, taps, shift, target):  # noqa: ARG001
+    """32 columns of `taps` rows, `step` bytes apart, weighed, rounded and clipped to bytes. `entry`: the line in the
+    axis' table, int32, the first row's number and the weights."""
     columns = ir.VectorType(_I32, LANES)
 
     def generate(context, builder, signature, args):  # noqa: ARG001
-        source, step, weights, taps, shift, target = args
+        source, step, entry, taps, shift, target = args
+        first = builder.sext(_load(builder, entry, _I32), entry.type)
+        source = builder.add(source, builder.mul(step, first))
         shift = builder.trunc(shift, _I32)
         half = builder.shl(ir.Constant(_I32, 1), builder.sub(shift, ir.Constant(_I32, 1)))
         total = cgutils.alloca_once_value(builder, _splat(builder, half, LANES))
         with cgutils.for_range(builder, taps) as loop:
-            weight = _load(builder, _at(builder, weights, 4, loop.index), _I32)
+            weight = _load(builder, builder.add(_at(builder, entry, 4, loop.index), ir.Constant(entry.type, 4)), _I32)
             row = _load(builder, builder.add(source, builder.mul(step, loop.index)), ir.VectorType(_I8, LANES))
             product = builder.mul(builder.zext(row, columns), _splat(builder, weight, LANES))
             builder.store(builder.add(builder.load(total), product), total)
@@ -109,16 +111,6 @@ def _weigh(typing, source, step, weights, taps, shift, target):  # noqa: ARG001
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 6), generate
-
-
-@intrinsic
-def _first(typing, entry):  # noqa: ARG001
-    """The int32 at an address."""
-
-    def generate(context, builder, signature, args):  # noqa: ARG001
-        return builder.sext(_load(builder, args[0], _I32), args[0].type)
-
-    return types.intp(types.intp), generate
 
 
 @intrinsic
@@ -190,10 +182,9 @@ def _transpose(source, step, rows, columns, target, target_step, overlap):
 
 @njit(nogil=True)
 def _weigh_row(source, step, entry, taps, shift, columns, target):
-    """One row of a pass; `entry` is its line in the axis' table."""
-    first = source + _first(entry) * step
+    """One row of a pass."""
     for column in range(0, columns, LANES):
-        _weigh(first + column, step, entry + 4, taps, shift, target + column)
+        _weigh(source + column, step, entry, taps, shift, target + column)
 
 
 @njit(nogil=True)
