@@ -111,6 +111,8 @@ def _scale(axes: Any, which: str, *, log: bool) -> None:
 
     if not log:
         axes.set(**{f"{which}lim": (0, None)})
+        if which == "x":
+            axes.locator_params("x", integer=True)  # threads, milliseconds, gigabytes
         return
     axes.set(**{f"{which}scale": "log"})
     axis = getattr(axes, f"{which}axis")
