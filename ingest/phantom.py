@@ -155,7 +155,7 @@ def draw_film(case: Case) -> Array:
 
 def _develop(density: Array, case: Case) -> Array:
     """Density to grey levels: beam edge, tone curve, blur, noise, marker, padding, rounding."""
-    e, field = case.exposure, Field(case)
+    e, field = case.exposure, Field(case.seed, case.index)
     even = density - np.float32(0.5) * (_coarse(density) - np.float32(0.75))
     z = (even - np.float32(e.level) + np.float32(0.10) * field.smooth(40, 3)) * np.float32(1.4 * e.gain)
     grey = np.float32(127.5) * (1 + z / np.sqrt(1 + z * z))

@@ -8,8 +8,8 @@ import math
 
 import numpy as np
 
-from ingest.phantom_canvas import Array, Field, Frame, Lines, Point, along, bump, sign, step
-from ingest.phantom_case import TEXTURE, Case, Draw
+from ingest.phantom_canvas import TEXTURE, Array, Draw, Field, Frame, Lines, Point, along, bump, sign, step
+from ingest.phantom_case import Case
 
 
 class Body:
@@ -17,7 +17,7 @@ class Body:
 
     def __init__(self, case: Case) -> None:
         self.case, self.p, self.e, self.f = case, case.patient, case.exposure, case.findings
-        self.field, self.frame = Field(case), Frame(case.exposure)
+        self.field, self.frame = Field(case.seed, case.index), Frame(case.exposure)
         self.hand = Draw(case.seed, TEXTURE, case.index, 99)
         self.x, self.y = self.frame.grids()
         self.base = self.p.apex + (self.p.base - self.p.apex) * self.e.breath

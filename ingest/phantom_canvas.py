@@ -1,4 +1,4 @@
-"""What the phantom's films are drawn with: smooth masks, noise from counters, and lines on a fine canvas.
+"""How the phantom's films are taken and drawn: random numbers and noise from counters, exposure, smooth masks, lines.
 
 Only sums, products and square roots of float32 are used on pixels (no exp, no pow), so that a film is the same on every
 CPU, whatever vector units NumPy finds there. Arrays are (320, 320) float32 unless said otherwise; lengths are half film
@@ -6,24 +6,106 @@ widths in the patient's frame (phantom_case).
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
-from ingest.phantom_case import TEXTURE, Case, Exposure
-from shards.counter import hash64
+from shards.counter import hash64, uniform
 
+TEXTURE = 6
+"""Keeps the random numbers of a film's texture apart from those of phantom_case."""
 SIZE = 320
 _FINE = 2  # lines are drawn at twice the resolution and averaged
 
+Item = TypeVar("Item")
 Array = NDArray[np.float32]
 Point = tuple[float, float]
 Points = list[Point]
+
+
+class Draw:
+    """Random numbers in sequence, a pure function of the key: draws for one purpose never shift those for another."""
+
+    _COUNT = 192
+
+    def __init__(self, seed: int, *key: int) -> None:
+        self._values = uniform(hash64(seed, *key, np.arange(self._COUNT))).tolist()
+        self._next = 0
+
+    def unit(self) -> float:
+        """The next number in [0, 1)."""
+        self._next += 1
+        return self._values[self._next - 1]
+
+    def between(self, low: float, high: float) -> float:
+        return low + (high - low) * self.unit()
+
+    def chance(self, probability: float) -> bool:
+        return self.unit() < probability
+
+    def pick(self, items: Sequence[Item]) -> Item:
+        return items[int(self.unit() * len(items))]
+
+    def bell(self, spread: float) -> float:
+        """A number around 0 with standard deviation `spread`, within three of them (a sum of three uniforms)."""
+        return spread * 2.0 * (self.unit() + self.unit() + self.unit() - 1.5)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exposure:
+    """How one film was taken."""
+
+    view: str
+    """"PA" or "AP" (portable; the heart is magnified, the breath shallow)."""
+    roll: float
+    """Rotation in the film plane, radians."""
+    turn: float
+    """Rotation about the body axis, signed: the mediastinum shifts against the spine."""
+    shift: tuple[float, float]
+    zoom: float
+    breath: float
+    """Depth of inspiration, 1 full, 0.75 shallow."""
+    level: float
+    """Density that comes out mid-grey."""
+    gain: float
+    """Contrast."""
+    noise: float
+    """Standard deviation of the noise in grey levels."""
+    blur: float
+    """Standard deviation of the blur in pixels."""
+    bars: tuple[float, float]
+    """Share of the film's width and height that is black padding (films that were not square)."""
+    collimation: float
+    """Share of the film at the border outside the collimated beam."""
+    marker: bool
+    """Whether an L marker lies at the patient's left shoulder."""
+
+
+def draw_exposure(draw: Draw) -> Exposure:
+    """How a film was taken, at random."""
+    portable = draw.chance(0.45)
+    tall = draw.unit()
+    return Exposure(
+        view="AP" if portable else "PA",
+        roll=draw.bell(0.08 if portable else 0.04),
+        turn=draw.bell(0.045 if portable else 0.02),
+        shift=(draw.bell(0.06), draw.bell(0.06)),
+        zoom=draw.between(0.98, 1.36),
+        breath=draw.between(0.74, 0.95) if portable else draw.between(0.86, 1.06),
+        level=draw.between(0.66, 0.98),
+        gain=draw.between(1.7, 3.2),
+        noise=draw.between(2.0, 6.0),
+        blur=draw.between(0.4, 1.2),
+        bars=(0.0, 0.0) if tall < 0.6 else ((0.12 * draw.unit(), 0.0) if tall < 0.85 else (0.0, 0.10 * draw.unit())),
+        collimation=draw.between(0.01, 0.06) if draw.chance(0.3) else 0.0,
+        marker=draw.chance(0.6),
+    )
 
 
 def sign(side: str) -> int:
@@ -46,8 +128,8 @@ def bump(r2: Array) -> Array:
 class Field:
     """Smooth noise, made from counters, so that each use has its own and no order matters."""
 
-    def __init__(self, case: Case) -> None:
-        self._key = (case.seed, TEXTURE, case.index)
+    def __init__(self, seed: int, index: int) -> None:
+        self._key = (seed, TEXTURE, index)
 
     def smooth(self, purpose: int, cells: int) -> Array:
         """Noise in about [-1, 1] that varies over 1/`cells` of the film."""

@@ -5,20 +5,15 @@ film. Coordinates are the patient's, in half film widths: x grows towards the pa
 as films are hung), y towards the feet. A side is "right" or "left" and always the patient's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
+from ingest.phantom_canvas import Draw, Exposure, Item, draw_exposure
 from shards.counter import hash64, uniform
 
-Item = TypeVar("Item")
-
 SIDES = ("right", "left")
-LABELS = ("Cardiomegaly", "Edema", "Lung Opacity", "Pleural Effusion", "Pneumothorax", "Support Devices")
-"""The findings, spelled and sorted as CheXpert's columns."""
-
 PREVALENCE = {
     "Cardiomegaly": 0.36,
     "Edema": 0.28,
@@ -27,38 +22,11 @@ PREVALENCE = {
     "Pneumothorax": 0.26,
     "Support Devices": 0.45,
 }
-"""How often a finding is present in films that are not wholly normal."""
+"""How often a finding is present in films that are not wholly normal; spelled and sorted as CheXpert's columns."""
+LABELS = tuple(PREVALENCE)
 
 NORMAL_RATE = 0.18
 """Share of films without any finding."""
-
-
-class Draw:
-    """Random numbers in sequence, a pure function of the key: draws for one purpose never shift those for another."""
-
-    _COUNT = 192
-
-    def __init__(self, seed: int, *key: int) -> None:
-        self._values = uniform(hash64(seed, *key, np.arange(self._COUNT))).tolist()
-        self._next = 0
-
-    def unit(self) -> float:
-        """The next number in [0, 1)."""
-        self._next += 1
-        return self._values[self._next - 1]
-
-    def between(self, low: float, high: float) -> float:
-        return low + (high - low) * self.unit()
-
-    def chance(self, probability: float) -> bool:
-        return self.unit() < probability
-
-    def pick(self, items: Sequence[Item]) -> Item:
-        return items[int(self.unit() * len(items))]
-
-    def bell(self, spread: float) -> float:
-        """A number around 0 with standard deviation `spread`, within three of them (a sum of three uniforms)."""
-        return spread * 2.0 * (self.unit() + self.unit() + self.unit() - 1.5)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,36 +67,6 @@ class Patient:
     """How much the right dome stands above the left."""
     arms: bool
     """Whether the arms hang inside the film."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Exposure:
-    """How one film was taken."""
-
-    view: str
-    """"PA" or "AP" (portable; the heart is magnified, the breath shallow)."""
-    roll: float
-    """Rotation in the film plane, radians."""
-    turn: float
-    """Rotation about the body axis, signed: the mediastinum shifts against the spine."""
-    shift: tuple[float, float]
-    zoom: float
-    breath: float
-    """Depth of inspiration, 1 full, 0.75 shallow."""
-    level: float
-    """Density that comes out mid-grey."""
-    gain: float
-    """Contrast."""
-    noise: float
-    """Standard deviation of the noise in grey levels."""
-    blur: float
-    """Standard deviation of the blur in pixels."""
-    bars: tuple[float, float]
-    """Share of the film's width and height that is black padding (films that were not square)."""
-    collimation: float
-    """Share of the film at the border outside the collimated beam."""
-    marker: bool
-    """Whether an L marker lies at the patient's left shoulder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,7 +139,7 @@ class Case:
 
 
 _PATIENT, _EXPOSURE, _FINDINGS, _GROUPS = 1, 2, 3, 4
-REPORT, TEXTURE = 5, 6
+REPORT = 5
 
 
 def patient_of_film(samples: int, seed: int) -> np.ndarray:
@@ -220,7 +158,7 @@ def make_case(seed: int, index: int, patient_index: int) -> Case:
         index=index,
         patient_index=patient_index,
         patient=_patient(Draw(seed, _PATIENT, patient_index)),
-        exposure=_exposure(Draw(seed, _EXPOSURE, index)),
+        exposure=draw_exposure(Draw(seed, _EXPOSURE, index)),
         findings=_findings(Draw(seed, _FINDINGS, index)),
     )
 
@@ -244,26 +182,6 @@ def _patient(draw: Draw) -> Patient:
         dome=draw.between(0.08, 0.20),
         right_higher=draw.between(-0.01, 0.09),
         arms=draw.chance(0.35),
-    )
-
-
-def _exposure(draw: Draw) -> Exposure:
-    portable = draw.chance(0.45)
-    tall = draw.unit()
-    return Exposure(
-        view="AP" if portable else "PA",
-        roll=draw.bell(0.08 if portable else 0.04),
-        turn=draw.bell(0.045 if portable else 0.02),
-        shift=(draw.bell(0.06), draw.bell(0.06)),
-        zoom=draw.between(0.98, 1.36),
-        breath=draw.between(0.74, 0.95) if portable else draw.between(0.86, 1.06),
-        level=draw.between(0.66, 0.98),
-        gain=draw.between(1.7, 3.2),
-        noise=draw.between(2.0, 6.0),
-        blur=draw.between(0.4, 1.2),
-        bars=(0.0, 0.0) if tall < 0.6 else ((0.12 * draw.unit(), 0.0) if tall < 0.85 else (0.0, 0.10 * draw.unit())),
-        collimation=draw.between(0.01, 0.06) if draw.chance(0.3) else 0.0,
-        marker=draw.chance(0.6),
     )
 
 

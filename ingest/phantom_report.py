@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ingest.phantom_case import LABELS, REPORT, Case, Device, Draw, Opacity
+from ingest.phantom_canvas import Draw
+from ingest.phantom_case import LABELS, REPORT, Case, Device, Opacity
 
 _PHRASES = tomllib.loads((Path(__file__).parent / "phantom.toml").read_text(encoding="utf-8"))
 _YES, _NO, _MAYBE = 1, 0, -1
