@@ -22,7 +22,8 @@ from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
 from shards.schema import Manifest
-from train.scores import ROUNDS, auroc, auroc_intervals
+from train.scorecard import score_split
+from train.scores import ROUNDS, aurocs, patients_of, truth_of
 from train.zeroshot import NORMAL
 
 TEMPLATE = "{Finding Labels}. {View Position} view."
@@ -103,20 +104,20 @@ def _scores(config: NihConfig, manifest: Manifest) -> dict[str, dict[str, Any]]:
     member = read_member(best)
     settings = replace(member.settings, shards=config.out / "shards")
     groups, ap_views = read_test_rows(config.out / "shards", manifest)
-    found: dict[str, NDArray[np.floating]] = {}
+    found: dict[str, NDArray[np.float64]] = {}
     labels = np.empty(0, np.float32)
     for name, scores, truth in _predictions(settings, member, manifest):
         found[name], labels = scores, truth
     found["view_ap"] = np.repeat(ap_views[:, None], len(manifest.labels), axis=1)
-    aurocs = {name: with_mean(_aurocs(scores, labels, manifest.labels)) for name, scores in found.items()}
-    aurocs["thumbnails"] = thumbnails(settings, manifest, "test")
-    intervals = auroc_intervals(found["model"], labels, groups, seed=config.seed)
+    scored = {name: with_mean(aurocs(scores, labels, manifest.labels)) for name, scores in found.items()}
+    scored["thumbnails"] = thumbnails(settings, manifest, "test")
+    intervals = _intervals(found["model"], labels, groups, manifest.labels, config.seed)
     sick = labels[:, manifest.labels.index(NORMAL)] == 0
-    aurocs["model_among_abnormal"] = with_mean(_aurocs(found["model"][sick], labels[sick], manifest.labels))
-    among = auroc_intervals(found["model"][sick], labels[sick], groups[sick], seed=config.seed)
+    scored["model_among_abnormal"] = with_mean(aurocs(found["model"][sick], labels[sick], manifest.labels))
+    among = _intervals(found["model"][sick], labels[sick], groups[sick], manifest.labels, config.seed)
     record: dict[str, dict[str, Any]] = {}
     for number, label in enumerate((*manifest.labels, "mean")):
-        record[label] = {name: scores[label] for name, scores in aurocs.items()}
+        record[label] = {name: scores[label] for name, scores in scored.items()}
         record[label] |= {"interval": intervals[number], "interval_among_abnormal": among[number]}
         if label != "mean":
             present = labels[:, number] == 1
@@ -163,10 +164,18 @@ def _predictions(
         yield f"untrained_{seed}", *told(model, listed)
 
 
-def _aurocs(
-    scores: NDArray[np.floating], labels: NDArray[np.float32], names: tuple[str, ...]
-) -> dict[str, float | None]:
-    return {name: auroc(scores[:, n], labels[:, n]) for n, name in enumerate(names)}
+def _intervals(
+    scores: NDArray[np.float64],
+    labels: NDArray[np.float32],
+    groups: NDArray[np.int64],
+    names: tuple[str, ...],
+    seed: int,
+) -> list[list[float] | None]:
+    """Intervals of the AUROC of each label and, last, of their mean."""
+    none = np.full(len(names), np.nan)  # no thresholds
+    patients = patients_of(groups)
+    found, mean = score_split(names, scores, truth_of(labels), none, patients, rounds=ROUNDS, seed=seed)
+    return [each.intervals["auroc"] for each in (*found.values(), mean)]
 
 
 def table(record: dict[str, Any]) -> list[str]:

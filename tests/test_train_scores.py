@@ -6,10 +6,10 @@ from sklearn.metrics import average_precision_score, f1_score, matthews_corrcoef
 
 import train.scores
 from shards.schema import NO_GROUP
+from train.scorecard import score_split
 from train.scores import (
     METRICS,
     auroc,
-    auroc_intervals,
     choose_threshold,
     draws,
     interval,
@@ -104,12 +104,16 @@ def test_intervals_at_the_edges() -> None:
     assert intervals(labels, labels, np.arange(20))[0] == [1, 1]
     nobody = np.zeros(20, dtype=np.float32)
     assert intervals(labels, nobody, np.arange(20)) == [None, None]
-    both = auroc_intervals(np.stack([labels, labels], 1), np.stack([labels, nobody], 1), np.arange(20), seed=0)
+    both = intervals(np.stack([labels, labels], 1), np.stack([labels, nobody], 1), np.arange(20))
     assert both == [[1, 1], None, [1, 1]]  # the mean is over the labels that somebody has
 
 
 def intervals(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> list:
-    return auroc_intervals(scores[:, None], labels[:, None], groups, seed=0, rounds=200)
+    """Of the AUROC of each label (N,) or (N, K), and of their mean."""
+    scores, labels = scores.reshape(len(groups), -1), labels.reshape(len(groups), -1)
+    names, none = [str(n) for n in range(labels.shape[1])], np.full(labels.shape[1], np.nan)
+    found, mean = score_split(names, scores, labels, none, patients_of(groups), rounds=200, seed=0)
+    return [each.intervals["auroc"] for each in (*found.values(), mean)]
 
 
 def test_a_film_without_a_patient_stands_for_itself() -> None:

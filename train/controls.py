@@ -33,8 +33,8 @@ from train.config import TrainConfig, loader_config
 from train.evaluate import EvaluateConfig, evaluate
 from train.model import build_model
 from train.rundir import RunFolder
-from train.scores import auroc, truth_of
-from train.zeroshot import zero_shot
+from train.scores import auroc, aurocs, truth_of
+from train.zeroshot import predict
 
 PROG = "python -m train.controls"
 CHANCE = 0.07
@@ -116,7 +116,8 @@ def untrained(settings: TrainConfig, manifest: Manifest, split: str) -> Scores:
         torch.manual_seed(seed)
         spec = manifest.tokenizer
         model = build_model(settings.model, vocab_size=spec.vocab_size, context=spec.context)
-        results.append(with_mean(zero_shot(model, loader, manifest=manifest)))
+        found = predict(model, loader, manifest=manifest)
+        results.append(with_mean(aurocs(found.probabilities, found.labels, manifest.labels)))
     return {name: float(np.mean([_number(result[name]) for result in results])) for name in results[0]}
 
 

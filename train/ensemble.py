@@ -6,7 +6,7 @@ lowest validation loss, worked out anew on the films that are evaluated: a choic
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -133,12 +133,6 @@ def read_members(paths: Sequence[Path], weights: Weights) -> Iterator[Member]:
             yield member
 
 
-def lowest(loss: Mapping[Path, float], top: int) -> list[Path]:
-    """The `top` files with the lowest loss, best first. InputError where there are fewer."""
-    _check_enough(len(loss), top)
-    return sorted(loss, key=loss.__getitem__)[:top]
-
-
 def _check_enough(count: int, top: int) -> None:
     if count < top:
         raise InputError(f"--top {top}: here are {count} checkpoints; a run keeps its best and its newest --keep")
@@ -180,7 +174,9 @@ def predict_as_one(
     """
     if top is not None:
         _check_enough(len(files), top)  # before anything is embedded
-        files = lowest({member.path: predict(member, "val").loss for member in read_members(files, weights)}, top)
+        losses = {member.path: predict(member, "val").loss for member in read_members(files, weights)}
+        _check_enough(len(losses), top)
+        files = sorted(losses, key=losses.__getitem__)[:top]
     told, parts = [], []
     for file in files:
         member = read_member(file, weights)

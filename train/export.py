@@ -209,9 +209,9 @@ def open_clip_state(model: ClipModel, *, custom_text: bool) -> dict[str, Tensor]
 Encode = Callable[[Tensor], Tensor]
 
 
-def compare(trained: Trained, encode_image: Encode, encode_text: Encode, *, tolerance: float) -> None:
+def compare(trained: Trained, encode_image: Encode, encode_text: Encode, *, tolerance: float, rows: int = 2) -> None:
     """AssertionError where another model's embeddings, brought to unit length, differ by more than a tolerance."""
-    images, tokens = trained.samples()
+    images, tokens = trained.samples(rows)
     with torch.inference_mode():
         for inputs, ours, theirs in (
             (images, trained.model.encode_image, encode_image),

@@ -20,7 +20,7 @@ from shards.atomic import write_atomic
 from shards.cli import say
 from train.config import TrainConfig
 from train.rundir import RunFolder
-from train.tracking import Board, Guarded, Row, Sink, Wandb
+from train.tracking import Board, Guarded, Row, Wandb
 
 
 class Meter:
@@ -63,7 +63,7 @@ class MetricsLog:
 
     def __init__(self, folder: RunFolder, *, config: TrainConfig, done: int) -> None:
         """`done`: steps of an earlier start; rows beyond it, which will be trained again, are cut off."""
-        self._sinks: list[Sink] = [
+        self._sinks: list[JsonLines | Guarded] = [
             JsonLines(folder.metrics, done),
             Guarded("TensorBoard", lambda: Board(folder.tensorboard, done)),
         ]

@@ -8,9 +8,8 @@ those whose own outputs are no numbers, or the whole batch where all are.
 import json
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -110,11 +109,7 @@ class Recorder:
             if not math.isfinite(loss) or not (math.isfinite(norm) or self._scaled)
         ]
         good = [loss for loss in losses if math.isfinite(loss)]
-        return Reading(
-            loss=good[-1] if good else None,
-            skipped=sum(left_out),
-            bad=bad,
-        )
+        return Reading(loss=good[-1] if good else None, skipped=sum(left_out), bad=bad)
 
     def _explain(self, said: "_Said", loss: float, norm: float, loader: LoaderConfig) -> Bad:
         """Whose fault a step was. All ranks have to call it."""
@@ -155,16 +150,7 @@ def _keys_if_readable(loader: LoaderConfig, places: list[tuple[int, int]]) -> li
 
 def append_report(path: Path, bad: list[Bad]) -> None:
     """Add steps to RUN/nonfinite.jsonl: step, loss, gradient's norm (as words: JSON has no NaN), keys."""
-    rows: list[dict[str, Any]] = [
-        {
-            "step": each.step,
-            "loss": str(each.loss),
-            "grad_norm": str(each.grad_norm),
-            "whole_batch": each.whole_batch,
-            "keys": each.keys,
-        }
-        for each in bad
-    ]
+    rows = [asdict(each) | {"loss": str(each.loss), "grad_norm": str(each.grad_norm)} for each in bad]
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 

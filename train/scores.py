@@ -14,9 +14,9 @@ label has no positive or no negative says nothing of the label and is left out o
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,12 @@ def auroc(scores: NDArray[np.floating], truth: NDArray[np.floating]) -> float | 
     """AUROC of scores (N,) over the rows whose truth is 1 or 0; None where a side has no row."""
     found = float(_ranked(scores, truth, np.arange(len(truth)), np.ones((len(truth), 1), np.float32))[0, 0])
     return None if np.isnan(found) else found
+
+
+def aurocs(scores: NDArray[np.floating], labels: NDArray[np.float32], names: Sequence[str]) -> dict[str, float | None]:
+    """AUROC by name of scores and labels (N, K), over the rows where a label is known for certain."""
+    truth = truth_of(labels)
+    return {name: auroc(scores[:, n], truth[:, n]) for n, name in enumerate(names)}
 
 
 def score_labels(
@@ -210,17 +216,3 @@ def mean_known(values: Floats) -> Floats:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # "mean of empty slice", which NaN says as well
         return np.nanmean(values, axis=0) if len(values) else np.full(values.shape[1:], np.nan)
-
-
-def auroc_intervals(
-    scores: NDArray[Any], truth: NDArray[Any], groups: Ints, *, seed: int, rounds: int = ROUNDS
-) -> list[list[float] | None]:
-    """Intervals of the AUROC of each of K labels and, last, of their mean. scores, truth (N, K); groups (N,)."""
-    patients = patients_of(groups)
-    none = np.full(scores.shape[1], np.nan)
-    parts = [
-        score_labels(scores, truth, none, patients.of_row, drawn)[RANKED.index("auroc")]
-        for drawn in draws(patients.count, rounds=rounds, seed=seed)
-    ]
-    values = np.concatenate(parts, axis=1)
-    return [interval(row) for row in (*values, mean_known(values))]

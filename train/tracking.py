@@ -12,10 +12,10 @@ import os
 import sys
 import threading
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO
+from typing import Any, Literal, TextIO
 
 from shards.atomic import write_atomic
 from shards.errors import InputError
@@ -40,18 +40,6 @@ class WatchConfig:
     def __post_init__(self) -> None:
         if self.line_every < 1:
             raise InputError(f"--watch.line-every {self.line_every} is not at least 1")
-
-
-class Sink(Protocol):
-    """Somewhere rows go."""
-
-    def write(self, row: Row) -> None:
-        """Take a row, which has a `step`."""
-        ...
-
-    def close(self) -> None:
-        """No more rows."""
-        ...
 
 
 class Board:
@@ -111,9 +99,9 @@ class Wandb:
 class Guarded:
     """A sink that is given up when it fails, in one line."""
 
-    def __init__(self, name: str, build: typing.Callable[[], Sink]) -> None:
+    def __init__(self, name: str, build: Callable[[], "Board | Wandb"]) -> None:
         self._name = name
-        self._sink: Sink | None = None
+        self._sink: Board | Wandb | None = None
         with self._forgiving():
             self._sink = build()
 

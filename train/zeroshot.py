@@ -32,7 +32,7 @@ from train.commandline import read_text
 from train.device import choose_precision
 from train.objective import contrastive_loss, embed_split
 from train.ranks import Ranks
-from train.scores import Floats, auroc, truth_of
+from train.scores import Floats
 
 Style = Literal["reports", "chexzero", "listed"]
 NORMAL = "No Finding"
@@ -177,20 +177,6 @@ def predict(
         texts=embedded.texts,
         loss=contrastive_loss(embedded.images, embedded.texts, scale).item(),
     )
-
-
-def zero_shot(
-    model: nn.Module,
-    loader: LoaderConfig,
-    *,
-    manifest: Manifest,
-    device: torch.device | str = "cpu",
-    wording: Wording = _WORDING,
-) -> dict[str, float | None]:
-    """AUROC by label of any model, trained or not, over the rows where the label is known for certain."""
-    found = predict(model, loader, manifest=manifest, device=device, wording=wording)
-    truth = truth_of(found.labels)
-    return {name: auroc(found.probabilities[:, n], truth[:, n]) for n, name in enumerate(manifest.labels)}
 
 
 def probabilities(images: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
