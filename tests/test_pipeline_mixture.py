@@ -17,10 +17,11 @@ from test_pipeline_selection import config, delivered, table
 
 from pipeline.batch import World
 from pipeline.handles import OpenShards
-from pipeline.loader import build_loader
+from pipeline.loader import build_loader, make_order
 from pipeline.mixture import MixedOrder, deal_streams, set_seed
 from pipeline.order import ShuffledOrder
 from pipeline.read import OpenShard
+from pipeline.selection import Layout
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
@@ -233,11 +234,23 @@ def test_a_bad_sample_of_either_set_is_named_and_replaced(
 
 
 def test_blocks_are_counted_by_the_rows_of_their_own_set() -> None:
-    sets = [SimpleNamespace(shards="abc", manifest=SimpleNamespace(block_rows=16))]
-    sets += [SimpleNamespace(shards="abcdefg", manifest=SimpleNamespace(block_rows=190))]
+    sets = [
+        SimpleNamespace(
+            shards=names, manifest=SimpleNamespace(block_rows=rows), layout=Layout((200,) * len(names), rows)
+        )
+        for names, rows in (("abc", 16), ("abcdefg", 190))
+    ]
     shards = OpenShards(sets)  # type: ignore[arg-type]
     assert [shards.block_rows(shard) for shard in (0, 2, 3, 9)] == [16, 16, 190, 190]
     assert [shards.info(shard) for shard in (0, 2, 3, 9)] == ["a", "c", "a", "g"]
+    assert [len(shards.candidates(*place)) for place in ((0, 0), (2, 12), (3, 0), (9, 1))] == [16, 8, 190, 10]
+
+
+def test_sets_that_lie_alike_are_shuffled_differently(shards_dir: Path) -> None:
+    manifest = read_manifest(shards_dir)
+    order = make_order(config(shards_dir, more_shards=(shards_dir,)), [manifest] * 2, 4)
+    one, two = (each.locate(np.arange(60)) for each in order.orders)  # type: ignore[attr-defined]
+    assert (one.row != two.row).sum() > 30
 
 
 def test_sets_that_differ_are_refused(shards_dir: Path, other: Path, tmp_path: Path) -> None:
