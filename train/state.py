@@ -88,8 +88,7 @@ def fingerprint(config: TrainConfig, manifest: Manifest, ranks: Ranks, precision
     prints |= {
         name: getattr(config, name)
         for name in ("seed", "batch_size", "steps", "shuffle_reports", "label_smoothing", "ema", "min_delta")
-    }
-    prints |= {"precision": precision.name}
+    } | {"precision": precision.name}
     for group in ("data", "model", "optim"):
         fields = to_fields(getattr(config, group))
         prints |= {f"{group}.{name}": value for name, value in fields.items()}
