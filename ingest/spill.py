@@ -54,13 +54,13 @@ _spare: list[mmap.mmap] = []
 class SpillWriter:
     """Takes the images of one spill, in the order of its rows. A thread sorts and writes a run while the next grows."""
 
-    def __init__(self, stream: StreamWriter, rows: int) -> None:
+    def __init__(self, stream: StreamWriter, rows: int, thread: ThreadPoolExecutor) -> None:
         self.records = np.zeros(rows, dtype=RECORD)
         """(rows,), for the caller to fill in, but for offset, size and xxh3 of images."""
         self._stream, self._sink = stream, HashingFile(stream)
         self._run: list[tuple[int, int, bytes]] = []
         self._run_bytes = 0
-        self._thread = ThreadPoolExecutor(1)
+        self._thread = thread
         self._writing: Future[None] | None = None
 
     def add(self, number: int, place: int, image: bytes) -> None:
@@ -76,10 +76,6 @@ class SpillWriter:
         self._wait()
         self._sink.write(self.records.tobytes() + _TRAILER.pack(len(self.records), bytes.fromhex(stamp)))
         self._stream.write(self._sink.digest)
-
-    def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown()
 
     def _end_run(self) -> None:
         self._wait()  # two runs are all that memory holds
@@ -107,10 +103,10 @@ class SpillWriter:
 @contextlib.contextmanager
 def open_spill(path: Path, rows: int, stamp: str) -> Iterator[SpillWriter]:
     """Write a spill; it has its name once it is whole. `stamp`: 32 hex digits, of the image files it comes from."""
-    with atomic_stream(path, durable=False) as stream:
-        with contextlib.closing(SpillWriter(stream, rows)) as writer:
-            yield writer
-            writer.finish(stamp)
+    with atomic_stream(path, durable=False) as stream, ThreadPoolExecutor(1) as thread:
+        writer = SpillWriter(stream, rows, thread)
+        yield writer
+        writer.finish(stamp)
 
 
 def spill_path(folder: Path, first: int) -> Path:
@@ -227,9 +223,6 @@ class SpillReader:
         _spare.extend(self._buffers)
 
 
-_EXTENT = np.dtype([("spill", "<i8"), ("offset", "<i8"), ("size", "<i8")])
-
-
 def _cuts(sizes: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
     """First and end of each part of about _PART_BYTES."""
     part_of = np.cumsum(sizes, dtype=np.int64) // _PART_BYTES
@@ -247,7 +240,7 @@ def _extents(
     apart = (np.diff(spill) != 0) | (begin[1:] - end[:-1] > _GAP)
     first = np.concatenate([[0], np.flatnonzero(apart) + 1])
     last = np.concatenate([first[1:] - 1, [len(order) - 1]])
-    extents = np.empty(len(first), dtype=_EXTENT)
+    extents = np.empty(len(first), dtype=[("spill", "<i8"), ("offset", "<i8"), ("size", "<i8")])
     extents["spill"], extents["offset"] = spill[first], begin[first] // ALIGNMENT * ALIGNMENT
     extents["size"] = -(-end[last] // ALIGNMENT) * ALIGNMENT - extents["offset"]
     moved = np.concatenate([[0], np.cumsum(extents["size"])[:-1]]) - extents["offset"]
