@@ -32,6 +32,8 @@ _VERSIONS = ("shardclip", "numpy", "pillow", "simplejpeg", "pyarrow", "ftfy", "r
 """Packages that decide the bytes of the result."""
 _NOT_INPUTS = ("to_shards", "workers", "scheduler", "scheduler_wait", "dry_run", "max_rejects", "sources")
 _PATHS = ("h5", "csv", "images", "text_folder")
+_FOLDER = "(which folder)"
+"""Looked at after the end only: on another node an ingest may go on with the same folder under another number."""
 _REMOVERS = 16
 """Threads that remove work files."""
 
@@ -68,7 +70,16 @@ def _source_inputs(source: SourceConfig) -> dict[str, Any]:
     inputs = {name: value for name, value in fields.items() if name not in _PATHS}
     inputs |= {f"csv file {number}": _digest(path) for number, path in enumerate(source.csv)}
     inputs |= {f"h5 file {number}": _stamp(path) for number, path in enumerate(source.h5)}
-    return inputs
+    folders = {"images": source.images, "text_folder": source.text_folder}
+    return inputs | {f"{name} {_FOLDER}": _inode(path) for name, path in folders.items() if path is not None}
+
+
+def _inode(folder: Path) -> int | None:
+    """Tells folders apart without naming them."""
+    try:
+        return folder.stat().st_ino
+    except OSError:
+        return None
 
 
 def _stamp(path: Path) -> str:
@@ -113,7 +124,7 @@ def finished_samples(config: IngestConfig) -> int | None:
         before = json.loads((out / INPUTS_NAME).read_bytes())
     except (OSError, ValueError):
         raise InputError(f"{another}, and no {INPUTS_NAME} that says of what; choose another folder") from None
-    changed = [name for name in _changed(before, fingerprint(config)) if not name.startswith("version of ")]
+    changed = [name for name in _differing(before, fingerprint(config)) if not name.startswith("version of ")]
     if config.encoding == "auto" and "encoding" in changed:  # the same inputs make the same pick
         changed.remove("encoding")
     if changed:
@@ -131,10 +142,15 @@ def _check_folder(out: Path, inputs: dict[str, Any]) -> None:
         raise InputError(f"{out} is not empty and holds no interrupted ingest; choose another folder")
 
 
-def _changed(before: Any, now: dict[str, Any]) -> list[str]:
+def _differing(before: Any, now: dict[str, Any]) -> list[str]:
     """Names of what is another in one of two fingerprints; of all where the first is none."""
     before = before if isinstance(before, dict) else {}
     return [name for name in now | before if before.get(name) != now.get(name)]
+
+
+def _changed(before: Any, now: dict[str, Any]) -> list[str]:
+    """The same for an ingest under way."""
+    return [name for name in _differing(before, now) if not name.endswith(_FOLDER)]
 
 
 def _cannot_write(out: Path, error: OSError) -> InputError:

@@ -4,9 +4,11 @@ import csv
 import io
 import os
 import resource
+import shutil
 import tarfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -24,6 +26,7 @@ from ingest.reports import cut_section
 from ingest.run import ingest
 from ingest.source import H5Source
 from ingest.trial import dry_run
+from ingest.workdir import finished_samples
 from shards.encodings import ENCODINGS, decode, encode
 from shards.errors import InputError
 from shards.manifest import read_manifest
@@ -266,6 +269,16 @@ class TestImageFolder:
         assert rejects == {1: "film file cannot be decoded"} | dict.fromkeys(
             (2, 3, 4, 5, 7), "film file is missing or outside the folder"
         )
+
+    def test_a_finished_set_of_another_folder_is_no_end_of_this_ingest(self, folder: Path, tmp_path: Path) -> None:
+        """The CSV names the same files in both."""
+        table = write_csv(tmp_path / "t.csv", ["Path", "impression"], [["grey.png", "x"]])
+        config = IngestConfig(to_shards=tmp_path / "out", images=folder, csv=(table,), workers=1)
+        ingest(config)
+        shutil.copytree(folder, tmp_path / "other")
+        assert finished_samples(replace(config, images=tmp_path / "films" / "p1" / "..")) == 1
+        with pytest.raises(InputError, match=r"made with another source 0 images \(which folder\);"):
+            finished_samples(replace(config, images=tmp_path / "other"))
 
     def test_too_many_rejects_are_a_mistake(self, folder: Path, tmp_path: Path) -> None:
         table = write_csv(
