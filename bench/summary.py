@@ -23,13 +23,14 @@ def summarise(cases: Sequence[Case], rounds: dict[Key, Rounds], notes: dict[Key,
         note = notes.get((name, latency), NOTES.get(name))
         row |= {"note": note} if note else {}
         if (name, latency) not in notes:
-            row |= _figures(name, taken, {key[0]: each for key, each in rounds.items() if key[1] == latency}, peers)
+            beside = {key[0]: each for key, each in rounds.items() if key[1] == latency and key not in notes}
+            row |= _figures(name, taken, beside, peers)
         listed.append(row)
     return listed
 
 
 def _figures(name: str, taken: Rounds, beside: dict[str, Rounds], peers: set[str]) -> dict[str, Any]:
-    """`beside`: the rounds of all cases at this latency."""
+    """`beside`: the rounds of all cases at this latency that did not fail."""
     rates = _values(taken, "images_per_s")
     result = speed(rates)
     for field in ("first_batch_s", "cpu_s_per_1000"):

@@ -154,6 +154,14 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert any(line.startswith("spdl") and line.endswith("not installed") for line in lines)
 
 
+def test_a_peer_that_fails_midway_is_no_peer_to_compare_with() -> None:
+    cases = [Case(name=name, loader=name, peer=name != "cpu") for name in ("cpu", "spdl", "webdataset")]
+    taken: dict[Any, Any] = {("cpu", None): rounds(400, 120), ("spdl", None): rounds(300)}
+    taken["webdataset", None] = rounds(100, 60)
+    found = {row["name"]: row for row in summarise(cases, taken, {("spdl", None): "failed: it hung"})}
+    assert found["cpu"]["ratio_to_best_peer"] == 3 and "images_per_s" not in found["spdl"]
+
+
 def test_each_latency_is_compared_with_its_own_baseline() -> None:
     cases = [Case(name="hdf5", loader="hdf5"), Case(name="cpu", loader="cpu")]
     taken: dict[Any, Any] = {("hdf5", 0.0): rounds(100), ("cpu", 0.0): rounds(400)}
