@@ -8,6 +8,7 @@ A loader's whole state is one integer, `position`: build it with `position=p` an
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -205,12 +206,7 @@ def resolve_backend(config: LoaderConfig, world: World) -> str:
 
 
 def _make_reader(
-    config: LoaderConfig,
-    manifests: Sequence[Manifest],
-    order: Order,
-    world: World,
-    position: int,
-    bad_samples: Sequence[dict[str, Any]],
+    config: LoaderConfig, manifests: Sequence[Manifest], order: Order, world: World, position: int, bad: Sequence[Any]
 ) -> BlockReader:
     """A reader of the rank's visits."""
     if (channels := manifests[0].image.channels) != 1:
@@ -220,21 +216,25 @@ def _make_reader(
     for manifest in manifests:
         check_memory(manifest, manifest.splits[config.split], limit, sum(live))
     roots = (Path(root) for root in (config.shards, *config.more_shards))
-    sets = [_open_set(config, *each) for each in zip(roots, manifests, order.layouts, strict=False)]
-    memory = limit if config.memory_mb else read_ahead(sets, live, config.read_threads)
-    shards = OpenShards(sets)
     max_bad = config.max_bad if config.mode == "train" else 0
-    quarantine = Quarantine(ShardNames(split=config.split, first=shards.first), max_bad, bad_samples)
-    visits, threads, patience = order.visits(position, world), config.read_threads, config.stall_abort_s
-    return BlockReader(VisitLoader(shards, quarantine), visits, memory, threads=threads, stall_abort_s=patience)
+    with ExitStack() as begun:  # copying ends where no reader can be made
+        sets = [_open_set(config, begun, *each) for each in zip(roots, manifests, order.layouts, strict=False)]
+        memory = limit if config.memory_mb else read_ahead(sets, live, config.read_threads)
+        shards = OpenShards(sets)
+        quarantine = Quarantine(ShardNames(split=config.split, first=shards.first), max_bad, bad)
+        visits, threads, patience = order.visits(position, world), config.read_threads, config.stall_abort_s
+        reader = BlockReader(VisitLoader(shards, quarantine), visits, memory, threads=threads, stall_abort_s=patience)
+        begun.pop_all()
+    return reader
 
 
-def _open_set(config: LoaderConfig, root: Path, manifest: Manifest, layout: Layout) -> ShardSet:
+def _open_set(config: LoaderConfig, begun: ExitStack, root: Path, manifest: Manifest, layout: Layout) -> ShardSet:
     """A data set and, where the config asks for them, its copies on the node, begun."""
     shards, copies = manifest.splits[config.split], None
     if config.stage_dir is not None:
         limit = None if config.stage_gb is None else int(config.stage_gb * 1e9)
         copies = Stage(root, Path(config.stage_dir), manifest, shards, limit)
+        begun.callback(copies.close)
     return ShardSet(root=root, manifest=manifest, shards=shards, layout=layout, copies=copies)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from pipeline import stage
+from pipeline import blocks, stage
 from pipeline.batch import World, digest_batch
 from pipeline.config import LoaderConfig
 from pipeline.loader import Loader, build_loader
@@ -120,7 +120,7 @@ def test_what_a_killed_copier_left_is_finished(copy: Path, tmp_path: Path, expec
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pipeline import stage
+from pipeline import blocks, stage
 from shards.manifest import read_manifest
 from train.main import main
 manifest = read_manifest(Path(sys.argv[1]))
@@ -232,6 +232,26 @@ def test_a_copier_that_is_stopped_leaves_whole_files_only(
 
 
 @pytest.mark.slow
+def test_copying_ends_where_no_loader_can_be_made(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More memory than there is is found after copying began, of both sets."""
+    begun: list[Stage] = []
+    copies = Stage._copy_in_turn
+
+    def wait(self: Stage) -> None:
+        begun.append(self)
+        assert self._stopped.wait(60)
+        copies(self)
+
+    def refuse(limit: int) -> None:
+        raise InputError(f"memory_mb {limit >> 20} is more than this machine has")
+
+    monkeypatch.setattr(Stage, "_copy_in_turn", wait)
+    monkeypatch.setattr(blocks, "Buffers", refuse)
+    with pytest.raises(InputError, match="more than this machine has"):
+        build_loader(settings(copy, tmp_path / "node", more_shards=(copy,)), World())
+    assert len(begun) == 2 and not any(each._thread.is_alive() for each in begun)
+
+
 def test_training_with_copies(copy: Path, tmp_path: Path) -> None:
     """The same run with and without; where copies lie is in no checkpoint, and a resume may do without."""
     runs = {}
@@ -258,7 +278,7 @@ def training(root: Path, out: Path, *more: str) -> list[str]:
 FULL = """
 import sys
 from pathlib import Path
-from pipeline import stage
+from pipeline import blocks, stage
 from pipeline.batch import World, digest_batch
 from pipeline.config import LoaderConfig
 from pipeline.loader import build_loader
@@ -298,7 +318,7 @@ def test_a_full_disk_is_done_without(shards_dir: Path, tmp_path: Path, expected:
 RANK = """
 import os, sys, time
 from pathlib import Path
-from pipeline import stage
+from pipeline import blocks, stage
 from pipeline.batch import World, digest_batch
 from pipeline.config import LoaderConfig
 from pipeline.loader import build_loader
