@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_start_method
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,7 @@ class Hdf5Backend:
             persistent_workers=True,
             pin_memory=self._device.type == "cuda",
             collate_fn=_stack,
-            worker_init_fn=partial(_follow, os.getpid()),
+            worker_init_fn=partial(_follow, None if get_start_method() == "forkserver" else os.getpid()),
         )
         gc.collect()  # before the fork: a child hangs where it destroys what has threads, such as a DALI graph
         self._images = iter(loader)
@@ -162,11 +163,11 @@ class Hdf5Backend:
             position = stop
 
 
-def _follow(parent: int, worker: int) -> None:  # noqa: ARG001
+def _follow(parent: int | None, worker: int) -> None:  # noqa: ARG001
     """End a worker with its parent. torch's own watch takes whoever is the parent once the worker is set up: where that
-    was killed before, the worker would live for ever."""
+    was killed before, the worker would live for ever. `parent` None: a fork server, which ends with the rank itself."""
     die_with_parent()
-    if os.getppid() != parent:  # it died before we asked
+    if parent not in (None, os.getppid()):  # it died before we asked
         os._exit(1)
 
 

@@ -479,3 +479,20 @@ def test_workers_of_the_hdf5_backends_die_with_their_rank(shards_dir: Path, sour
     while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers):
         assert time.monotonic() < deadline, "a worker lives on"
         time.sleep(0.05)
+
+
+def test_workers_of_the_hdf5_backends_may_come_from_a_fork_server(shards_dir: Path, source: tuple[Path, Path]) -> None:
+    """Whose children they are then: what Python 3.14 takes where nobody asks."""
+    code = """if True:
+        import multiprocessing, sys
+        from pathlib import Path
+        from pipeline.batch import World
+        from pipeline.config import LoaderConfig
+        from pipeline.loader import build_loader
+        multiprocessing.set_start_method("forkserver")
+        config = LoaderConfig(shards=Path(sys.argv[1]), h5=Path(sys.argv[2]), backend="hdf5", batch_size=8, threads=1)
+        with build_loader(config, World()) as loader:
+            print(len(next(loader)))"""
+    command = [sys.executable, "-c", code, str(shards_dir), str(source[0])]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "8\n", done.stderr
