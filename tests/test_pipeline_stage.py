@@ -120,7 +120,7 @@ def test_what_a_killed_copier_left_is_finished(copy: Path, tmp_path: Path, expec
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pipeline import blocks, stage
+from pipeline import stage
 from shards.manifest import read_manifest
 from train.main import main
 manifest = read_manifest(Path(sys.argv[1]))
@@ -231,7 +231,6 @@ def test_a_copier_that_is_stopped_leaves_whole_files_only(
         assert file_digest(path) == file_digest(copy / path.name)
 
 
-@pytest.mark.slow
 def test_copying_ends_where_no_loader_can_be_made(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More memory than there is is found after copying began, of both sets."""
     begun: list[Stage] = []
@@ -252,6 +251,7 @@ def test_copying_ends_where_no_loader_can_be_made(copy: Path, tmp_path: Path, mo
     assert len(begun) == 2 and not any(each._thread.is_alive() for each in begun)
 
 
+@pytest.mark.slow
 def test_training_with_copies(copy: Path, tmp_path: Path) -> None:
     """The same run with and without; where copies lie is in no checkpoint, and a resume may do without."""
     runs = {}
@@ -278,7 +278,7 @@ def training(root: Path, out: Path, *more: str) -> list[str]:
 FULL = """
 import sys
 from pathlib import Path
-from pipeline import blocks, stage
+from pipeline import stage
 from pipeline.batch import World, digest_batch
 from pipeline.config import LoaderConfig
 from pipeline.loader import build_loader
@@ -318,7 +318,7 @@ def test_a_full_disk_is_done_without(shards_dir: Path, tmp_path: Path, expected:
 RANK = """
 import os, sys, time
 from pathlib import Path
-from pipeline import blocks, stage
+from pipeline import stage
 from pipeline.batch import World, digest_batch
 from pipeline.config import LoaderConfig
 from pipeline.loader import build_loader
