@@ -193,9 +193,13 @@ def remove_work(out: Path) -> None:
     """
     if (out / WORK_NAME).exists():
         remove_temporary(out)
-        with contextlib.suppress(FileNotFoundError):  # moved by a run that was killed since
+        try:
             os.replace(out / WORK_NAME / _INPUTS, out / INPUTS_NAME)
             sync_folder(out)
+        except FileNotFoundError:  # moved by a run that was killed since
+            pass
+        except OSError as error:
+            raise _cannot_write(out, error) from None
         with ThreadPoolExecutor(_REMOVERS) as threads, contextlib.suppress(OSError):
             for path in (out / WORK_NAME).iterdir():
                 threads.submit(path.unlink, missing_ok=True)  # 6 ms a spill, of waiting
