@@ -104,6 +104,8 @@ class OpenShards:
         """Number of each set's first shard."""
         self._open: OrderedDict[tuple[int, bool], _Entry] = OrderedDict()
         self._rows: OrderedDict[tuple[int, int], Records] = OrderedDict()
+        self._kept = 0
+        """Rows of them: sets differ in those of a block."""
         self._lock = threading.Lock()
 
     def find(self, number: int) -> tuple[ShardSet, int]:
@@ -158,13 +160,20 @@ class OpenShards:
         """The records of a block of a shard in use, from those kept if they are there."""
         manifest = self.find(number)[0].manifest
         with self._lock:
-            records = self._rows.pop((number, block), None)
+            records = self._forget((number, block))
         if records is None:
             records = block_records(shard.read_rows(block), manifest, block * manifest.block_rows)
         with self._lock:
+            self._forget((number, block))  # another thread's
             self._rows[number, block] = records
-            while len(self._rows) * manifest.block_rows > ROWS_KEPT:
-                self._rows.popitem(last=False)
+            self._kept += len(records)
+            while self._kept > ROWS_KEPT:
+                self._forget(next(iter(self._rows)))
+        return records
+
+    def _forget(self, place: tuple[int, int]) -> Records | None:
+        records = self._rows.pop(place, None)
+        self._kept -= 0 if records is None else len(records)
         return records
 
     def distrust(self, number: int, why: InputError) -> None:
@@ -174,7 +183,7 @@ class OpenShards:
         own.copies.distrust(local, str(why))
         with self._lock:
             for key in [key for key in self._rows if key[0] == number]:
-                del self._rows[key]
+                self._forget(key)
 
     def close(self) -> None:
         """Close all files."""

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from test_pipeline_order import everything, layouts, places, used_blocks
 from test_pipeline_selection import config, delivered, table
 
+from pipeline import handles
 from pipeline.batch import World
 from pipeline.handles import OpenShards
 from pipeline.loader import build_loader, make_order
@@ -244,6 +245,28 @@ def test_blocks_are_counted_by_the_rows_of_their_own_set() -> None:
     assert [shards.block_rows(shard) for shard in (0, 2, 3, 9)] == [16, 16, 190, 190]
     assert [shards.info(shard) for shard in (0, 2, 3, 9)] == ["a", "c", "a", "g"]
     assert [len(shards.candidates(*place)) for place in ((0, 0), (2, 12), (3, 0), (9, 1))] == [16, 8, 190, 10]
+
+
+def test_long_blocks_of_one_set_do_not_put_out_the_short_ones_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept is counted in rows, whichever set was read last."""
+    read: Counter = Counter()
+
+    def make(_: object, manifest: SimpleNamespace, first: int) -> np.ndarray:
+        read[manifest.block_rows, first] += 1
+        return np.zeros(manifest.block_rows)
+
+    monkeypatch.setattr(handles, "ROWS_KEPT", 400)
+    monkeypatch.setattr(handles, "block_records", make)
+    sets = [SimpleNamespace(shards="a", manifest=SimpleNamespace(block_rows=rows)) for rows in (2, 100)]
+    shards, shard = OpenShards(sets), SimpleNamespace(read_rows=lambda _: None)  # type: ignore[arg-type]
+    for _ in range(3):
+        for block in range(100):
+            shards.records(shard, 0, block)  # type: ignore[arg-type]
+        shards.records(shard, 1, 0)  # type: ignore[arg-type]
+    assert set(read.values()) == {1} and len(read) == 101
+    for block in range(4):
+        shards.records(shard, 1, block)  # type: ignore[arg-type]
+    assert sum(map(len, shards._rows.values())) == 400
 
 
 def test_sets_that_lie_alike_are_shuffled_differently(shards_dir: Path) -> None:
