@@ -18,10 +18,12 @@ from typing import NamedTuple, Self
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from xxhash import xxh3_128
 
 from ingest.tokenizer import Tokenizer
 from shards.atomic import atomic_file, write_atomic
 from shards.digest import HashingFile, file_digest
+from shards.errors import InputError
 from shards.schema import TokenizerSpec
 
 _SIDES = re.compile(
@@ -33,7 +35,7 @@ _CHUNK = 4096
 """Rows written and read at once."""
 _MOST_TEXT = 64 << 20
 """Bytes of reports read at once; larger ones are read one by one."""
-_LAYOUT = 2
+_LAYOUT = 3
 """Grows when the files change, so that an ingest that an older version began makes them anew."""
 
 
@@ -92,6 +94,7 @@ def write_rows(work: Path, reports: Reports) -> TokenizerSpec:
     """Tokenise all reports and write the three files, unless they are there and whole."""
     tokenizer = Tokenizer()
     note = {"layout": _LAYOUT, "tokenizer": asdict(tokenizer.spec), "labels": reports.labels.shape[1]}
+    note["texts"] = _texts_digest(reports.texts)
     if not _is_whole(work, note):
         with atomic_file(work / RECORDS) as records, atomic_file(work / TEXTS) as texts:
             sinks = HashingFile(records), HashingFile(texts)
@@ -100,6 +103,31 @@ def write_rows(work: Path, reports: Reports) -> TokenizerSpec:
         note |= {RECORDS: sinks[0].digest.hex(), TEXTS: sinks[1].digest.hex()}
         write_atomic(work / NOTE, json.dumps(note).encode())
     return tokenizer.spec
+
+
+def check_texts(work: Path, texts: pa.ChunkedArray) -> None:
+    """InputError where an earlier run took other reports: the fingerprint of an ingest does not look into files of
+    reports, and shards may be finished.
+    """
+    try:
+        before = json.loads((work / NOTE).read_bytes())
+    except (OSError, ValueError):  # nothing was made of them, or all of it is lost
+        return
+    if before.get("layout") == _LAYOUT and before.get("texts") != _texts_digest(texts):
+        raise InputError(
+            "reports changed since this ingest was begun; restore them, or empty the output folder to begin anew"
+        )
+
+
+def _texts_digest(texts: pa.ChunkedArray) -> str:
+    """Of all texts one after the other, and of their lengths, however they are cut into chunks."""
+    contents, lengths = xxh3_128(), xxh3_128()
+    for chunk in texts.chunks:
+        _, ends, content = chunk.buffers()
+        ends = np.frombuffer(ends, dtype=np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+        lengths.update(np.diff(ends).tobytes())
+        contents.update(memoryview(content or b"")[ends[0] : ends[-1]])
+    return contents.hexdigest() + lengths.hexdigest()
 
 
 def _write_chunk(

@@ -24,7 +24,7 @@ from ingest.inputs import Inputs, read_inputs
 from ingest.plan import Plan
 from ingest.pool import Pool, open_pool
 from ingest.report import Report, make_report, write_report
-from ingest.rows import Reports, write_rows
+from ingest.rows import Reports, check_texts, write_rows
 from ingest.spill import read_records, spill_path
 from ingest.trial import settle
 from ingest.workdir import check_unchanged, open_work, remove_work
@@ -84,6 +84,7 @@ def _image_spec(config: IngestConfig, inputs: Inputs) -> ImageSpec:
 
 def _encode(config: IngestConfig, inputs: Inputs, work: Path, pool: Pool) -> TokenizerSpec:
     """Phase one. A thread of this process tokenises while the workers encode."""
+    check_texts(work, inputs.texts)
     places = inputs.plan.places
     reports = Reports(order=inputs.plan.all_rows, texts=inputs.texts, groups=inputs.plan.groups, labels=inputs.labels)
     tasks = (

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ingest.config import IngestConfig
 from ingest.run import ingest
+from shards.errors import InputError
 
 INJECTED = Path(__file__).parent / "injected"
 
@@ -128,3 +129,29 @@ def test_a_film_that_changes_is_noticed(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((320, 320), np.uint8)).save(tmp_path / "3.png")
     shutil.rmtree(tmp_path / "out")
     assert run_module(*command).returncode == 0
+
+
+def test_a_file_of_reports_that_changes_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I12: shards that are finished hold the old report."""
+    for row in range(8):
+        (tmp_path / f"{row}.txt").write_text(f"Film {row}, no effusion.")
+    settings = IngestConfig(
+        to_shards=tmp_path / "out",
+        h5=(write_h5(tmp_path / "a.h5", made_up_images(8)),),
+        csv=(write_csv(tmp_path / "a.csv", ["file"], [[f"{row}.txt"] for row in range(8)]),),
+        text_column="file",
+        text_folder=tmp_path,
+        workers=1,
+    )
+
+    def stop(*_: object) -> None:
+        raise InputError("stopped between the phases")
+
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="between the phases"):
+        patched.setattr("ingest.run.shard_tasks", stop)
+        ingest(settings)
+    (tmp_path / "3.txt").write_text("Film 3, large effusion.")
+    with pytest.raises(InputError, match="reports changed since this ingest was begun"):
+        ingest(settings)
+    (tmp_path / "3.txt").write_text("Film 3, no effusion.")
+    assert ingest(settings).samples == 8
