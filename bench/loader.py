@@ -36,7 +36,7 @@ class LoaderBenchConfig:
     h5: Path | None = None
     """HDF5 file that the shards were made from; without it there is no baseline and no ratio."""
     csv: tuple[Path, ...] = ()
-    """Its CSV files; checked to describe the same rows as the shards, so that nobody compares two data sets."""
+    """Its CSV files; checked to hold the shards' reports, so that nobody compares two data sets."""
     text_column: str = "impression"
     """Column of the reports in the CSV."""
     json: Path | None = None

@@ -104,9 +104,10 @@ def _check_pairs(task: Task) -> None:
     from ingest.reports import read_columns
     from ingest.source import H5Source
     from shards.manifest import read_manifest
+    from shards.reader import ShardReader
 
-    expected = read_manifest(Path(task.shards)).sources[0].rows
-    found = {}
+    manifest = read_manifest(Path(task.shards))
+    expected, found = manifest.sources[0].rows, {}
     if task.raw_shards:
         raw = read_manifest(Path(task.raw_shards))
         found[task.raw_shards] = raw.sources[0].rows
@@ -116,13 +117,19 @@ def _check_pairs(task: Task) -> None:
         with H5Source(Path(task.h5)) as source:
             found[task.h5] = source.rows
     if task.csv:
-        column = task.text_column
-        found["the CSV"] = len(read_columns(tuple(map(Path, task.csv)), (column,))[column])
+        texts = read_columns(tuple(map(Path, task.csv)), (task.text_column,))[task.text_column]
+        found["the CSV"] = len(texts)
     for what, rows in found.items():
         if rows != expected:
             raise InputError(
                 f"{what} has {rows:,} rows, the shards were made from {expected:,}; give the files they were made from"
             )
+    if task.csv:
+        info = next(iter(manifest.splits.values()))[0]
+        with ShardReader(Path(task.shards), manifest, info) as reader:
+            ours, taken = reader.read_text(0), texts.take(reader.read_rows(0).source_row)
+        if ours != taken.to_pylist():
+            raise InputError(f"the reports of {info.name} are not those of the CSV; give the file they were made from")
 
 
 def check_positive(config: Any, *names: str) -> None:
