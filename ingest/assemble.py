@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,15 +15,12 @@ from ingest.spill import Images, SpillReader
 from shards.atomic import write_atomic
 from shards.digest import file_digest
 from shards.reader import check_file
-from shards.schema import FileInfo, ImageSpec, Manifest, ShardInfo, shard_name
+from shards.schema import FileInfo, ImageSpec, Manifest, ShardInfo, shard_count, shard_name
 from shards.writer import Sample, ShardWriter
 
 if TYPE_CHECKING:  # no worker needs them
     from ingest.config import IngestConfig
     from ingest.inputs import Inputs
-
-_SAMPLE_OVERHEAD = 2500
-"""Bytes a sample takes in the tar beside its image: three headers, report, labels, padding. For sizing shards only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,14 +59,14 @@ def shard_tasks(
 ) -> Iterator[AssembleTask]:
     """The shards of each split, from its rows in `order` and the `records` (rows,) of phase one."""
     source_of, starts = inputs.source_of, inputs.starts
-    places = inputs.plan.places
-    sample_bytes = float(records["size"].sum()) / sum(map(len, order.values())) + _SAMPLE_OVERHEAD
-    for name, rows in _cut_shards(order, sample_bytes, config.shard_mb * 1e6):
+    places, spill_starts = inputs.plan.places, inputs.spill_starts
+    mean_bytes = float(records["size"].sum()) / sum(map(len, order.values()))
+    for name, rows in _cut_shards(order, mean_bytes, config.shard_mb * 1e6):
         yield AssembleTask(
             folder=config.to_shards,
             work=work,
             name=name,
-            starts=inputs.spill_starts,
+            starts=spill_starts,
             image=draft.image,
             context=draft.tokenizer.context,
             labels=draft.labels,
@@ -89,12 +85,11 @@ def shard_tasks(
 
 
 def _cut_shards(
-    order: dict[str, NDArray[np.int64]], sample_bytes: float, shard_bytes: float
+    order: dict[str, NDArray[np.int64]], mean_bytes: float, shard_bytes: float
 ) -> Iterator[tuple[str, NDArray[np.int64]]]:
     """Names and rows of the shards: each split in nearly equal parts of about `shard_bytes`."""
     for split, rows in order.items():
-        count = min(len(rows), math.ceil(len(rows) * sample_bytes / shard_bytes))
-        for number, part in enumerate(np.array_split(rows, count)):
+        for number, part in enumerate(np.array_split(rows, shard_count(len(rows), mean_bytes, shard_bytes))):
             yield shard_name(split, number), part
 
 

@@ -4,7 +4,6 @@ Samples keep their order, which is a shuffle, their split, key and patient's num
 beside DIR2, verified there, and renamed: DIR2 is complete or not there at all, and a killed export is simply run again.
 """
 
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from shards.schema import (
     ShardInfo,
     block_rows_for,
     sample_key,
+    shard_count,
     shard_name,
     table_schema,
 )
@@ -132,8 +132,7 @@ def write_shards(root: Path, manifest: Manifest, chosen: Chosen, folder: Path, s
     splits: dict[str, tuple[ShardInfo, ...]] = {}
     with tqdm(total=chosen.samples, unit="film", disable=None, leave=False) as progress:
         for split, rows in chosen.rows.items():
-            count = min(len(rows), math.ceil(len(rows) * (mean_bytes + SAMPLE_OVERHEAD) / shard_bytes))
-            for number, part in enumerate(np.array_split(rows, count)):
+            for number, part in enumerate(np.array_split(rows, shard_count(len(rows), mean_bytes, shard_bytes))):
                 with _writer(folder, subset, split, number) as writer:
                     for sample in _samples(root, manifest, split, part):
                         writer.add(sample)

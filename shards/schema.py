@@ -4,6 +4,7 @@ A data set is a folder: `manifest.json`, `rejects.csv`, and for every shard a tr
 `NAME.parquet` with NAME = `{split}-{number:06d}`.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -173,6 +174,11 @@ def block_rows_for(samples: int, mean_bytes: float) -> int:
     """Rows in a block of a set with so many samples whose images take `mean_bytes` each."""
     wanted = min(TARGET_BLOCK_BYTES / max(mean_bytes, 1.0), samples / MINIMUM_BLOCKS)
     return min(max(MINIMUM_BLOCK_ROWS, int(wanted)), MAX_BLOCK_ROWS)
+
+
+def shard_count(samples: int, mean_bytes: float, shard_bytes: float) -> int:
+    """Shards of about `shard_bytes` for so many samples whose images take `mean_bytes` each."""
+    return min(samples, math.ceil(samples * (mean_bytes + SAMPLE_OVERHEAD) / shard_bytes))
 
 
 def shard_name(split: str, number: int) -> str:
