@@ -12,6 +12,9 @@ TEMPORARY_PREFIX = ".tmp-"
 _BUFFER = 1 << 20
 """Bytes written at once: the kernel takes 24 KB at a time at half the speed."""
 
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
+"""PostgreSQL's fsync_fname, too, takes these for a file system without fsync of folders."""
+
 _writer: ContextVar[str] = ContextVar("writer", default="")
 """Stands in the temporary names of this thread's files."""
 
@@ -98,9 +101,12 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power loss."""
+    """Make renames in a folder survive a power loss; some network file systems cannot, and need not, be asked to."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(handle)

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,12 +54,12 @@ def exclusive(path: Path, taken: str, *, wait_s: float = 0.0) -> Iterator[Lease]
     heartbeat was *seen* to stand still for DEAD_AFTER_S: clocks of machines and file servers differ.
     """
     me = {"host": socket.gethostname(), "boot": _boot_id(), "pid": os.getpid(), "started": _started(os.getpid())}
-    lease = Lease(path=path, holder=json.dumps(me).encode())
+    lease = Lease(path=path, holder=json.dumps({**me, "lease": uuid.uuid4().hex}).encode())
     seen = _Heartbeat()
     deadline = time.monotonic() + wait_s
-    while not _create(path, lease.holder):
+    while (now := _create(path, lease.holder)) is not None:
         try:
-            _take_over_or_refuse(path, taken, seen if wait_s else None)
+            _take_over_or_refuse(path, taken, seen.still_s if wait_s else lambda mtime_ns: (now - mtime_ns) / 1e9)
         except Held:
             if time.monotonic() >= deadline:
                 raise
@@ -90,19 +90,38 @@ class _Heartbeat:
         return time.monotonic() - self._since
 
 
-def _create(path: Path, holder: bytes) -> bool:
-    """Make the lock file with its content in one step: who is killed on the way must not leave a lock of nobody's."""
+def _create(path: Path, holder: bytes) -> int | None:
+    """Make the lock file with its content in one step: who is killed on the way must not leave a lock of nobody's.
+
+    None where it is ours now; else what time it is, in ns, by the clock that stamps files there.
+    """
     draft = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{uuid.uuid4().hex}")
     try:
         draft.write_bytes(holder)
-        os.link(draft, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        return _create_empty(path, holder)
+        now = draft.stat().st_mtime_ns
+        return None if _link(draft, path, holder) else now
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
+
+
+def _link(draft: Path, path: Path, holder: bytes) -> bool:
+    try:
+        os.link(draft, path)
+    except OSError as error:
+        if _says(path, holder):  # NFS asked twice, and tells of the second time
+            return True
+        if isinstance(error, FileExistsError):
+            return False
+        return _create_empty(path, holder)  # a file system without hard links
     return True
+
+
+def _says(path: Path, holder: bytes) -> bool:
+    """Whether a lock file is there, with that content."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_bytes() == holder
+    return False
 
 
 def _create_empty(path: Path, holder: bytes) -> bool:
@@ -110,17 +129,23 @@ def _create_empty(path: Path, holder: bytes) -> bool:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
         return False
-    with open(handle, "wb") as file:
-        file.write(holder)
+    try:
+        with open(handle, "wb") as file:
+            file.write(holder)
+    except OSError:  # a full disk; nobody's lock would stand for a minute
+        path.unlink()
+        raise
     return True
 
 
-def _take_over_or_refuse(path: Path, taken: str, seen: _Heartbeat | None) -> None:
+def _take_over_or_refuse(path: Path, taken: str, age_of: Callable[[int], float]) -> None:
+    """`age_of`: from a time of change, in ns, how many seconds ago that was."""
     try:
-        status, content = path.stat(), path.read_bytes()
+        # Opened, for that is when NFS asks the server how old the file is.
+        with open(path, "rb") as file:
+            content, age = file.read(), age_of(os.fstat(file.fileno()).st_mtime_ns)
     except FileNotFoundError:
         return  # released in this moment
-    age = seen.still_s(status.st_mtime_ns) if seen else time.time() - status.st_mtime
     try:
         holder = json.loads(content or b"{}")
     except ValueError:
@@ -134,9 +159,19 @@ def _take_over_or_refuse(path: Path, taken: str, seen: _Heartbeat | None) -> Non
         grave = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         path.rename(grave)
         if grave.read_bytes() != content:  # somebody else was faster, and this is theirs
-            with contextlib.suppress(FileExistsError):
-                os.link(grave, path)
-        grave.unlink()
+            _give_back(grave, path)
+        grave.unlink(missing_ok=True)
+
+
+def _give_back(grave: Path, path: Path) -> None:
+    """Put a living holder's lock back, unless there is another one by now."""
+    try:
+        os.link(grave, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not path.exists():
+            grave.rename(path)
 
 
 def _is_alive(holder: dict, age: float) -> bool:
