@@ -4,8 +4,13 @@ HDF5 can make a plain slice read another file (external links, external storage,
 plug-in. All are refused before a pixel is read.
 """
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
+from mmap import mmap
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import InputError
+from shards.stream import ALIGNMENT, new_buffer, open_direct, read_at
 
 DTYPES = ("float32", "float64", "uint8", "uint16")
 FILTERS = ("gzip", "lzf", "szip")
@@ -35,7 +41,7 @@ class H5Source:
 
     def __init__(self, path: Path, dataset: str = "cxr") -> None:
         """InputError where the file or the dataset is missing, unsafe, or of another shape or dtype."""
-        self._name = f"dataset {dataset!r} of {path}"
+        self._path, self._name = path, f"dataset {dataset!r} of {path}"
         self._file = _open(path)
         try:
             self._data = _dataset(self._file, dataset, self._name)
@@ -52,16 +58,57 @@ class H5Source:
         """Bytes in the file, compressed or not."""
         self.chunk_rows: int = self._data.chunks[0] if self._data.chunks else 1
         """Rows that are stored, and if compressed can only be read, together."""
+        self.contiguous = _is_plain(self._data)
+        """Whether the rows lie in the file end to end, as the bytes of a numpy array of `dtype`."""
 
     def read(self, first: int, end: int) -> NDArray:
         """Rows first..end as stored, (end - first, H, W). InputError where the file cannot be read."""
         try:
             return self._data[first:end]
         except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise InputError(
-                f"rows {first} to {end} of {self._name} cannot be read ({reason}); restore the file"
-            ) from None
+            raise self._unreadable(first, end, str(error)) from None
+
+    def read_direct(self, spans: Sequence[tuple[int, int]], ahead: int) -> Iterator[NDArray]:
+        """Each span of rows as `read` gives it, past the page cache; good until the next is asked for.
+
+        `ahead` spans are read by threads while one is used. Only where `contiguous`. InputError as of `read`.
+        """
+        row_bytes = self.height * self.width * self.dtype.itemsize
+        largest = max(end - first for first, end in spans) * row_bytes + 2 * ALIGNMENT
+        buffers = cycle([new_buffer(largest) for _ in range(min(ahead, len(spans)) + 1)])
+        pending: deque[Future[NDArray]] = deque()
+        with self._reopened() as handle, ThreadPoolExecutor(max(ahead, 1)) as threads:
+            for span in spans:
+                pending.append(threads.submit(self._read_direct, handle, *span, next(buffers)))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+
+    def _read_direct(self, handle: int, first: int, end: int, buffer: mmap) -> NDArray:
+        shape = (end - first, self.height, self.width)
+        row_bytes = self.height * self.width * self.dtype.itemsize
+        start, stop = (self._data.id.get_offset() + row * row_bytes for row in (first, end))
+        begin = start // ALIGNMENT * ALIGNMENT
+        target = memoryview(buffer)[: -(-stop // ALIGNMENT) * ALIGNMENT - begin]
+        try:
+            if read_at(handle, target, begin) < stop - begin:
+                raise OSError("the file ends before them")
+        except OSError as error:
+            raise self._unreadable(first, end, error.strerror or str(error)) from None
+        return np.ndarray(shape, self.dtype, target, start - begin)
+
+    @contextlib.contextmanager
+    def _reopened(self) -> Iterator[int]:
+        """Another descriptor of the open file. InputError where another file has its name by now."""
+        with open_direct(self._path) as handle:
+            if not os.path.samestat(os.fstat(handle), os.fstat(self._file.id.get_vfd_handle())):
+                raise InputError(f"the file of {self._name} was replaced while it was read; run the command again")
+            yield handle
+
+    def _unreadable(self, first: int, end: int, reason: str) -> InputError:
+        reason = " ".join(reason.split())[:160]
+        return InputError(f"rows {first} to {end} of {self._name} cannot be read ({reason}); restore the file")
 
     def films(
         self, images: NDArray, first: int, value_range: tuple[float, float] | None = None
@@ -92,6 +139,12 @@ class H5Source:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _is_plain(data: h5py.Dataset) -> bool:
+    # HDF5 has numbers that numpy has not, of 12 bits in 16 for example, and turns them into the nearest when it reads.
+    same_numbers = data.id.get_type() == h5py.h5t.py_create(data.dtype)
+    return data.chunks is None and data.id.get_offset() is not None and same_numbers
 
 
 def to_uint8(film: NDArray, row: int, name: str) -> NDArray[np.uint8]:

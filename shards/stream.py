@@ -128,26 +128,36 @@ def read_extents(path: Path, extents: list[tuple[int, int]], target: memoryview)
     `extents`: offset and size of each, multiples of ALIGNMENT, as is the address of `target`. What lies beyond the end
     of the file stays as it was. OSError where the file cannot be read.
     """
+    with open_direct(path) as handle:
+        for offset, size in extents:
+            read_at(handle, target[:size], offset)
+            target = target[size:]
+
+
+@contextlib.contextmanager
+def open_direct(path: Path) -> Iterator[int]:
+    """Descriptor of a file that `read_at` reads past the cache. OSError where it cannot be opened."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         _set_direct(handle, True)
-        for offset, size in extents:
-            _read_all(handle, target[:size], offset)
-            target = target[size:]
+        yield handle
     finally:
         os.close(handle)
 
 
-def _read_all(handle: int, target: memoryview, offset: int) -> None:
-    while len(target):
+def read_at(handle: int, target: memoryview, offset: int) -> int:
+    """Fill `target`; returns the number of bytes, fewer where the file ends. All aligned, as for `read_extents`."""
+    done = 0
+    while done < len(target):
         try:
-            size = os.preadv(handle, [target], offset)
+            size = os.preadv(handle, [target[done:]], offset + done)
         except OSError as error:
             _through_the_cache(handle, error)
             continue
         if not size:
-            return
-        target, offset = target[size:], offset + size
+            break
+        done += size
+    return done
 
 
 def _through_the_cache(handle: int, error: OSError) -> None:

@@ -6,8 +6,6 @@ import os
 import resource
 import shutil
 import tarfile
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,38 +119,6 @@ def test_blank_films_become_samples_on_request(tmp_path: Path, images: np.ndarra
         found = run(tmp_path / name, max_rejects=0.0, **({"encoding": "raw"} | given))
         assert len(found) == 40
         assert (found[key(3)]["pixels"] == 0).all() and (found[key(7)]["pixels"] == 77).all()
-
-
-@pytest.mark.parametrize("busy", ["storage", "this", "others"])
-def test_rows_are_read_ahead_where_storage_is_slow(
-    tmp_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch, busy: str
-) -> None:
-    """The same films either way; of slow storage all but the first rows are read by another thread, one step ahead."""
-    slow = busy == "storage"
-    path = write_h5(tmp_path / "a.h5", images.astype(np.float32))
-    monkeypatch.setattr("ingest.films.READ_ROWS", 3)
-    if busy == "this":  # all of the time is this thread's, however busy this machine is
-        monkeypatch.setattr("ingest.films.time.thread_time", time.perf_counter)
-    if busy == "others":  # it would have run all the time
-        monkeypatch.setattr("ingest.films._queued", time.perf_counter)
-    read, threads, before = H5Source.read, [], threading.active_count()
-
-    def recorded(source: H5Source, first: int, end: int) -> np.ndarray:
-        time.sleep(0.02 * (busy != "this"))
-        threads.append((first, threading.current_thread() is threading.main_thread()))
-        return read(source, first, end)
-
-    monkeypatch.setattr(H5Source, "read", recorded)
-    with H5Films(SourceConfig(h5=(path,))) as films:
-        reader = films.read(1, len(images))
-        first = next(reader)
-        assert np.array_equal([first, *reader], images[1:])
-        assert [number for number, _ in threads] == list(range(1, len(images), 3))
-        assert [here for _, here in threads] == [True, *[not slow] * (len(threads) - 1)]
-        abandoned = films.read(0, len(images))
-        assert [np.array_equal(next(abandoned), image) for image in images[:4]] == [True] * 4
-        abandoned.close()
-    assert threading.active_count() == before
 
 
 def test_of_many_files_only_those_are_opened_that_are_read(
