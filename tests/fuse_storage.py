@@ -201,7 +201,6 @@ class _Storage:
 
     def create(self, path: str, mode: int, info: Any) -> int:
         self._check_direct(info.flags)
-        # `O_EXCL` is the kernel's, which looked the name up; another node may have made it since.
         wanted = info.flags & ~(os.O_DIRECT | os.O_APPEND) | os.O_CREAT
         info.fh = self._do("create", path, lambda: os.open(self._at(path), wanted, mode))
         return 0
