@@ -28,7 +28,11 @@ _FILM = 224
 _GAP = 8
 _FONT_SIZE = 11
 _LINE = 14
+_NO_CHARACTER = "\uffff"
+"""Unicode has none here: drawn as every letter is that a font lacks."""
 _TEXT_LINES = 5
+_SHOWN = 2000
+"""Characters of a report that are looked at; fewer fit."""
 _PAPER, _INK, _PALE = 255, 0, 96
 _COLUMNS = ("key", "offset", "size", "xxh3", "text")
 
@@ -47,6 +51,8 @@ class PreviewConfig:
     """Films on the sheet."""
     seed: int = 0
     """Another seed draws other films."""
+    font: Path | None = None
+    """TrueType or OpenType file for the reports; none: DejaVu Sans, which has no Chinese, Japanese or Korean."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MAX_COUNT:
@@ -74,11 +80,35 @@ def run(config: PreviewConfig) -> None:
         raise InputError(f"no split {config.split!r} in {config.root}; it has {', '.join(manifest.splits)}")
     check_outside(config.out, config.root, "--out")
     check_writable(config.out)
+    font = load_font(config.font)
     rows = choose_rows(manifest.rows(config.split), config.count, config.seed)
+    films = list(read_films(config.root, manifest, config.split, rows))
     buffer = io.BytesIO()
-    draw_sheet(list(read_films(config.root, manifest, config.split, rows))).save(buffer, "PNG")
+    draw_sheet(films, font).save(buffer, "PNG")
     write_atomic(config.out, buffer.getvalue())
     say(f"{config.out}: {len(rows)} of {manifest.rows(config.split):,} films of {config.split}, with their reports")
+    if lacking := sum(lacks_letters(font, film.text) for film in films):
+        say(f"{lacking} reports have letters that the font lacks, drawn as boxes; give one that has them with --font")
+
+
+def load_font(path: Path | None) -> ImageFont.FreeTypeFont:
+    """The font of this file, or matplotlib's DejaVu Sans. InputError for a file that is no font."""
+    if path is None:
+        import matplotlib
+
+        path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    try:
+        return ImageFont.truetype(io.BytesIO(path.read_bytes()), _FONT_SIZE)
+    except OSError as error:
+        raise InputError(
+            f"--font {path} cannot be used ({error.strerror or error}); name a .ttf or .otf file"
+        ) from None
+
+
+def lacks_letters(font: ImageFont.FreeTypeFont, text: str) -> bool:
+    """Whether a font draws a letter of the part that is shown as it draws what is no character."""
+    box = bytes(font.getmask(_NO_CHARACTER))
+    return any(bytes(font.getmask(letter)) == box for letter in {*text[:_SHOWN]} if not letter.isspace())
 
 
 def choose_rows(rows: int, count: int, seed: int) -> NDArray[np.int64]:
@@ -97,7 +127,7 @@ def read_films(root: Path, manifest: Manifest, split: str, rows: NDArray[np.int6
         yield Film(key=row["key"], text=row["text"], pixels=pixels)
 
 
-def draw_sheet(films: list[Film]) -> Image.Image:
+def draw_sheet(films: list[Film], font: ImageFont.FreeTypeFont) -> Image.Image:
     """The contact sheet, grey, about as wide as high."""
     columns = max(1, round(len(films) ** 0.5 * 1.2))
     width, height = _FILM + _GAP, _FILM + (1 + _TEXT_LINES) * _LINE + 2 * _GAP
@@ -105,12 +135,12 @@ def draw_sheet(films: list[Film]) -> Image.Image:
     sheet = Image.new("L", (min(columns, len(films)) * width + _GAP, lines * height + _GAP), _PAPER)
     for number, film in enumerate(films):
         line, column = divmod(number, columns)
-        _draw_film(sheet, film, _GAP + column * width, _GAP + line * height)
+        _draw_film(sheet, film, font, _GAP + column * width, _GAP + line * height)
     return sheet
 
 
-def _draw_film(sheet: Image.Image, film: Film, x: int, y: int) -> None:
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
+def _draw_film(sheet: Image.Image, film: Film, font: ImageFont.FreeTypeFont, x: int, y: int) -> None:
+    draw = ImageDraw.Draw(sheet)
     image = Image.fromarray(film.pixels)
     scale = _FILM / max(image.size)
     fitted = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
@@ -123,7 +153,7 @@ def _draw_film(sheet: Image.Image, film: Film, x: int, y: int) -> None:
 def wrap(text: str, font) -> list[str]:
     """The beginning of a report in lines that fit under a film, an ellipsis where it goes on."""
     lines, line = [], ""
-    words = text[:2000].split()
+    words = text[:_SHOWN].split()
     for word in words:
         longer = f"{line} {word}".strip()
         if font.getlength(longer) <= _FILM:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import assert_refused, run_module
-from PIL import Image, ImageFont
+from PIL import Image
 from xxhash import xxh3_128_hexdigest
 
 from pipeline.selection import read_keys
@@ -23,7 +23,7 @@ from shards.errors import InputError
 from shards.export import ExportConfig
 from shards.export import run as export
 from shards.manifest import read_manifest, write_manifest
-from shards.preview import PreviewConfig, choose_rows, read_films, wrap
+from shards.preview import PreviewConfig, choose_rows, lacks_letters, load_font, read_films, wrap
 from shards.query import parse_query
 from shards.reader import ShardReader
 from shards.schema import CODEC_EXTENSIONS, NO_GROUP, FileInfo, ImageSpec, Manifest, SourceInfo, TokenizerSpec
@@ -364,10 +364,17 @@ def test_preview_refuses(small: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=words):
             PreviewConfig(**{"root": small, "out": out} | change)
     assert list(tmp_path.iterdir()) == []
+    assert_refused(run_module("shards", "preview", small, "--out", out, "--font", __file__), "--font", "cannot be used")
+
+
+def test_preview_draws_the_letters_of_reports_in_other_languages_or_says_that_it_cannot() -> None:
+    font = load_font(None)
+    assert not lacks_letters(font, "Pleuraerguß, Lungenödem; corazón de tamaño normal. Сердце не расширено. Καρδιά")
+    assert lacks_letters(font, "Effusion: 흉수")
 
 
 def test_preview_keeps_reports_of_any_kind_inside_their_cell() -> None:
-    font = ImageFont.load_default(11)
+    font = load_font(None)
     for text in ("x" * 5000, "word " * 1000, "", "\n\t ", "ö§ 肺 \u202e\x00 a", "W" * 60 + " " + "i " * 500):
         lines = wrap(text, font)
         assert len(lines) <= 5 and all(font.getlength(line) <= 224 for line in lines)
