@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -41,10 +42,16 @@ case "$1 $2" in "show hostnames") echo localhost ;; *) echo "$@" >>"$(dirname "$
 
 
 SQUEUE = """#!/usr/bin/env bash
-echo "${FAKE_STATE:-RUNNING None}"
+case $* in *%e*) echo "${FAKE_END:-N/A}" ;; *) echo "${FAKE_STATE:-RUNNING None}" ;; esac
 """
 STOPPED = """#!/usr/bin/env bash
 mkdir -p run && [[ "$*" != *torch.distributed.run* ]] || echo 7 >run/requeue
+"""
+NOTHING_TO_SAVE = """#!/usr/bin/env bash
+[[ "$*" == *torch.distributed.run* ]] || exit 1
+trap 'exit 1' USR2
+touch started
+while :; do sleep 0.1; done
 """
 
 
@@ -74,7 +81,13 @@ def job(tmp_path: Path) -> dict[str, str]:
     """Environment of a job on two nodes of one CPU each."""
     srun = tmp_path / "bin" / "srun"
     srun.parent.mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("squeue", SQUEUE), ("stopped", STOPPED)):
+    for name, text in (
+        ("srun", SRUN),
+        ("scontrol", SCONTROL),
+        ("squeue", SQUEUE),
+        ("stopped", STOPPED),
+        ("nothing", NOTHING_TO_SAVE),
+    ):
         path = srun.with_name(name)
         path.write_text(text)
         path.chmod(0o755)
@@ -161,7 +174,7 @@ def ranks_of(run: Path) -> list[int]:
 def test_training_queues_itself_again(job: dict[str, str], tmp_path: Path, shards_dir: Path) -> None:
     """A rank is killed after a save: queued again. Then USR2, as before the time is up: saved, queued again."""
     run, calls = tmp_path / "run", tmp_path / "scontrol.log"
-    job |= {"LEAD_SENT": "1", "RANKS_PER_NODE": "1", "STAGE_DIR": str(tmp_path / "stage")}
+    job |= {"RANKS_PER_NODE": "1", "STAGE_DIR": str(tmp_path / "stage")}
     long = ("--steps", "100000", "--save-every", "2", "--validate-every", "0")
     first = training(job, tmp_path, shards_dir, *long)
     wait_for(first, tmp_path, lambda: (run / "checkpoints" / "step-0000004.pt").exists())
@@ -215,6 +228,49 @@ def test_a_cancelled_job_does_not_come_back(job: dict[str, str], tmp_path: Path,
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "scontrol.log").exists() == again, done.stdout
     assert ("queued again by Slurm" not in done.stdout) == again
+
+
+def test_a_time_that_saves_nothing_is_refused(job: dict[str, str], tmp_path: Path) -> None:
+    """--time below the 120 s that an unknown run is given for its save."""
+    script = REPOSITORY / "train" / "slurm" / "train.sbatch"
+    job |= {"PYTHON": str(tmp_path / "bin" / "nothing"), "FAKE_END": in_seconds(60)}
+    command = ["bash", str(script), "--out", "run"]
+    done = subprocess.run(command, cwd=tmp_path, env=job, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and re.search("--time leaves (59|60) s, and the run needs 120 s", done.stderr)
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize(("end", "again"), [(121, False), (600, False), (9000, True)])
+def test_a_job_whose_whole_time_saved_nothing_does_not_come_back(
+    job: dict[str, str], tmp_path: Path, end: int, again: bool
+) -> None:
+    """Another start would be as short. One that was told before its time, to make room, is queued again."""
+    script = REPOSITORY / "train" / "slurm" / "train.sbatch"
+    job |= {"PYTHON": str(tmp_path / "bin" / "nothing"), "FAKE_END": in_seconds(end), "SLURM_JOB_NUM_NODES": "1"}
+    command = ["bash", "-c", f"SECONDS={0 if again else end - 120}; . {script} --out run"]
+    with open(tmp_path / "job.log", "wb") as log:
+        running = subprocess.Popen(command, cwd=tmp_path, env=job, stdout=log, stderr=log)
+    wait_until((tmp_path / "started").exists)
+    running.send_signal(signal.SIGUSR2)
+    if end == 600:  # of its 600 s the 480 that no save needs are spare
+        time.sleep(1)
+        assert running.poll() is None
+        running.send_signal(signal.SIGTERM)
+    assert running.wait(60) == (0 if again else 2), (tmp_path / "job.log").read_text()
+    assert (tmp_path / "scontrol.log").exists() == again
+
+
+def in_seconds(seconds: int) -> str:
+    """A time to come as squeue says it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds))
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    """Return when something is the case."""
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_training_says_what_it_lacks(job: dict[str, str], tmp_path: Path) -> None:

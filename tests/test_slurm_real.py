@@ -1,7 +1,8 @@
-"""train.sbatch under a real Slurm: slurmctld and two slurmd on this machine, without systemd, munge or cgroups."""
+"""The batch scripts under a real Slurm: slurmctld and two slurmd on this machine, without systemd, munge or cgroups."""
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -11,9 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, write_source
 from soak_train import SMALL
 from test_slurm import ranks_of
+
+from shards.verify import verify
 
 CONF = """
 ClusterName=test
@@ -87,7 +90,6 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     (tmp_path / "gres.conf").write_text("Name=gpu File=/dev/null\n")
     (tmp_path / "hosts").write_text(Path("/etc/hosts").read_text() + "127.0.0.1 node1 node2\n")
     environment = {**os.environ, "SLURM_CONF": str(conf), "PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY)}
-    environment["LEAD_SENT"] = "1"  # a run that is told trains on until it needs the rest of its time
     node = ["unshare", "--mount", "sh", "-c", 'mount --bind hosts /etc/hosts && exec slurmd -D -N "$0"']
     commands = [["slurmctld", "-D", "-c"], [*node, "node1"], [*node, "node2"]]
     with contextlib.ExitStack() as ends:
@@ -117,7 +119,7 @@ def free_port(count: int) -> int:
 
 def submit(cluster: Cluster, shards: Path, *more: str) -> str:
     """The number of a training job on both nodes."""
-    asked = ["--parsable", "--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1", "--mem=2G", "--time=30"]
+    asked = ["--parsable", "--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1", "--mem=2G", "--time=120"]
     script = REPOSITORY / "train" / "slurm" / "train.sbatch"
     options = ["--shards", str(shards), "--out", str(cluster.folder / "run"), *SMALL, "--validate-every", "0", *more]
     return cluster.call("sbatch", *asked, script, *options).strip()
@@ -151,3 +153,18 @@ def test_a_job_is_stopped_goes_on_and_is_cancelled(cluster: Cluster, shards_dir:
     assert cluster.state(job) == "CANCELLED", "it queued itself again"
     last = int((run / "requeue").read_text())
     assert newest(run) == f"step-{last:07d}.pt" and last > done
+
+
+@pytest.mark.slow
+def test_an_ingest_ends_quietly(cluster: Cluster, tmp_path: Path) -> None:
+    """Two nodes' workers: the set is whole, and nobody was killed for its good end."""
+    h5, table = write_source(tmp_path / "source")
+    asked = ["--parsable", "--nodes=2", "--cpus-per-task=1", "--mem-per-cpu=2G", "--time=30"]
+    script = REPOSITORY / "ingest" / "slurm" / "ingest.sbatch"
+    options = ["--to-shards", tmp_path / "out", "--h5", h5, "--csv", table, "--val-fraction", "0.25"]
+    job = cluster.call("sbatch", *asked, script, *options).strip()
+    cluster.wait(lambda: cluster.state(job) not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"))
+    log = (tmp_path / f"shardclip-ingest-{job}.log").read_text()
+    assert cluster.state(job) == "COMPLETED", log
+    assert [problem for _, problem in verify(tmp_path / "out") if problem] == []
+    assert not re.search("killed|cancel|terminat|error", log, re.IGNORECASE), log
