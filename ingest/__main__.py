@@ -9,6 +9,7 @@ from shards.cli import main_guard, parse, say
 
 if TYPE_CHECKING:
     from ingest.report import Report
+    from shards.schema import Manifest
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,17 +23,29 @@ def main(argv: list[str] | None = None) -> None:
             for line in dry_run(config):
                 say(line)
             return
-        from ingest.workdir import finished_samples
+        from ingest.workdir import finished_set
 
-        samples = finished_samples(config)
-        if samples is not None:
-            say(f"{config.to_shards}: {samples:,} samples, finished before by this same ingest; nothing to do")
+        manifest = finished_set(config)
+        if manifest is not None:
+            _say_finished(config, manifest)
             return
         from ingest.run import ingest  # heavy: pyarrow, h5py
 
         started = time.monotonic()
-        report = ingest(config)
+        try:
+            report = ingest(config)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on where it stood") from None
         _say(config, report, time.monotonic() - started)
+
+
+def _say_finished(config: IngestConfig, manifest: "Manifest") -> None:
+    from ingest.tokenizer import CLIP_NAME, CONTEXT
+
+    found = (manifest.tokenizer.name, manifest.tokenizer.context)
+    named = "{}, {} a report".format(*found)
+    since = "" if found == (CLIP_NAME, CONTEXT) else f" (its tokens are since those of {named}, by ingest.retokenize)"
+    say(f"{config.to_shards}: {manifest.samples:,} samples, finished before by this same ingest{since}; nothing to do")
 
 
 def _say(config: IngestConfig, report: "Report", seconds: float) -> None:

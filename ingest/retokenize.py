@@ -185,7 +185,11 @@ def _named(spec: TokenizerSpec) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run from the command line."""
     with main_guard("retokenize"):
-        say(retokenize(parse(RetokenizeConfig, argv, prog="python -m ingest.retokenize")))
+        config = parse(RetokenizeConfig, argv, prog="python -m ingest.retokenize")
+        try:
+            say(retokenize(config))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the set is whole, and the same command goes on where it stood") from None
 
 
 if __name__ == "__main__":

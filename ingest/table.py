@@ -155,7 +155,9 @@ def _labels(config: SourceConfig, columns: dict[str, pa.ChunkedArray], rows: int
         listed = _listed_labels(columns[config.label_list_column], config.label_list_separator, rows)
         twice = sorted(set(listed) & set(labels))
         if twice:
-            raise InputError(f"label {twice[0]!r} is a column and stands in {config.label_list_column!r} too")
+            raise InputError(
+                f"label {twice[0]!r} is a column and stands in {config.label_list_column!r} too; leave out one"
+            )
         labels |= listed
     return labels
 

@@ -23,7 +23,7 @@ from shards.digest import file_digest
 from shards.errors import InputError
 from shards.lock import exclusive
 from shards.manifest import read_manifest
-from shards.schema import INPUTS_NAME, MANIFEST_NAME, SCHEMA_VERSION
+from shards.schema import INPUTS_NAME, MANIFEST_NAME, SCHEMA_VERSION, Manifest
 
 WORK_NAME = ".ingest"
 _INPUTS = "inputs.json"
@@ -34,6 +34,7 @@ _NOT_INPUTS = ("to_shards", "workers", "scheduler", "scheduler_wait", "dry_run",
 _PATHS = ("h5", "csv", "images", "text_folder")
 _FOLDER = "(which folder)"
 """Looked at after the end only: on another node an ingest may go on with the same folder under another number."""
+_H5_FILE, _STAMP = "h5 file", "(its size or time of change)"
 _REMOVERS = 16
 """Threads that remove work files."""
 
@@ -69,7 +70,7 @@ def _source_inputs(source: SourceConfig) -> dict[str, Any]:
     fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
     inputs = {name: value for name, value in fields.items() if name not in _PATHS}
     inputs |= {f"csv file {number}": _digest(path) for number, path in enumerate(source.csv)}
-    inputs |= {f"h5 file {number}": _stamp(path) for number, path in enumerate(source.h5)}
+    inputs |= {f"{_H5_FILE} {number}": _stamp(path) for number, path in enumerate(source.h5)}
     folders = {"images": source.images, "text_folder": source.text_folder}
     return inputs | {f"{name} {_FOLDER}": _inode(path) for name, path in folders.items() if path is not None}
 
@@ -108,8 +109,8 @@ def open_work(config: IngestConfig) -> Iterator[Path]:
         raise _cannot_write(out, error) from None
 
 
-def finished_samples(config: IngestConfig) -> int | None:
-    """Samples of this same ingest where OUT holds it, finished; None where there is no finished data set.
+def finished_set(config: IngestConfig) -> Manifest | None:
+    """What this same ingest made, where OUT holds it, finished; None where there is no finished data set.
 
     Image files and files of reports are not looked at again, nor versions of packages: what is there is whole.
     InputError where OUT holds another one, naming what differs.
@@ -117,9 +118,9 @@ def finished_samples(config: IngestConfig) -> int | None:
     out = config.to_shards
     if not (out / MANIFEST_NAME).exists():
         return None
-    samples = read_manifest(out).samples
+    manifest = read_manifest(out)
     remove_work(out)  # a kill may have come between the manifest and this
-    another = f"{out} already holds a finished data set of {samples:,} samples"
+    another = f"{out} already holds a finished data set of {manifest.samples:,} samples"
     try:
         before = json.loads((out / INPUTS_NAME).read_bytes())
     except (OSError, ValueError):
@@ -129,7 +130,7 @@ def finished_samples(config: IngestConfig) -> int | None:
         changed.remove("encoding")
     if changed:
         raise InputError(f"{another}, made with another {', '.join(changed)}; choose another folder")
-    return samples
+    return manifest
 
 
 def _check_folder(out: Path, inputs: dict[str, Any]) -> None:
@@ -145,7 +146,8 @@ def _check_folder(out: Path, inputs: dict[str, Any]) -> None:
 def _differing(before: Any, now: dict[str, Any]) -> list[str]:
     """Names of what is another in one of two fingerprints; of all where the first is none."""
     before = before if isinstance(before, dict) else {}
-    return [name for name in now | before if before.get(name) != now.get(name)]
+    names = [name for name in now | before if before.get(name) != now.get(name)]
+    return [f"{name} {_STAMP}" if _H5_FILE in name else name for name in names]
 
 
 def _changed(before: Any, now: dict[str, Any]) -> list[str]:

@@ -125,6 +125,8 @@ def _unknown(text: str) -> str:
 def main_guard(prog: str) -> Iterator[None]:
     """Turn an InputError into one line on stderr and exit code 2, Ctrl-C into 130, a closed pipe into silence.
 
+    A KeyboardInterrupt raised with a text has it in the line.
+
     So, too, an OSError that is the doing of a path or a disk; any other is a bug and keeps its traceback. Code that
     opens files with patients' names has to catch its own: the line names the file.
     """
@@ -140,8 +142,8 @@ def main_guard(prog: str) -> Iterator[None]:
     except InputError as error:
         sys.stderr.write(f"{prog}: {' '.join(str(error).split()).translate(_CONTROLS)}\n")
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{prog}: interrupted\n")
+    except KeyboardInterrupt as error:
+        sys.stderr.write("; ".join([f"{prog}: interrupted", *map(str, error.args)]) + "\n")
         raise SystemExit(128 + signal.SIGINT) from None
     except BrokenPipeError:  # a reader such as `head` has gone
         _drop_output()

@@ -8,6 +8,9 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -15,6 +18,7 @@ import numpy as np
 import pytest
 from conftest import (
     FINDINGS,
+    REPOSITORY,
     assert_refused,
     made_up_images,
     run_module,
@@ -27,7 +31,7 @@ from PIL import Image
 from ingest.__main__ import main
 from ingest.rows import names_side
 from ingest.tokenizer import Tokenizer
-from shards.manifest import read_manifest
+from shards.manifest import read_manifest, signed, write_manifest
 from shards.reader import ShardReader
 from shards.verify import verify
 
@@ -109,14 +113,30 @@ def test_the_same_command_after_the_end_has_nothing_to_do(source: tuple[Path, Pa
         and done.stdout == f"{out}: 96 samples, finished before by this same ingest; nothing to do\n"
     )
     assert tree(out) == before
+    manifest = read_manifest(out)  # as after `ingest.retokenize --tokenizer PE-Core-B-16`
+    write_manifest(out, signed(replace(manifest, tokenizer=replace(manifest.tokenizer, context=32))))
+    done = run_module(*command)
+    assert done.returncode == 0 and "its tokens are since those of clip-bpe, 32 a report" in done.stdout, done.stderr
     assert_refused(
         run_module(*command, "--seed", "1", "--group-column", "patient"),
         "finished data set of 96 samples, made with another seed, source 0 group_column; choose another folder",
     )
     os.utime(h5, (1, 1))
-    assert_refused(run_module(*command), "made with another source 0 h5 file 0;")
+    assert_refused(run_module(*command), "made with another source 0 h5 file 0 (its size or time of change);")
     (out / "ingest.json").unlink()
     assert_refused(run_module(*command), "no ingest.json")
+
+
+def test_ctrl_c_says_that_nothing_is_lost(source: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    command = [sys.executable, "-m", "ingest", "--to-shards", out, "--h5", source[0], "--csv", source[1]]
+    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
+        while not (out / ".ingest" / "inputs.json").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+    assert process.returncode == 130 and said == "ingest: interrupted; the same command goes on where it stood\n"
 
 
 def test_finished_shards_are_kept(source: tuple[Path, Path], tmp_path: Path) -> None:

