@@ -1,8 +1,9 @@
 """One holder at a time, on any node: a lock file that only one can make, kept warm by a heartbeat.
 
 `flock` may not reach other nodes of a parallel file system; links (or O_EXCL) and renames do. A holder whose process is
-gone (same machine and boot) or whose heartbeat stopped (elsewhere) is dead, and its lock is taken over by renaming it
-away, which only one can do.
+gone (same machine and boot) or whose heartbeat stopped (elsewhere) is dead. Its lock is replaced by who holds the lock
+on doing that: were it removed first, two could come to hold it. How old a heartbeat is, the clock of the file system
+says that stamps it.
 """
 
 import contextlib
@@ -15,6 +16,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from xxhash import xxh3_128_hexdigest
 
 from shards.atomic import TEMPORARY_PREFIX
 from shards.errors import InputError
@@ -53,13 +56,13 @@ def exclusive(path: Path, taken: str, *, wait_s: float = 0.0) -> Iterator[Lease]
     `wait_s`: seconds to wait for a living holder. Given those, a holder on another machine is dead only when its
     heartbeat was *seen* to stand still for DEAD_AFTER_S: clocks of machines and file servers differ.
     """
-    me = {"host": socket.gethostname(), "boot": _boot_id(), "pid": os.getpid(), "started": _started(os.getpid())}
-    lease = Lease(path=path, holder=json.dumps({**me, "lease": uuid.uuid4().hex}).encode())
+    lease = Lease(path=path, holder=_me())
     seen = _Heartbeat()
     deadline = time.monotonic() + wait_s
-    while (now := _create(path, lease.holder)) is not None:
+    while (now := _create(lease)) is not None:
         try:
-            _take_over_or_refuse(path, taken, seen.still_s if wait_s else lambda mtime_ns: (now - mtime_ns) / 1e9)
+            if _take_over(lease, taken, seen.still_s if wait_s else lambda mtime_ns: (now - mtime_ns) / 1e9):
+                break
         except Held:
             if time.monotonic() >= deadline:
                 raise
@@ -91,31 +94,42 @@ class _Heartbeat:
         return time.monotonic() - self._since
 
 
-def _create(path: Path, holder: bytes) -> int | None:
+def _me() -> bytes:
+    """What a lock file says: who holds it, and something that no other says."""
+    me = {"host": socket.gethostname(), "boot": _boot_id(), "pid": os.getpid(), "started": _started(os.getpid())}
+    return json.dumps({**me, "lease": uuid.uuid4().hex}).encode()
+
+
+def _create(lease: Lease) -> int | None:
     """Make the lock file with its content in one step: who is killed on the way must not leave a lock of nobody's.
 
     None where it is ours now; else what time it is, in ns, by the clock that stamps files there.
     """
-    draft = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{uuid.uuid4().hex}")
+    with _draft(lease) as (draft, now):
+        try:
+            os.link(draft, lease.path)
+        except OSError as error:
+            if _says(lease.path, lease.holder):  # NFS asked twice, and tells of the second time
+                return None
+            if isinstance(error, FileExistsError) or not _create_empty(lease):  # no hard links there
+                return now
+    return None
+
+
+@contextlib.contextmanager
+def _draft(lease: Lease) -> Iterator[tuple[Path, int]]:
+    """A lock file under another name, for the block, and when it was written, in ns."""
+    draft = lease.path.with_name(f"{TEMPORARY_PREFIX}{lease.path.name}.{uuid.uuid4().hex}")
     try:
-        draft.write_bytes(holder)
-        now = draft.stat().st_mtime_ns
-        return None if _link(draft, path, holder) else now
+        with open(draft, "wb") as file:
+            file.write(lease.holder)
+            file.flush()
+            os.fsync(file.fileno())  # the server's time, not ours
+            now = os.fstat(file.fileno()).st_mtime_ns
+        yield draft, now
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()
-
-
-def _link(draft: Path, path: Path, holder: bytes) -> bool:
-    try:
-        os.link(draft, path)
-    except OSError as error:
-        if _says(path, holder):  # NFS asked twice, and tells of the second time
-            return True
-        if isinstance(error, FileExistsError):
-            return False
-        return _create_empty(path, holder)  # a file system without hard links
-    return True
 
 
 def _says(path: Path, holder: bytes) -> bool:
@@ -125,54 +139,59 @@ def _says(path: Path, holder: bytes) -> bool:
     return False
 
 
-def _create_empty(path: Path, holder: bytes) -> bool:
+def _create_empty(lease: Lease) -> bool:
     try:
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        handle = os.open(lease.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
         return False
     try:
         with open(handle, "wb") as file:
-            file.write(holder)
+            file.write(lease.holder)
     except OSError:  # a full disk; nobody's lock would stand for a minute
-        path.unlink()
+        lease.path.unlink()
         raise
     return True
 
 
-def _take_over_or_refuse(path: Path, taken: str, age_of: Callable[[int], float]) -> None:
-    """`age_of`: from a time of change, in ns, how many seconds ago that was."""
+def _take_over(lease: Lease, taken: str, age_of: Callable[[int], float]) -> bool:
+    """Whether the lock is ours now; Held where its holder lives, or where another is taking it over.
+
+    `age_of`: from a time of change, in ns, how many seconds ago that was.
+    """
+    path = lease.path
     try:
         # Opened, for that is when NFS asks the server how old the file is.
         with open(path, "rb") as file:
             content, age = file.read(), age_of(os.fstat(file.fileno()).st_mtime_ns)
     except FileNotFoundError:
-        return  # released in this moment
-    try:
-        holder = json.loads(content or b"{}")
-    except ValueError:
-        holder = {}
-    if _is_alive(holder if isinstance(holder, dict) else {}, age):
+        return False  # released in this moment
+    holder = _read_holder(content)
+    if _is_alive(holder, age):
         raise Held(
             f"{taken}: process {holder.get('pid')} on {holder.get('host')}, last seen {age:.0f} s ago; wait for it, or "
             "choose another folder"
         )
-    with contextlib.suppress(FileNotFoundError):  # somebody else was faster
-        grave = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-        path.rename(grave)
-        if grave.read_bytes() != content:  # somebody else was faster, and this is theirs
-            _give_back(grave, path)
-        grave.unlink(missing_ok=True)
+    with exclusive(path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{xxh3_128_hexdigest(content)}"), taken):
+        return _says(path, content) and _replace(lease)
 
 
-def _give_back(grave: Path, path: Path) -> None:
-    """Put a living holder's lock back, unless there is another one by now."""
+def _read_holder(content: bytes) -> dict:
+    """Nothing where the file says nothing, or not yet."""
     try:
-        os.link(grave, path)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without hard links
-        if not path.exists():
-            grave.rename(path)
+        holder = json.loads(content)
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _replace(lease: Lease) -> bool:
+    with _draft(lease) as (draft, _):
+        try:
+            os.replace(draft, lease.path)
+        except OSError:
+            if not _says(lease.path, lease.holder):
+                raise
+    return True
 
 
 def _is_alive(holder: dict, age: float) -> bool:
