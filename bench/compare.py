@@ -5,8 +5,9 @@ The rule (`RULE` says it to readers). Rounds are the sample. A figure is worse w
 - the newer rounds are worse than the older by a one-sided exact Mann-Whitney test (Mann and Whitney 1947) at LEVEL: no
   assumption on how rounds are spread, and one slow first round does not count for more than it is;
 - and the medians differ by more than `min_effect`, and by more than the metric's own least difference;
-- and, for films/s, the same holds of the ratio to the reference within each round, where one was measured beside it:
-  what slows a loader that shares no code with ours is the machine.
+- and, for films/s, half of the loss or more shows in the ratio to the reference within each round, where one was
+  measured beside it: what slows a loader that shares no code with ours is the machine. A test of these ratios would ask
+  too much: a reference among page caches and worker processes is far noisier than ours, and hid a loss of 30 %.
 
 The reference itself, and loaders of others, are shown but are no regression of ours. Fewer than five rounds a side can
 hardly pass the test: they are shown as too few to tell.
@@ -26,8 +27,8 @@ UNTUNED = ("rounds", "seconds", "warmup_batches")
 """Settings that change how well a thing is measured, not what."""
 RULE = (
     "A figure is worse where the rounds of the newer run are worse by a one-sided exact Mann-Whitney test (p "
-    "< {level:g}) and the medians differ by more than {effect:.0%}; for films/s beside an HDF5 loader the ratio to it "
-    "within each round has to be worse by the same rule. Runs on different machines, or with different settings, "
+    "< {level:g}) and the medians differ by more than {effect:.0%}; for films/s beside an HDF5 loader half of the loss "
+    "or more has to show in the ratio to it within each round. Runs on different machines, or with different settings, "
     "are not compared."
 )
 
@@ -115,7 +116,7 @@ def _changes(result: Result, then: Case, now: Case, min_effect: float) -> Iterat
         if not before or not after:
             continue
         verdict, p = judge(before, after, METRICS[metric], min_effect)
-        if verdict == WORSE and _is_machine(result, metric, then, now, min_effect):
+        if verdict == WORSE and _is_machine(result, metric, then, now):
             verdict = MACHINE
         one, two = median(before), median(after)
         yield Change(
@@ -130,13 +131,14 @@ def _changes(result: Result, then: Case, now: Case, min_effect: float) -> Iterat
         )
 
 
-def _is_machine(result: Result, metric: str, then: Case, now: Case, min_effect: float) -> bool:
-    """Whether what shares no code with ours is slower as well. An ingest's floor is our own code and does not count."""
+def _is_machine(result: Result, metric: str, then: Case, now: Case) -> bool:
+    """Whether what shares no code with ours is slower as well, by half as much or more. An ingest's floor is our own."""
     if now.name in REFERENCES or now.peer:
         return True
     if metric != "images_per_s" or result.reference not in REFERENCES or not (then.reference and now.reference):
         return False
-    return judge(then.reference, now.reference, METRICS[metric], min_effect)[0] != WORSE
+    left = median(now.rounds[metric]) / median(then.rounds[metric])
+    return median(now.reference) / median(then.reference) > (1 + left) / 2
 
 
 def judge(before: Sequence[float], after: Sequence[float], metric: Metric, min_effect: float) -> tuple[str, float]:

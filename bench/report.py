@@ -242,7 +242,8 @@ def _say_verdict(report: Report) -> None:
     for change in report.regressions:
         sys.stderr.write(f"{PROG}: worse: {_in_words(change)}\n")
     better = sum(change.verdict == BETTER for pair in report.comparisons for change in pair.changes)
-    told = f"{len(report.results)} results, {len(report.comparisons)} comparisons"
+    pairs = len(report.comparisons)
+    told = f"{len(report.results)} results, {pairs} {'pair' if pairs == 1 else 'pairs'} compared"
     say(f"{told}: {len(report.regressions)} figures worse, {better} better")
 
 
