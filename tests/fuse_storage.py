@@ -69,6 +69,8 @@ class Mount:
 
     root: Path
     log: Path
+    daemon: int
+    """Process that serves it; when killed, all calls fail with ENOTCONN."""
 
     def fired(self) -> Counter[str]:
         """How often each fault has struck: a test that saw none has shown nothing."""
@@ -101,16 +103,20 @@ def mounted(backing: Path, root: Path, **faults: Any) -> Iterator[Mount]:
             daemon = subprocess.Popen([str(part) for part in command], stderr=stderr)
         try:
             _await_mount(daemon, root, said)
-            yield Mount(root=root, log=log)
+            yield Mount(root=root, log=log, daemon=daemon.pid)
         finally:
-            for unmount in (["fusermount3", "-u", "-z"], ["umount", "-l"]):  # -z, -l: even where somebody is in it
-                if os.path.ismount(root):
-                    with contextlib.suppress(FileNotFoundError):
-                        subprocess.run([*unmount, str(root)], stderr=subprocess.DEVNULL)
+            _unmount(root)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 daemon.wait(5)
             daemon.kill()
             daemon.wait()
+
+
+def _unmount(root: Path) -> None:
+    for command in (["fusermount3", "-u", "-z"], ["umount", "-l"]):  # even where somebody is in it, or the daemon dead
+        with contextlib.suppress(FileNotFoundError):
+            if not subprocess.run([*command, str(root)], stderr=subprocess.DEVNULL).returncode:
+                return
 
 
 def _await_mount(daemon: subprocess.Popen, root: Path, said: Path) -> None:
