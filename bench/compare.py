@@ -132,7 +132,7 @@ def _changes(result: Result, then: Case, now: Case, min_effect: float) -> Iterat
 
 
 def _is_machine(result: Result, metric: str, then: Case, now: Case) -> bool:
-    """Whether what shares no code with ours is slower as well, by half as much or more. An ingest's floor is our own."""
+    """Whether what shares no code with ours is slower as well, by half as much or more. An ingest's floor is ours."""
     if now.name in REFERENCES or now.peer:
         return True
     if metric != "images_per_s" or result.reference not in REFERENCES or not (then.reference and now.reference):

@@ -19,7 +19,7 @@ from bench.case import FLOORS, Case, Task, absolute, cases, convert, run_child
 from bench.machine import bench_main, check_positive, environment
 from bench.processes import pinned
 from bench.storage import SlowFileSystem, SlowSettings, evict
-from bench.summary import Key, Rounds, summarise, table
+from bench.summary import Key, Rounds, summarise, table, verdict
 from shards.cli import say
 from shards.errors import InputError
 
@@ -125,6 +125,7 @@ def run_bench(config: LoaderBenchConfig) -> dict[str, Any]:
         rounds |= {key: [] for key in notes if key not in rounds}
         result = _describe(config, found)
         result["cases"] = summarise(listed, rounds, notes)
+        result["verdict"] = verdict(result["cases"], result["settings"])
         if config.floor:
             tasks = {case.name: case.task(config, scratch, 0) for case in listed if case.name in FLOORS}
             result["profile"] = {name: run_child(replace(task, action="profile")) for name, task in tasks.items()}
@@ -238,6 +239,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _told(result: dict[str, Any]) -> Iterator[str]:
     yield from table(result)
+    yield from filter(None, [result["verdict"]])
     for at, found in result.get("together", {}).items():
         yield f"On {at}: {found.get('verdict') or 'training was not measured: ' + found['failed']}"
 

@@ -1,4 +1,5 @@
-"""From the rounds of all cases to medians, spread and ratios, each ratio taken within a round; and to a table."""
+"""From the rounds of all cases to medians, spread and ratios, each ratio taken within a round; to a table, and to what
+the figures mean for whoever tunes a file system."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -6,6 +7,7 @@ from typing import Any
 
 from bench.case import BASELINE, FLOORS, NOTES, TUNED, Case
 from bench.kinds import ratios, speed
+from bench.together import IDLE, TUNE
 
 Rounds = list[dict[str, Any]]
 """What `measure.Round` holds, a round each."""
@@ -60,6 +62,35 @@ def _values(taken: Rounds, field: str) -> list[float]:
     return [each[field] for each in taken if field in each]
 
 
+def verdict(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:
+    """What our fastest loader gives on each file system, whom that keeps waiting, and what to change first."""
+    ours = [row for row in rows if "rounds" in row and (row["name"] == "cpu" or row["name"].startswith("dali ("))]
+    best: dict[float | None, dict[str, Any]] = {}
+    for row in sorted(ours, key=lambda row: row["images_per_s"]):
+        best[row.get("latency_ms")] = row
+    return " ".join(_sentence(row, settings) for row in sorted(best.values(), key=lambda row: row.get("latency_ms", 0)))
+
+
+def _sentence(row: dict[str, Any], settings: dict[str, Any]) -> str:
+    latency, rate = row.get("latency_ms"), row["images_per_s"]
+    said = "" if latency is None else f"At {latency:g} ms a request "
+    said += f"{row['name']} gives {rate:,.0f} films/s" + (" from an empty page cache" if settings["cold"] else "")
+    if "ratio_to_hdf5" in row:
+        several = f" ({row['ratio_lowest']:.1f} to {row['ratio_highest']:.1f})" if len(row["rounds"]) > 1 else ""
+        said += f", {row['ratio_to_hdf5']:.1f}x hdf5{several}"
+    if settings["cold"] and (start := row["first_batch_s"] * rate / settings["films"]) > _MOST_START:
+        return f"{said}; {start:.0%} of the epoch is its start: measure more films to learn of the files."
+    busy = rate * row["cpu_s_per_1000"] / 1000
+    if row["name"] != "cpu" or busy >= IDLE * settings["threads"]:
+        return f"{said}: a step that takes fewer does not wait."
+    under = f" --latency-ms {latency:g}" if latency else ""
+    tune = TUNE.replace("--tune", f"--tune{under}")
+    waits = f"{busy:.1f} of {settings['threads']} CPUs busy: it waits for files, if nobody else uses them"
+    return f"{said}; {waits}; change first: {tune}."
+
+
+_MOST_START = 0.25
+"""Of a cold epoch's time; more, and it says little of the files."""
 COLUMNS = {
     "films/s": ("images_per_s", "{:,.0f}"),
     "lowest": ("lowest", "{:,.0f}"),

@@ -23,7 +23,7 @@ from bench.peers import LOADERS, WRITERS, missing
 from bench.processes import tree, usage
 from bench.shapes import read_results
 from bench.storage import Counts, SlowFileSystem, SlowSettings, evict, resident_bytes
-from bench.summary import summarise, table
+from bench.summary import summarise, table, verdict
 from shards.errors import InputError
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None and shutil.which("gcc") is None, reason="no C compiler")
@@ -170,6 +170,26 @@ def test_each_latency_is_compared_with_its_own_baseline() -> None:
     assert found["cpu", 0.0]["ratio_to_hdf5"] == 4 and found["cpu", 20.0]["ratio_to_hdf5"] == 30
 
 
+def test_the_figures_end_in_what_to_do() -> None:
+    """0.2 CPU seconds for 1,000 films: 9,000 films/s keep 1.8 CPUs busy, 1,500 keep 0.3, which wait for files."""
+    cases = [Case(name=name, loader=name.split()[0]) for name in ("hdf5", "cpu", "cpu floor", "dali (CPU)")]
+    taken: dict[Any, Any] = {}
+    for ms, rate in ((0.0, 9000), (20.0, 1500)):
+        taken |= {("hdf5", ms): rounds(500, 750), ("cpu", ms): rounds(rate, rate, cpu_s_per_1000=0.2)}
+        taken |= {("cpu floor", ms): rounds(99_999, 99_999), ("dali (CPU)", ms): rounds(1000, 1000)}
+    settings = {"cold": False, "threads": 2, "films": 9000}
+    fast, slow = verdict(summarise(cases, taken, {}), settings).split(" At ")
+    assert (
+        fast
+        == "At 0 ms a request cpu gives 9,000 films/s, 15.0x hdf5 (12.0 to 18.0): a step that takes fewer does not wait."
+    )
+    assert slow.startswith("20 ms a request cpu gives 1,500 films/s, 2.5x hdf5 (2.0 to 3.0); 0.3 of 2 CPUs busy")
+    assert "--tune --latency-ms 20, and train.main --loader-config" in slow
+    cold = summarise(cases, {("cpu", None): rounds(3000, first_batch_s=2.0)}, {})
+    assert "67% of the epoch is its start" in verdict(cold, settings | {"cold": True})
+    assert verdict([{"name": "cpu", "note": "failed"}], settings) == ""
+
+
 def fake_children(monkeypatch: pytest.MonkeyPatch, failing: str, shards: Path) -> list[str]:
     """`run_child` that measures nothing and fails for one loader; the loaders it was called for."""
     called: list[str] = []
@@ -219,13 +239,18 @@ def test_a_run_says_what_the_loader_costs_training(
     """The last words are the verdict, and a report shows it as a result of its own."""
     fake_children(monkeypatch, "", shards_dir)
     main(["--shards", str(shards_dir), "--rounds", "3", "--json", str(tmp_path / "x.json")])
-    assert "On the file system as it is: Step-bound: a sentence." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "cpu gives 100 films/s" in said and "On the file system as it is: Step-bound: a sentence." in said
     content = json.loads((tmp_path / "x.json").read_bytes())
     (together,) = content["together"].values()
     together |= {"bench": "together", "cases": [{"name": "live", "rounds": [{"step_s": 0.1, "images_per_s": 640}]}]}
     (tmp_path / "x.json").write_text(json.dumps(content))
     loader, training = read_results(tmp_path / "x.json")
-    assert (loader.kind, training.kind) == ("loader", "together") and training.said == ("Step-bound: a sentence.",)
+    assert (
+        loader.said
+        and (loader.kind, training.kind) == ("loader", "together")
+        and training.said == ("Step-bound: a sentence.",)
+    )
 
 
 def born(pid: int) -> int | None:
