@@ -123,7 +123,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return lines[0]
 
 
-def test_a_run_leaves_what_it_promises(pair: Path) -> None:
+def test_a_run_leaves_what_it_promises(pair: Path, shards_dir: Path) -> None:
     assert [row["step"] for row in rows(pair)] == list(range(1, 61))
     for row in rows(pair):
         assert {"loss", "lr", "images_per_s", "loader_wait_ms", "step_ms", "memory_mb", "order_digest"} <= row.keys()
@@ -133,7 +133,8 @@ def test_a_run_leaves_what_it_promises(pair: Path) -> None:
     assert [step for step, _ in list_checkpoints(pair / "checkpoints")] == [60, 40]
     assert read_checkpoint(pair / "best.pt")["step"] == min(validated, key=lambda step: validated[step])
     assert (pair / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert (pair / "config.json").exists() and (pair / "versions.json").exists()
+    assert (pair / "config.json").exists()
+    assert json.loads((pair / "versions.json").read_text())["shards"] == read_manifest(shards_dir).digest
     assert any((pair / "tensorboard").iterdir()) and not (pair / "requeue").exists()
 
 

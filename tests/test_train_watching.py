@@ -18,7 +18,7 @@ from conftest import REPOSITORY
 from shards.cli import say
 from shards.errors import InputError
 from train.commandline import config_json, preset
-from train.compare import compare, table
+from train.compare import asked, compare, table
 from train.compare import draw as draw_all
 from train.compare import main as lay_out
 from train.config import TrainConfig
@@ -252,11 +252,28 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     assert record["runs"] == ["a/run", "b/run"]
     assert record["differences"] == {"optim.lr": {"a/run": 3e-3, "b/run": 0.25}}
     figures = record["figures"]["a/run"]
-    assert (figures["best_val_loss"], figures["best_step"], figures["auroc"]) == (2.5, 40, {"test": 0.8125})
+    assert (figures["best_val_loss"], figures["best_step"], figures["auroc"]) == (2.5, 40, {asked({}): 0.8125})
     assert figures["images_per_s"] == 35.0 and figures["wait_share"] == pytest.approx(0.025)
     assert record["samples"] == {"step": 20, "same": True}
     text = "\n".join(table(record))
     assert "0.8125" not in text and "0.812" in text and "50 of 100" in text and "the same samples up to step 20" in text
+
+
+def test_only_evaluations_of_the_same_films_and_prompts_share_a_line(tmp_path: Path) -> None:
+    same = {"split": "test", "shards": "aaaaaaaa11", "where": None, "excluded": None, "uncertain": "ignore"}
+    same |= {"prompts": {"style": "reports"}, "checkpoints": [{"step": 1}], "resamples": 1000, "seed": 0}
+    others = [{"shards": "bbbbbbbb22"}, {"where": "View == 1"}, {"excluded": "cccccccc33"}, {"uncertain": "negative"}]
+    others += [{"prompts": {"style": "chexzero"}}, {"checkpoints": [{"step": 1}, {"step": 2}]}, {"split": "val"}]
+    runs = [write_run(tmp_path / name, [row(10)]) for name in "ab"]
+    (runs[0] / "evaluation-test.json").write_text(json.dumps({**same, "mean_auroc": 0.75}))
+    for number, other in enumerate([{"resamples": 0, "seed": 7}, *others]):
+        path = runs[1] / f"evaluation-test-{number}.json"
+        path.write_text(json.dumps({**same, **other, "mean_auroc": 0.25 + number / 100}))
+    lines = [line.rsplit(maxsplit=2) for line in table(compare(runs)) if line.startswith("AUROC")]
+    assert [figures for _, *figures in lines] == [["0.750", "0.250"], *(["-", f"0.{26 + n}0"] for n in range(7))]
+    assert len({title.strip() for title, *_ in lines}) == 8
+    assert lines[0][0].startswith("AUROC test (shards aaaaaaaa, prompts ")
+    assert "bbbbbbbb" in lines[1][0] and "where View == 1" in lines[2][0] and "of 2" in lines[6][0]
 
 
 def test_compare_says_when_samples_differ_and_draws(tmp_path: Path, capsys) -> None:
@@ -267,6 +284,17 @@ def test_compare_says_when_samples_differ_and_draws(tmp_path: Path, capsys) -> N
     assert re.search(r"^seed +0 +3$", told, re.M) and "other samples up to step 20" in told
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "c.json").read_text())["samples"] == {"step": 20, "same": False}
+
+
+def test_places_of_other_shards_are_other_samples(tmp_path: Path) -> None:
+    """The order digest is the same for any two sets of one shape."""
+    runs = [write_run(tmp_path / name, [row(10)]) for name in "abc"]
+    for run, shards in zip(runs, ("1f", "2f", "1f"), strict=True):
+        (run / "versions.json").write_text(json.dumps({"shards": shards}))
+    found = compare(runs[:2])
+    assert found["samples"] == {"step": 10, "same": False}
+    assert found["differences"] == {"version of shards": {"a": "1f", "b": "2f"}}
+    assert compare([runs[0], runs[2]])["samples"] == {"step": 10, "same": True}
 
 
 def test_runs_whose_files_are_broken_are_compared_all_the_same(tmp_path: Path) -> None:

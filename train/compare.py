@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from xxhash import xxh3_64_hexdigest
 
 from shards.atomic import check_writable, write_atomic
 from shards.cli import main_guard, parse, say
@@ -23,6 +24,7 @@ PROG = "train.compare"
 _OWN = ("shards", "out", "h5", "resume", "stop_at", "watch", "data.stage_dir")
 """Settings that say where files lie and how a run was started: no difference between runs."""
 _EVERY_RUN = ("kernel", "cpus")
+_SHARDS = "version of shards"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +45,10 @@ def compare(runs: Sequence[Path]) -> dict[str, Any]:
     settings = {name: read_settings(run) for name, run in zip(names, runs, strict=True)}
     figures = {name: read_figures(run) for name, run in zip(names, runs, strict=True)}
     rows = {name: read_rows(RunFolder(root=run).metrics) for name, run in zip(names, runs, strict=True)}
-    return {"runs": names, "differences": differences(settings), "figures": figures, "samples": same_samples(rows)}
+    samples = same_samples(rows)
+    if samples and len({found.get(_SHARDS) for found in settings.values()} - {None}) > 1:
+        samples["same"] = False  # a digest is of places in shards, not of what is there
+    return {"runs": names, "differences": differences(settings), "figures": figures, "samples": samples}
 
 
 def short_names(runs: Sequence[Path]) -> list[str]:
@@ -107,13 +112,20 @@ def speed(rows: list[Row]) -> dict[str, float | None]:
 
 
 def read_auroc(run: Path) -> dict[str, float]:
-    """Split -> mean AUROC, of the evaluations that lie in the run's folder."""
-    found = {}
-    for path in sorted(run.glob("evaluation-*.json")):
-        mean = _read_json(path).get("mean_auroc")
-        if is_number(mean):
-            found[path.stem.removeprefix("evaluation-")] = float(mean)
-    return found
+    """What was asked -> mean AUROC, of the evaluations that lie in the run's folder."""
+    records = [_read_json(path) for path in sorted(run.glob("evaluation-*.json"))]
+    return {asked(record): float(record["mean_auroc"]) for record in records if is_number(record.get("mean_auroc"))}
+
+
+def asked(record: dict[str, Any]) -> str:
+    """Split, films and prompts of an evaluation: where these words are the same, so is what was asked of the models."""
+    checkpoints = record.get("checkpoints")
+    several = f" of {len(checkpoints)}" if isinstance(checkpoints, list) and len(checkpoints) > 1 else ""
+    parts = [f"shards {str(record.get('shards', '?'))[:8]}"]
+    parts += [f"{name} {record[name]}" for name in ("where", "uncertain") if record.get(name) not in (None, "ignore")]
+    parts += [f"without {str(record['excluded'])[:8]}"] if record.get("excluded") else []
+    prompts = xxh3_64_hexdigest(json.dumps(record.get("prompts"), sort_keys=True).encode())
+    return f"{record.get('split', '?')}{several} ({', '.join(parts)}, prompts {prompts[:4]})"
 
 
 def same_samples(rows: dict[str, list[Row]]) -> dict[str, Any] | None:

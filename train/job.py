@@ -118,7 +118,8 @@ def prepare_folder(job: Job) -> None:
     forced = differences(job.checkpoint["fingerprint"], job.fingerprint) if job.checkpoint else []
     for line in forced:
         job.warn(f"going on by --force although {line}")
-    job.folder.prepare(job.config, [f"after step {job.done}: {line}" for line in forced])
+    shards = [job.fingerprint["shards"], *job.fingerprint.get("data.more_shards", [])]
+    job.folder.prepare(job.config, shards, [f"after step {job.done}: {line}" for line in forced])
 
 
 def _build_learner(

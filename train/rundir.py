@@ -103,15 +103,16 @@ class RunFolder:
         if self.config.exists() or self.checkpoints.exists() or self.metrics.exists():
             raise InputError(f"{self.root} holds a run already; add --resume auto to go on, or choose another --out")
 
-    def prepare(self, config: TrainConfig, forced: Sequence[str]) -> None:
-        """Make the folder and write settings, versions and what --force went over; clears what a stopped or killed run
-        left."""
+    def prepare(self, config: TrainConfig, shards: Sequence[str], forced: Sequence[str]) -> None:
+        """Make the folder and write settings, versions (of the `shards` too, a digest a set) and what --force went
+        over; clears what a stopped or killed run left."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for folder in (self.root, self.checkpoints):
                 remove_leftovers(folder)
             write_atomic(self.config, config_json(config).encode())
-            write_atomic(self.root / "versions.json", (json.dumps(versions(), indent=1) + "\n").encode())
+            found = versions() | {"shards": " ".join(shards)}
+            write_atomic(self.root / "versions.json", (json.dumps(found, indent=1) + "\n").encode())
             if forced:
                 with open(self.forced, "a", encoding="utf-8") as file:
                     file.writelines(f"{line}\n" for line in forced)
