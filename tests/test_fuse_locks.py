@@ -58,7 +58,7 @@ def test_one_of_several_nodes_takes_over_a_dead_holders_lock(tmp_path: Path, lin
     """One node stands still just before it takes the lock over: it must not take it from who did so meanwhile."""
     slow = [["rename", r"/lock", "hang 1", 0, 1], ["link", "/lock$", "hang 1", 1, 1]]
     with (
-        mounted(tmp_path / "disk", tmp_path / "a", links=links, cache_s=1) as quick,
+        mounted(tmp_path / "disk", tmp_path / "a", links=links) as quick,
         mounted(tmp_path / "disk", tmp_path / "b", links=links, rules=slow) as slow_node,
     ):
         leave_lock(tmp_path / "disk" / "lock", age_s=100)
