@@ -56,7 +56,7 @@ def claims(paths: Iterator[tuple[float, Path]]) -> list[str]:
 @pytest.mark.parametrize("links", [True, False])
 def test_one_of_several_nodes_takes_over_a_dead_holders_lock(tmp_path: Path, links: bool) -> None:
     """One node stands still just before it takes the lock over: it must not take it from who did so meanwhile."""
-    slow = [["rename", r"/lock", "hang 1", 0, 1], ["link", "/lock$", "hang 1", 1, 1]]
+    slow = [["rename", r"/lock", "hang 1", 0, 1], ["link", "/lock$", "hang 1", 0, 1]]
     with (
         mounted(tmp_path / "disk", tmp_path / "a", links=links) as quick,
         mounted(tmp_path / "disk", tmp_path / "b", links=links, rules=slow) as slow_node,
