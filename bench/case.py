@@ -57,6 +57,8 @@ class Task:
     """Folder of shards."""
     h5: str | None = None
     """The HDF5 file they were made from."""
+    dataset: str = "cxr"
+    """Path of its films in it."""
     raw_shards: str | None = None
     csv: tuple[str, ...] = ()
     text_column: str = ""
@@ -159,6 +161,7 @@ class Case:
             loader=self.loader,
             shards=str(absolute(config.raw_shards if self.raw else config.shards)),
             h5=absolute(made if self.uint8 else config.h5),
+            dataset="cxr" if self.uint8 else config.dataset,
             data=absolute(made) or "",
             peers_path=absolute(config.peers_path),
             device=self.device,
@@ -233,7 +236,7 @@ def convert(config: Any, listed: list[Case], scratch: Path) -> dict[str, str]:
         partial.mkdir()
         task = replace(case.task(config, scratch, 0), action="write", data=str(partial.resolve()))
         try:
-            run_child(replace(task, h5=absolute(config.h5)))
+            run_child(replace(task, h5=absolute(config.h5), dataset=config.dataset))
         except InputError as error:
             if not case.peer:
                 raise

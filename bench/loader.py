@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.case import FLOORS, Case, Task, absolute, cases, convert, run_child
+from bench.case import BASELINE, FLOORS, TUNED, Case, Task, absolute, cases, convert, run_child
 from bench.machine import bench_main, check_positive, environment
 from bench.processes import pinned
 from bench.storage import SlowFileSystem, SlowSettings, evict
@@ -35,6 +35,8 @@ class LoaderBenchConfig:
     """Folder of shards."""
     h5: Path | None = None
     """HDF5 file that the shards were made from; without it there is no baseline and no ratio."""
+    dataset: str = "cxr"
+    """Path of the dataset in it."""
     csv: tuple[Path, ...] = ()
     """Its CSV files; checked to hold the shards' reports, so that nobody compares two data sets."""
     text_column: str = "impression"
@@ -140,6 +142,7 @@ def _look_task(config: LoaderBenchConfig) -> Task:
         action="look",
         shards=str(absolute(config.shards)),
         h5=absolute(config.h5),
+        dataset=config.dataset,
         raw_shards=absolute(config.raw_shards),
         csv=tuple(str(path.resolve()) for path in config.csv),
         text_column=config.text_column,
@@ -193,6 +196,8 @@ def _measure_all(
         try:
             taken = _measure(config, case, scratch, number, slow, films)
         except InputError as error:
+            if case.loader in (BASELINE, TUNED):
+                raise InputError(f"{case.name}: {error} (without --h5 the others are measured)") from None
             if not case.peer and case.loader != "dali":
                 raise
             notes[key] = f"failed: {error}"
@@ -221,9 +226,8 @@ def _describe(config: LoaderBenchConfig, found: dict[str, Any]) -> dict[str, Any
     names = ["batch_size", "rounds", "seconds", "warmup_batches", "cold", *(["cold_s"] if config.cold else [])]
     names += ["latency_ms", "bandwidth_mb", "jitter", "readahead_kb"] if any(config.slow_settings()) else []
     cpus = sorted(os.sched_getaffinity(0))
-    settings: dict[str, Any] = {name: getattr(config, name) for name in names}
-    settings |= {"threads": config.threads or len(cpus), "cpus": cpus}
-    settings |= {"films": found["films"], "block_rows": found["block_rows"]}
+    settings: dict[str, Any] = {name: getattr(config, name) for name in names} | {"cpus": cpus}
+    settings |= {"threads": config.threads or len(cpus), "films": found["films"], "block_rows": found["block_rows"]}
     return {"bench": "loader", "environment": machine, "settings": settings}
 
 
@@ -238,8 +242,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _told(result: dict[str, Any]) -> Iterator[str]:
-    yield from table(result)
-    yield from filter(None, [result["verdict"]])
+    yield from (*table(result), result["verdict"])
     for at, found in result.get("together", {}).items():
         yield f"On {at}: {found.get('verdict') or 'training was not measured: ' + found['failed']}"
 

@@ -114,7 +114,7 @@ def _check_pairs(task: Task) -> None:
         if raw.image.codec != "raw":
             raise InputError(f"{task.raw_shards} holds {raw.image.codec} images; ingest with --encoding raw")
     if task.h5:
-        with H5Source(Path(task.h5)) as source:
+        with H5Source(Path(task.h5), task.dataset) as source:
             found[task.h5] = source.rows
     if task.csv:
         texts = read_columns(tuple(map(Path, task.csv)), (task.text_column,))[task.text_column]

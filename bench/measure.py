@@ -166,6 +166,7 @@ def _settings(task: Task) -> Any:
     return LoaderConfig(
         shards=Path(task.shards),
         h5=Path(task.h5) if task.h5 else None,
+        h5_dataset=task.dataset,
         backend=task.loader if ours else "cpu",
         batch_size=task.batch_size,
         threads=task.threads,
@@ -187,7 +188,7 @@ def _write(task: Task) -> dict[str, Any]:
     if task.loader in peers.WRITERS:
         peers.WRITERS[task.loader](_job(task))
     else:
-        write_uint8(Path(str(task.h5)), Path(task.data) / UINT8_FILE)
+        write_uint8(Path(str(task.h5)), task.dataset, Path(task.data) / UINT8_FILE)
     return {}
 
 

@@ -83,7 +83,7 @@ def run_bench(config: ScaleConfig) -> dict[str, Any]:
     """Measure everything; the result is what `--json` writes."""
     rows = [measure_set(samples, shards, config) for samples, shards in config.sets]
     layout = Layout((SHARD_ROWS,) * (MIDDLE // SHARD_ROWS), BLOCK_ROWS)
-    return {
+    result = {
         "bench": "scale",
         "environment": environment(),
         "settings": {"batch_size": BATCH, "rounds": config.rounds, "seconds": SECONDS, "films": "made up"},
@@ -92,6 +92,7 @@ def run_bench(config: ScaleConfig) -> dict[str, Any]:
         "ranks": [measure_ranks(layout, ranks) for ranks in config.ranks],
         "cases": measure_threads(config),
     }
+    return result | {"verdict": verdict(result)}
 
 
 def measure_set(samples: int, shards: int, config: ScaleConfig) -> dict[str, Any]:
@@ -189,10 +190,28 @@ def _thread_case(threads: int, rounds: list[dict[str, Any]]) -> dict[str, Any]:
     return {"name": f"{threads} thread" + "s" * (threads > 1), "threads": threads, **speed(rates), "rounds": rounds}
 
 
+def verdict(result: dict[str, Any]) -> str:
+    """What a larger set, more ranks and more threads cost or bring, in a sentence."""
+    told = []
+    if rows := sorted(result["samples"], key=lambda row: row["samples"]):
+        starts = (f"{row['first_batch_s']:.2f} s with {row['samples']:,} samples" for row in (rows[0], rows[-1]))
+        told.append(
+            f"first batch after {' and '.join(starts)}, whose order takes {rows[-1]['kept_bytes'] / 1e6:.1f} MB"
+        )
+    if rows := result["ranks"]:
+        most = max(rows, key=lambda row: row["ranks"])
+        told.append(f"{most['ranks']} ranks read each block {most['ratio']:.2f} times an epoch, together")
+    if len(rows := result["cases"]) > 1:
+        gain = rows[-1]["images_per_s"] / rows[0]["images_per_s"]
+        told.append(f"{rows[-1]['name']} give {gain:.2f}x the films/s of {rows[0]['name']}")
+    return "; ".join(told)
+
+
 def table(result: dict[str, Any]) -> Iterator[str]:
-    """What was not said as it was measured."""
+    """What was not said as it was measured, and what it means."""
     for case in result["cases"]:
         yield f"{case['name']}: {case['images_per_s']:,.0f} films/s"
+    yield result["verdict"]
 
 
 def run_and_draw(config: ScaleConfig) -> dict[str, Any]:

@@ -231,13 +231,13 @@ def repeat_csv(path: Path, target: Path, times: int) -> Path:
     return target
 
 
-def write_uint8(source: Path, target: Path) -> None:
+def write_uint8(source: Path, dataset: str, target: Path) -> None:
     """The film dataset once more, contiguous, a quarter of the bytes. InputError where levels are not whole."""
     import h5py
 
     from ingest.source import H5Source
 
-    with H5Source(source) as films, h5py.File(target, "w") as file:
+    with H5Source(source, dataset) as films, h5py.File(target, "w") as file:
         out = file.create_dataset("cxr", (films.rows, films.height, films.width), "u1")
         for first in range(0, films.rows, 256):
             levels = films.read(first, min(first + 256, films.rows))

@@ -119,8 +119,10 @@ class SlowSettings:
             raise InputError(f"--latency-ms {self.latency_ms} has to be at least 0")
         if self.bandwidth_mb is not None and not 0 < self.bandwidth_mb < math.inf:
             raise InputError(f"--bandwidth-mb {self.bandwidth_mb} has to be above 0")
-        if not 0 <= self.jitter <= 1 or self.readahead_kb < 0:
-            raise InputError(f"--jitter {self.jitter} has to lie in [0, 1], --readahead-kb {self.readahead_kb} above 0")
+        if not 0 <= self.jitter <= 1:
+            raise InputError(f"--jitter {self.jitter} has to lie in [0, 1]")
+        if self.readahead_kb < 0:
+            raise InputError(f"--readahead-kb {self.readahead_kb} has to be at least 0")
         if self.jitter and not self.latency_ms:
             raise InputError(f"--jitter {self.jitter} is a share of --latency-ms, which is 0; give that too")
 

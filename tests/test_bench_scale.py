@@ -11,7 +11,7 @@ from PIL import Image
 from bench.order import OrderBenchConfig
 from bench.order import run_bench as shuffle_bench
 from bench.plots import draw, plots_of, scale_panels
-from bench.scale import ScaleConfig, measure_order, measure_ranks, measure_set, thread_counts
+from bench.scale import ScaleConfig, measure_order, measure_ranks, measure_set, thread_counts, verdict
 from bench.shapes import read_results
 from bench.simulate import write_set
 from bench.standards import judged
@@ -78,6 +78,15 @@ def made_up() -> dict[str, Any]:
     ]
     environment = {"cpu": "x", "cpus": 2, "time": "2026-01-01"}
     return {"bench": "scale", "environment": environment, "samples": rows, "shards": [], "ranks": [], "cases": cases}
+
+
+def test_the_figures_end_in_a_sentence() -> None:
+    said = verdict(made_up() | {"ranks": [{"ranks": 8, "ratio": 1.04}, {"ranks": 2, "ratio": 1.02}]})
+    assert said == (
+        "first batch after 0.50 s with 462,000 samples and 1.50 s with 100,000,000 samples, whose order takes "
+        "100.0 MB; 8 ranks read each block 1.04 times an epoch, together; 2 threads give 2.00x the films/s of 1 threads"
+    )
+    assert verdict({"samples": [], "ranks": [], "cases": []}) == ""
 
 
 def test_plots_and_standards(tmp_path: Path) -> None:

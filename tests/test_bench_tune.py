@@ -130,6 +130,12 @@ def test_what_buys_nothing_leaves_the_defaults(shards_dir: Path, monkeypatch: py
     assert "[data]" in toml_of(result) and "=" not in toml_of(result).split("[data]")[1]
 
 
+def test_what_was_faster_in_each_round_but_is_no_sure_gain_asks_for_more_time() -> None:
+    row = {"setting": "ahead", "default": 2, "chosen": 8, "ratio": 1.5, "highest": 2.0, "kept": False}
+    for lowest, words in ((1.1, "more --minutes"), (0.9, "no more than the noise")):
+        assert tune.table({"choices": [row | {"lowest": lowest}], "chosen": {}})[1].endswith(words)
+
+
 def test_what_may_be_chosen(shards_dir: Path) -> None:
     """Streams only if asked for; the defaults are those of a loader; settings that a backend ignores are no choice."""
     base = LoaderConfig(shards=shards_dir, backend="cpu")
@@ -149,7 +155,8 @@ def test_the_command(shards_dir: Path, tmp_path: Path, capsys: pytest.CaptureFix
     flags = ["--minutes", "0.001", "--seconds", "0.02", "--batch-size", "8", "--json", str(table), "--out", str(out)]
     tune.main(["--shards", str(shards_dir), *flags])
     result = json.loads(table.read_bytes())
-    assert result["verdict"] in capsys.readouterr().out and len(result["trials"]) >= 10
+    said = capsys.readouterr().out
+    assert result["verdict"] in said and "trials of " in said and len(result["trials"]) >= 10
     assert [len(case["rounds"]) for case in result["cases"]] == [5, 5]
     config = parse_config("x", [*PATHS, "--loader-config", str(out)])
     chosen = {name: value for name, value in result["chosen"].items() if name != "backend"}
