@@ -311,6 +311,27 @@ def test_force_goes_on_and_notes_it(server: Server, shards_dir: Path, whole: Pat
     assert [group["weight_decay"] for group in payload["optimizer"]["param_groups"]] == [0.5, 0.0]
 
 
+def test_force_onto_other_films_judges_anew(server: Server, shards_dir: Path, whole: Path, tmp_path: Path) -> None:
+    """A loss on the films of before, which none on the new ones may ever reach, is no best one; nor are the bad samples
+    there those of here."""
+    run = copy(whole, tmp_path)
+    for path in run.glob("checkpoints/step-*.pt"):
+        payload = read_checkpoint(path)
+        payload["best_loss"] = 0.001
+        payload["schedule"]["patience"] = {"best": 0.001, "bad": 1}
+        payload["schedule"]["plateau"] = {"patience": {"best": 0.001, "bad": 0}, "cuts": 2}
+        payload["fingerprint"]["shards"] = "0123"
+        payload["bad_samples"] = [{"shard": 99, "row": 0, "key": "00-0000000000", "offset": 0, "why": "damaged"}]
+        path.write_bytes(encode(payload))
+    (run / "best.pt").unlink()
+    more = ("--steps", "15", "--force", "--patience", "2", "--data.max-bad", "1")
+    codes, errors = server.run(arguments(shards_dir, run, *STEPS, *more))
+    assert codes == [0], errors
+    payload = read_checkpoint(run / "best.pt")
+    assert payload["step"] == 15 and payload["best_loss"] > 0.001
+    assert payload["schedule"]["plateau"]["cuts"] == 2 and payload["bad_samples"] == []
+
+
 # T12: nothing of a patient
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import multiprocessing
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.batch import Batch
 from train import objective
-from train.config import OptimConfig
+from train.config import OptimConfig, TrainConfig
 from train.device import Precision, choose_precision
 from train.model import ModelConfig, build_model
 from train.objective import Contrastive
 from train.optim import build_average, build_optimizer, update_average
 from train.ranks import Ranks
-from train.state import Learner
+from train.state import Learner, Progress, capture, restore
 from train.step import Step, compiled_graphs, nothing_batch
 
 CPU = Precision(name="fp32", device=torch.device("cpu"))
@@ -306,3 +307,36 @@ def test_a_gpu_that_only_emulates_bf16_gets_fp16(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
     assert choose_precision("auto", torch.device("cuda")).name == name
+
+
+def test_a_scaler_goes_on_where_it_stood() -> None:
+    """fp16 on the CPU: it halves its scale while gradients overflow, and no weight changes; it doubles it later. The
+    same if put away in the middle; one that --force has turned on begins afresh."""
+    fp16, config, parts = Precision(name="fp16", device=torch.device("cpu")), TrainConfig(shards=Path(), out=Path()), 2
+    batch = share(lengths=LENGTHS[:4])
+
+    def begin(payload: dict | None) -> tuple[Learner, Step]:
+        model = small_model()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=2)
+        learner = Learner(model=model, optimizer=build_optimizer(model, OptimConfig()), scaler=scaler)
+        step = Step(learner, Contrastive(Ranks()), fp16, Ranks(), clip=1.0, parts=parts)
+        step.warm_up(nothing_batch(2 * parts, 64, 77, fp16.device))
+        if payload is not None:
+            restore(payload, learner, Ranks())
+        return learner, step
+
+    def go(learner: Learner, step: Step, count: int) -> list[tuple[str, float]]:
+        said = [(step(batch, 1e-3).loss.item(), learner.scaler.get_scale()) for _ in range(count)]
+        return [(f"{loss:.6f}", scale) for loss, scale in said]
+
+    learner, step = begin(None)
+    said = go(learner, step, 7)
+    payload = capture(config, {}, Progress(step=7), learner, [], Ranks())
+    said += go(learner, step, 9)
+    losses, scales = zip(*said, strict=True)
+    first = next(n for n in range(1, 16) if scales[n] >= scales[n - 1])  # the first update that was made
+    assert first > 2 and set(losses[: first + 1]) == {losses[0]} and losses[first + 1] != losses[0]
+    assert any(after > before for before, after in pairwise(scales))
+    assert said[:7] + go(*begin(payload), 9) == said
+    learner, _ = begin({**payload, "scaler": {}})
+    assert learner.scaler.get_scale() == 2.0**20

@@ -18,7 +18,7 @@ from train.optim import build_average, build_optimizer
 from train.ranks import Ranks, tell
 from train.resume import check_optimizer, check_weights
 from train.rundir import RunFolder, check_lease
-from train.state import Learner, differences, fingerprint
+from train.state import SETS, Learner, alike, differences, fingerprint
 from train.step import check_parts
 from train.tracking import check_installed
 from train.weights import load_pretrained
@@ -100,11 +100,12 @@ def build_job(setting: Setting, checkpoint: dict[str, Any] | None, lease: Lease 
     if checkpoint is not None:
         check_weights(checkpoint["model"], learner.model)
         check_optimizer(checkpoint["optimizer"], learner.optimizer)
+    same_sets = checkpoint is not None and alike(checkpoint["fingerprint"], setting.fingerprint, SETS)
     loader = build_loader(
         loader_config(config, split="train", mode="train"),
         ranks.world(precision.device),
         position=checkpoint["position"] if checkpoint else 0,
-        bad_samples=checkpoint["bad_samples"] if checkpoint else (),
+        bad_samples=checkpoint["bad_samples"] if checkpoint and same_sets else (),
     )
     parts = {name: getattr(setting, name) for name in Setting.__slots__}
     return Job(**parts, learner=learner, loader=loader, checkpoint=checkpoint, lease=lease)

@@ -21,7 +21,7 @@ from train.objective import OtherRankFailed, Output
 from train.optim import learning_rate, momentum, update_average
 from train.ranks import StopRequest, together
 from train.saving import CheckpointWriter, Shelf
-from train.state import Progress, capture, gather_bad, order_digest, restore
+from train.state import JUDGED_ON, Progress, alike, capture, gather_bad, order_digest, restore
 from train.step import build_step, compiled_graphs, nothing_batch
 
 
@@ -86,7 +86,10 @@ class Loop:
         if self._job.checkpoint is None:
             return Progress()
         payload, learner = self._job.checkpoint, self._job.learner
-        return together(self._ranks, "train.main", lambda: restore(payload, learner, self._ranks))
+        progress = together(self._ranks, "train.main", lambda: restore(payload, learner, self._ranks))
+        if not alike(payload["fingerprint"], self._job.fingerprint, JUDGED_ON):
+            progress.judge_anew()
+        return progress
 
     def _one_step(self) -> bool:
         """Train on one batch and do what is due after it; whether to stop."""

@@ -1,6 +1,7 @@
 """What a run is at a step boundary, to a checkpoint's payload and back."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ DALI_PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 """A newer one of these gives other last digits, or other pixels. Not so the others: order, crops and the backend `cpu`
 are this program's own, and libjpeg-turbo's pixels are fixed."""
 
+SETS = ("shards", "data.more_shards")
+"""What shard numbers are of."""
+JUDGED_ON = ("shards", "tokenizer", *(f"data.{name}" for name in ("where", "exclude", "image_size", "mean", "std")))
+"""What makes the films of a validation, and so its loss, others."""
+
 READING = (
     *("threads", "memory_mb", "read_threads", "ahead", "own_jpeg"),
     *("max_bad", "stage_dir", "stage_gb", "stall_abort_s"),
@@ -59,6 +65,11 @@ class Progress:
     """What --patience has counted."""
     plateau: Plateau = field(default_factory=Plateau)
     """What the plateau schedule has counted."""
+
+    def judge_anew(self) -> None:
+        """Forget the losses so far: those to come are of other films, and none of them might ever be lower."""
+        self.best_loss = self.best_step = None
+        self.patience, self.plateau.patience = Patience(), Patience()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +132,11 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in names
         if not name.startswith("versions.") or (name in then and name in now)
     ]
+
+
+def alike(then: dict[str, Any], now: dict[str, Any], names: Sequence[str]) -> bool:
+    """Whether two fingerprints say the same of these names."""
+    return all(then.get(name) == now.get(name) for name in names)
 
 
 def order_digest(progress: Progress, ranks: Ranks) -> str:
@@ -199,7 +215,8 @@ def _restore(payload: dict[str, Any], learner: Learner, ranks: Ranks) -> Progres
     # The settings of its groups are this run's: those of the file would undo what --force has changed.
     groups = learner.optimizer.state_dict()["param_groups"]
     learner.optimizer.load_state_dict({"state": payload["optimizer"]["state"], "param_groups": groups})
-    learner.scaler.load_state_dict(payload["scaler"])
+    if payload["scaler"]:  # --force may have turned it on, too
+        learner.scaler.load_state_dict(payload["scaler"])
     if len(payload["rng"]) == ranks.size:
         torch.set_rng_state(payload["rng"][ranks.rank])
         if torch.cuda.is_initialized() and payload["device_rng"][ranks.rank] is not None:
