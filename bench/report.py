@@ -117,9 +117,10 @@ def sections(report: Report) -> Iterator[Section]:
 def _summary(report: Report) -> Section:
     machines = dict.fromkeys(result.machine for result in report.results if result.machine)
     worse = [f"Worse than before: {_in_words(change)}." for change in report.regressions]
+    told = (f"{result.file}: {said}" for result in reversed(report.results) for said in result.said)
     return Section(
         title="In short",
-        paragraphs=(*worse, *(said for result in reversed(report.results) for said in result.said)),
+        paragraphs=(*worse, *told),
         small=(
             *(f"Measured on {machine}." for machine in machines),
             *(f"Not read: {why}." for why in report.unreadable),

@@ -100,7 +100,7 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
         "choices": [_plain(each) for each in bought],
         "chosen": kept,
         "trials": [{"films_per_s": found, **_plain(choice)} for choice, found in tried],
-        "verdict": _verdict(kept, final),
+        "verdict": _where(config.slow) + _verdict(kept, final),
     }
 
 
@@ -149,6 +149,14 @@ def _case(name: str, choice: Choice, rates: list[float]) -> dict[str, Any]:
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """For JSON: a set is named by its folder."""
     return {name: value.name if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def _where(slow: SlowSettings) -> str:
+    """So that nobody takes for real storage what was found on a simulated one; "" where it is as it is."""
+    if counts_here() is None:
+        return ""
+    bandwidth = "" if slow.bandwidth_mb is None else f" and {slow.bandwidth_mb:g} MB/s"
+    return f"Simulated, {slow.latency_ms:g} ms a request{bandwidth}: "
 
 
 def _verdict(kept: Choice, rates: dict[str, list[float]]) -> str:

@@ -231,6 +231,9 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr()
     assert stop.value.code == 1 and "worse: loader cpu: films/s 700 to 350 (0.50x)" in said.err
     assert "Worse than before: loader cpu" in page.read_text()
+    tuned = save(tmp_path / "tune.json", {**loader_json(OLD), "bench": "tune", "choices": [], "verdict": "3x as fast."})
+    main([old, str(tuned)])
+    assert "tune.json: 3x as fast." in capsys.readouterr().out  # whose sentence it is
     main([old])
     assert "| cpu | 700 | 690 to 705 |" in capsys.readouterr().out
 
@@ -442,7 +445,7 @@ def test_a_part_of_make_gpu_that_failed_is_said(tmp_path: Path) -> None:
     (tmp_path / "gpu.json").write_text(json.dumps({"bench": "gpu", "environment": {"gpu": "NVIDIA H200"}, **parts}))
     report = make_report([tmp_path / "gpu.json"])
     short, *_ = sections(report)
-    assert "bench.step: not done after 540 s" in short.paragraphs
+    assert "gpu.json: step: bench.step: not done after 540 s" in short.paragraphs
     assert "Not measured: gpu.json: step" in [section.title for section in sections(report)]
 
 

@@ -14,6 +14,7 @@ from conftest import assert_refused, run_module
 from bench import tune
 from bench.search import Choice, make_space
 from bench.shapes import read_results
+from bench.storage import Counts, SlowSettings
 from bench.tune import TuneConfig, run_tune, toml_of
 from pipeline.batch import World
 from pipeline.config import LoaderConfig, available_cpus
@@ -128,6 +129,13 @@ def test_what_buys_nothing_leaves_the_defaults(shards_dir: Path, monkeypatch: py
     assert max(trial["films_per_s"] for trial in result["trials"]) > 1030
     assert result["chosen"] == {} and "no more than the noise" in result["verdict"]
     assert "[data]" in toml_of(result) and "=" not in toml_of(result).split("[data]")[1]
+
+
+def test_what_was_found_on_a_simulated_file_system_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowSettings(latency_ms=20, bandwidth_mb=200)
+    assert tune._where(slow) == ""  # nothing of it lies under this process
+    monkeypatch.setattr(tune, "counts_here", lambda: Counts(requests=1, bytes=1, refused_maps=0))
+    assert tune._where(slow) == "Simulated, 20 ms a request and 200 MB/s: "
 
 
 def test_what_was_faster_in_each_round_but_is_no_sure_gain_asks_for_more_time() -> None:
