@@ -115,11 +115,12 @@ def _write_buffer(handle: int, buffer: mmap.mmap) -> None:
 
 
 def _write_all(handle: int, content: memoryview) -> None:
+    refused = False
     while len(content):
         try:
             content = content[os.write(handle, content) :]
         except OSError as error:
-            _through_the_cache(handle, error)
+            refused = _through_the_cache(handle, error, refused)
 
 
 def read_extents(path: Path, extents: list[tuple[int, int]], target: memoryview) -> None:
@@ -147,12 +148,12 @@ def open_direct(path: Path) -> Iterator[int]:
 
 def read_at(handle: int, target: memoryview, offset: int) -> int:
     """Fill `target`; returns the number of bytes, fewer where the file ends. All aligned, as for `read_extents`."""
-    done = 0
+    done, refused = 0, False
     while done < len(target):
         try:
             size = os.preadv(handle, [target[done:]], offset + done)
         except OSError as error:
-            _through_the_cache(handle, error)
+            refused = _through_the_cache(handle, error, refused)
             continue
         if not size:
             break
@@ -160,18 +161,18 @@ def read_at(handle: int, target: memoryview, offset: int) -> int:
     return done
 
 
-def _through_the_cache(handle: int, error: OSError) -> None:
-    """Switch direct transfers off once a file system refuses one; raises any other error."""
-    if error.errno != errno.EINVAL or not _set_direct(handle, False):
+def _through_the_cache(handle: int, error: OSError, refused: bool) -> bool:
+    """Switch direct transfers off once a file system refuses one; raises any other error, and a second refusal.
+
+    They may be off by now: several threads' transfers may have been refused at once.
+    """
+    if error.errno != errno.EINVAL or refused:
         raise error
+    _set_direct(handle, False)
+    return True
 
 
-def _set_direct(handle: int, wanted: bool) -> bool:
-    """Whether that changed anything: a file system may not have direct transfers."""
+def _set_direct(handle: int, wanted: bool) -> None:
     flags = fcntl.fcntl(handle, fcntl.F_GETFL)
-    changed = (flags | os.O_DIRECT) if wanted else (flags & ~os.O_DIRECT)
-    try:
-        fcntl.fcntl(handle, fcntl.F_SETFL, changed)
-    except OSError:
-        return False
-    return changed != flags
+    with contextlib.suppress(OSError):  # a file system may not have direct transfers
+        fcntl.fcntl(handle, fcntl.F_SETFL, (flags | os.O_DIRECT) if wanted else (flags & ~os.O_DIRECT))
