@@ -5,6 +5,7 @@ plug-in. All are refused before a pixel is read.
 """
 
 import contextlib
+import errno
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,9 @@ _MOST_NAMED = 8
 """Names in a file that a message lists."""
 _CACHE_BYTES = 1 << 20
 """Of chunks that HDF5 keeps. Each is read once, and whole: 32 MiB of them cost a worker 55 MiB, for nothing."""
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
+"""What a file system without locks, as NFS and Lustre may be, says to HDF5."""
 
 
 class H5Source:
@@ -66,7 +70,7 @@ class H5Source:
         try:
             return self._data[first:end]
         except (OSError, RuntimeError) as error:
-            raise self._unreadable(first, end, str(error)) from None
+            raise self._unreadable(first, end, error) from None
 
     def read_direct(self, spans: Sequence[tuple[int, int]], ahead: int) -> Iterator[NDArray]:
         """Each span of rows as `read` gives it, past the page cache; good until the next is asked for.
@@ -95,20 +99,21 @@ class H5Source:
             if read_at(handle, target, begin) < stop - begin:
                 raise OSError("the file ends before them")
         except OSError as error:
-            raise self._unreadable(first, end, error.strerror or str(error)) from None
+            raise self._unreadable(first, end, error) from None
         return np.ndarray(shape, self.dtype, target, start - begin)
 
     @contextlib.contextmanager
     def _reopened(self) -> Iterator[int]:
         """Another descriptor of the open file. InputError where another file has its name by now."""
         with open_direct(self._path) as handle:
-            if not os.path.samestat(os.fstat(handle), os.fstat(self._file.id.get_vfd_handle())):
+            found, known = os.fstat(handle), os.fstat(self._file.id.get_vfd_handle())
+            # Not by the inode's number: some network file systems give another at every look.
+            if (found.st_size, found.st_mtime_ns) != (known.st_size, known.st_mtime_ns):
                 raise InputError(f"the file of {self._name} was replaced while it was read; run the command again")
             yield handle
 
-    def _unreadable(self, first: int, end: int, reason: str) -> InputError:
-        reason = " ".join(reason.split())[:160]
-        return InputError(f"rows {first} to {end} of {self._name} cannot be read ({reason}); restore the file")
+    def _unreadable(self, first: int, end: int, error: Exception) -> InputError:
+        return InputError(f"rows {first} to {end} of {self._name} cannot be read ({_reason(error)}); restore the file")
 
     def films(
         self, images: NDArray, first: int, value_range: tuple[float, float] | None = None
@@ -175,12 +180,23 @@ def _open(path: Path) -> h5py.File:
     if not Path(path).is_file():
         raise InputError(f"no HDF5 file at {path}")
     try:
-        return h5py.File(path, "r", rdcc_nbytes=_CACHE_BYTES)
+        try:
+            return h5py.File(path, "r", rdcc_nbytes=_CACHE_BYTES)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return h5py.File(path, "r", rdcc_nbytes=_CACHE_BYTES, locking=False)
     except OSError as error:
-        reason = " ".join(str(error).split())[:160]
-        if "unable to lock" in reason:
+        reason = _reason(error)
+        if "unable to lock" in str(error):
             reason = "another program is writing to it; if none is, set HDF5_USE_FILE_LOCKING=FALSE"
         raise InputError(f"{path} cannot be opened as HDF5 ({reason})") from None
+
+
+def _reason(error: Exception) -> str:
+    """What the system says, else the beginning of what HDF5 says."""
+    number = error.errno if isinstance(error, OSError) else None
+    return os.strerror(number) if number else " ".join(str(error).split())[:160]
 
 
 def _dataset(file: h5py.File, dataset: str, name: str) -> h5py.Dataset:
