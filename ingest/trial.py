@@ -72,7 +72,9 @@ def dry_run(config: IngestConfig) -> Iterator[str]:
         f"{f'about {minutes:,.0f} minutes' if minutes >= 1 else 'less than a minute'} with {config.worker_count} "
         f"workers if the files are read as fast as now; {final / 1e6:,.0f} MB of shards, twice that while it runs"
     )
-    yield f"{shutil.disk_usage(_existing(config.to_shards)).free / 1e9:,.1f} GB are free there; nothing was written"
+    free = shutil.disk_usage(_existing(config.to_shards)).free
+    enough = "" if free > 2 * final else ", which is TOO LITTLE"
+    yield f"{free / 1e6:,.0f} MB are free there{enough}; nothing was written"
 
 
 def _try_films(config: IngestConfig, inputs: Inputs) -> tuple[float, float, int]:

@@ -246,6 +246,9 @@ def test_a_mount_that_takes_nothing(small: list[str], tmp_path: Path, mount: str
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert_refused(done, "cannot write", str(tmp_path / "out"), *words)
     assert not list(tmp_path.iterdir())
+    if "tmpfs" in mount:
+        tried = subprocess.run([*command, "--dry-run"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+        assert "1 MB are free there, which is TOO LITTLE" in tried.stdout
 
 
 def test_clock_and_umask_do_not_enter(small: list[str], whole: tuple[dict[str, str], int], tmp_path: Path) -> None:
