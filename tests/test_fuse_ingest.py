@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -107,6 +108,7 @@ def test_the_server_goes_away(disk: Path, tmp_path: Path, shards_dir: Path) -> N
         running = start(node)
         while not node.fired():  # in the midst of the first spills
             assert running.poll() is None
+            time.sleep(0.05)
         os.kill(node.daemon, 9)
         stdout, stderr = running.communicate(timeout=60)
         assert_refused(subprocess.CompletedProcess([], running.returncode, stdout, stderr), "not connected")
