@@ -76,6 +76,16 @@ def test_the_same_run(
     assert differing(outcome(disk / "run"), whole) == []
 
 
+def test_an_old_checkpoint_that_cannot_be_removed(
+    server: Server, disk: Path, tmp_path: Path, whole: dict[str, object]
+) -> None:
+    with mounted(disk, tmp_path / "node", rules=[["unlink", r"step-0000002\.pt$", "EBUSY", 0, 1]]) as node:
+        codes, errors = server.run(arguments(node.root / "set", node.root / "run", *STEPS))
+        assert codes == [0] and "cannot write" not in errors, errors
+        assert node.fired() == {"unlink EBUSY": 1}
+    assert differing(outcome(disk / "run"), whole) == []
+
+
 def test_a_server_that_goes_away_ends_the_run(server: Server, disk: Path, tmp_path: Path) -> None:
     with mounted(disk, tmp_path / "node") as node:
         pids = server.start(arguments(node.root / "set", node.root / "run", "--steps", "100000"))

@@ -70,8 +70,9 @@ class Shelf:
             else:
                 good += self._is_good(path)
         for path in reversed(old):
-            path.unlink()
-            self._good.pop(path, None)
+            with contextlib.suppress(OSError):  # in use elsewhere; this one is written, the next save tries again
+                path.unlink()
+                self._good.pop(path, None)
 
     def _is_good(self, path: Path) -> bool:
         """Whether every byte was found right, now or when the file was last seen to change."""
