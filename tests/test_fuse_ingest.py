@@ -48,8 +48,7 @@ def disk(tmp_path: Path, source: tuple[Path, Path]) -> Path:
     "faults, fault",
     [
         (POOR, "direct transfer"),
-        ({"most_bytes": 40_001}, "short write"),
-        ({"cache_s": 3, "rules": [["read", ".", "EINTR", 5, 5], ["open", "spill$", "EINTR", 0, 2]]}, "read EINTR"),
+        ({"most_bytes": 40_001, "cache_s": 3, "rules": [["read", ".", "EINTR", 5, 5]]}, "read EINTR"),
     ],
 )
 def test_the_same_bytes(disk: Path, tmp_path: Path, shards_dir: Path, faults: dict, fault: str) -> None:
@@ -88,7 +87,7 @@ def test_films_past_the_page_cache(disk: Path, tmp_path: Path, faults: dict, fau
     [
         (["close", r"train-000001\.tar$", "EDQUOT", 0, 1], ["train-000001.tar", "quota exceeded"]),
         (["rename", r"manifest\.json$", "done EIO", 0, 1], ["manifest.json", "Input/output error"]),
-        (["read", r"cxr\.h5$", "ESTALE", 9, 6], ["cxr.h5", "Stale file handle"]),
+        (["read", r"cxr\.h5$", "ESTALE", 9, -1], ["cxr.h5", "Stale file handle"]),
     ],
 )
 def test_a_line_and_a_second_try(disk: Path, tmp_path: Path, shards_dir: Path, rule: list, words: list[str]) -> None:
@@ -117,11 +116,10 @@ def test_the_server_goes_away(disk: Path, tmp_path: Path, shards_dir: Path) -> N
     assert contents(disk / "out") == contents(shards_dir)
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_two_nodes_at_once(disk: Path, tmp_path: Path, shards_dir: Path, links: bool) -> None:
+def test_two_nodes_at_once(disk: Path, tmp_path: Path, shards_dir: Path) -> None:
     with (
-        mounted(disk, tmp_path / "a", links=links, cache_s=2) as first,
-        mounted(disk, tmp_path / "b", links=links, cache_s=1) as second,
+        mounted(disk, tmp_path / "a", links=False, cache_s=2) as first,
+        mounted(disk, tmp_path / "b", links=False, cache_s=1) as second,
     ):
         running = [start(first), start(second)]
         ends = [(*each.communicate(timeout=120), each.returncode) for each in running]
