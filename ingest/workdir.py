@@ -124,7 +124,9 @@ def finished_set(config: IngestConfig) -> Manifest | None:
     try:
         before = json.loads((out / INPUTS_NAME).read_bytes())
     except (OSError, ValueError):
-        raise InputError(f"{another}, and no {INPUTS_NAME} that says of what; choose another folder") from None
+        raise InputError(
+            f"{another}, and no {INPUTS_NAME} that says of what; use it as it is, or choose another folder"
+        ) from None
     changed = [name for name in _differing(before, fingerprint(config)) if not name.startswith("version of ")]
     if config.encoding == "auto" and "encoding" in changed:  # the same inputs make the same pick
         changed.remove("encoding")
