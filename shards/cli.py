@@ -20,7 +20,8 @@ Config = TypeVar("Config")
 
 _DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT),
-    *(errno.ENOTCONN, errno.ECONNABORTED, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.ENODEV),  # a file system whose server is gone
+    # A file system whose server is gone.
+    *(errno.ENOTCONN, errno.ECONNABORTED, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.ENODEV),
 }
 """What a disk alone can say: nobody's bug even where the error names no file, as those of `write` do not."""
 _PATH = {
