@@ -212,8 +212,9 @@ class BlockReader:
     def _load(self, slot: _Slot) -> Loaded:
         try:
             return self.loader.load(slot.visit, _Pool(self, slot))
-        finally:
+        except BaseException:
             self._forget_estimate(slot)
+            raise
 
     def _take(self, slot: _Slot, size: int) -> NDArray[np.uint8]:
         """A buffer for a visit, whose true size now stands for the estimate."""

@@ -7,6 +7,7 @@ it comes, is laid out in a window over the positions to come, and a batch is cut
 visit and each batch, none for each visit in each batch.
 """
 
+import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,7 +69,8 @@ class EncodedBatches:
         self._config, self._manifest, self._world, self._reader = config, manifest, world, reader
         self._position = position
         self._end = samples if config.mode == "eval" else None
-        self._live: list[Loaded] = []
+        self._live: list[tuple[int, int, Loaded]] = []
+        """A heap: last position, first position, visit."""
         self._window = _Window(_WINDOW, manifest)
         self._fates = Fates(config, manifest, world)
 
@@ -84,8 +86,9 @@ class EncodedBatches:
         positions = rank_positions(begin, min(end, self._end or end), self._world)
         self._gather(begin, end)
         images, records = self._window.take(positions // self._world.size)
-        finished = [loaded for loaded in self._live if loaded.visit.last < end]
-        self._live = [loaded for loaded in self._live if loaded.visit.last >= end]
+        finished = []
+        while self._live and self._live[0][0] < end:
+            finished.append(heapq.heappop(self._live)[2])
         fate = self._fates.of(positions, records["side_words"])
         return Encoded(position=begin, images=images, records=records, fate=fate, finished=finished)
 
@@ -124,9 +127,10 @@ class EncodedBatches:
         """Take the visits that start before `end` and lay them out. None of them starts before `begin`."""
         while (first := self._reader.next_first()) is not None and first < end:
             loaded = self._reader.get()
-            self._live.append(loaded)
-            if (loaded.visit.last - begin) // self._world.size >= len(self._window):
-                self._widen(loaded.visit.last - begin)
+            last = loaded.visit.last
+            heapq.heappush(self._live, (last, first, loaded))  # no two have the same positions
+            if (last - begin) // self._world.size >= len(self._window):
+                self._widen(last - begin)
             else:
                 self._lay_out(loaded)
 
@@ -136,7 +140,7 @@ class EncodedBatches:
         while count <= span // self._world.size:
             count *= 2
         self._window = _Window(count, self._manifest)
-        for loaded in self._live:
+        for _, _, loaded in self._live:
             self._lay_out(loaded)
 
     def _lay_out(self, loaded: Loaded) -> None:
@@ -170,4 +174,4 @@ class _Window:
     def take(self, numbers: NDArray[np.int64]) -> tuple[list[NDArray[np.uint8]], Records]:
         """Images and a copy of the records of the samples with these numbers."""
         places = numbers % len(self)
-        return [self.images[place] for place in places.tolist()], self.records[places]
+        return [self.images[place] for place in places.tolist()], self.records.take(places)

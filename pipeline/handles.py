@@ -142,7 +142,7 @@ class OpenShards:
         """A shard, or its copy, kept from being closed while in use. InputError where it is not the manifest's."""
         key = number, staged
         with self._lock:
-            entry = self._open.setdefault(key, _Entry())
+            entry = self._open.get(key) or self._open.setdefault(key, _Entry())
             entry.users += 1
             self._open.move_to_end(key)
         try:
@@ -158,11 +158,13 @@ class OpenShards:
 
     def records(self, shard: OpenShard, number: int, block: int) -> Records:
         """The records of a block of a shard in use, from those kept if they are there."""
-        manifest = self.find(number)[0].manifest
         with self._lock:
-            records = self._forget((number, block))
-        if records is None:
-            records = block_records(shard.read_rows(block), manifest, block * manifest.block_rows)
+            records = self._rows.get((number, block))
+            if records is not None:
+                self._rows.move_to_end((number, block))
+                return records
+        manifest = self.find(number)[0].manifest
+        records = block_records(shard.read_rows(block), manifest, block * manifest.block_rows)
         with self._lock:
             self._forget((number, block))  # another thread's
             self._rows[number, block] = records

@@ -16,7 +16,6 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_64_intdigest
 
 from pipeline.stall import Busy
 from shards.errors import InputError
@@ -129,10 +128,6 @@ class OpenShard:
         os.posix_fadvise(self._reader.fd, offset, len(image), os.POSIX_FADV_DONTNEED)
         self._stats.add(retries=1)
         self.read_into(image, offset)
-
-    def is_sound(self, image: NDArray[np.uint8], xxh3: int) -> bool:
-        """Whether an image's bytes are those that ingest wrote."""
-        return xxh3_64_intdigest(image.data) == xxh3
 
     def close_stale(self) -> None:
         """Close the files that were opened anew. Nobody may be reading."""

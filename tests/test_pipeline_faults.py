@@ -18,7 +18,7 @@ from conftest import FINDINGS, REPOSITORY, write_source
 
 from ingest.config import IngestConfig
 from ingest.run import ingest
-from pipeline import handles, read, stall
+from pipeline import handles, read, stall, visits
 from pipeline.batch import World, digest_batch
 from pipeline.config import LoaderConfig
 from pipeline.loader import Loader, build_loader, make_order
@@ -382,9 +382,9 @@ def bad(copy: Path, monkeypatch: pytest.MonkeyPatch) -> dict[Place, str]:
             content[size // 2] ^= 16
             file.seek(offset)
             file.write(content if kind == "digest" else bytes(size))
-    sound = read.OpenShard.is_sound
+    found = visits.find_damaged
     monkeypatch.setattr(
-        read.OpenShard, "is_sound", lambda self, image, *more: not image.any() or sound(self, image, *more)
+        visits, "find_damaged", lambda shard, images, *more: [i for i in found(shard, images, *more) if images[i].any()]
     )
     return places
 

@@ -15,13 +15,12 @@ from hypothesis import strategies as st
 from test_pipeline_order import everything, layouts, places, used_blocks
 from test_pipeline_selection import config, delivered, table
 
-from pipeline import handles
+from pipeline import handles, visits
 from pipeline.batch import World
 from pipeline.handles import OpenShards
 from pipeline.loader import build_loader, make_order
 from pipeline.mixture import MixedOrder, deal_streams, set_seed
 from pipeline.order import ShuffledOrder
-from pipeline.read import OpenShard
 from pipeline.selection import Layout
 from shards.errors import InputError
 from shards.manifest import read_manifest
@@ -215,9 +214,11 @@ def test_a_bad_sample_of_either_set_is_named_and_replaced(
     content[at : at + size] = bytes(size)
     (copy / "train-000000.tar").write_bytes(content)
     if damage == "film":  # what was ingested is no film: its digest holds
-        sound = OpenShard.is_sound
+        found = visits.find_damaged
         monkeypatch.setattr(
-            OpenShard, "is_sound", lambda self, image, *more: not image.any() or sound(self, image, *more)
+            visits,
+            "find_damaged",
+            lambda shard, images, *more: [index for index in found(shard, images, *more) if images[index].any()],
         )
     settings_ = config(shards_dir, more_shards=(copy,), mix=(0.5, 0.5), batch_size=16, backend=backend)
     with (

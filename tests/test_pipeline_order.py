@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import order
 from pipeline.batch import World
 from pipeline.order import Layout, Order, RowOrder, ShuffledOrder
 from pipeline.selection import RowBits
@@ -141,6 +142,17 @@ def test_selecting_every_row_changes_nothing(
     assert places(plain, first, first + 50) == places(all_of_it, first, first + 50)
 
 
+@given(layouts(), seeds, st.integers(1, 60))
+def test_large_sets_which_make_the_order_of_each_block_alone_have_the_same(
+    layout: Layout, seed: int, streams: int
+) -> None:
+    end = 2 * layout.samples
+    small = places(ShuffledOrder(layout, seed=seed, streams=streams), 0, end)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order, "ORDERS_KEPT", 0)
+        assert places(ShuffledOrder(layout, seed=seed, streams=streams), 0, end) == small
+
+
 def test_seeds_and_epochs_differ_and_neighbours_come_from_different_blocks() -> None:
     layout = Layout((400, 400), 16)
     order = ShuffledOrder(layout, seed=1, streams=12)
@@ -210,6 +222,7 @@ def test_huge_sets_stay_small(samples: int, selected: bool) -> None:
     """
     shards = samples // 10_000
     bits = RowBits(itertools.repeat(np.packbits(np.arange(10_000) % 3 > 0), shards)) if selected else None
+    ShuffledOrder(Layout((10,), 5), seed=0, streams=1).locate(np.arange(4))  # what numpy imports at its first use
     tracemalloc.start()
     try:
         layout = Layout((10_000,) * shards, 190, bits)
