@@ -3,7 +3,7 @@
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
@@ -22,6 +22,8 @@ Film = NDArray[np.uint8] | Fault
 
 READ_ROWS = 32
 """Rows read at once out of HDF5: 13 MB of 320 x 320 float32."""
+_READ_BYTES = 32 << 20
+"""Bytes from which on fewer rows are read at once: a worker holds up to four such reads."""
 _AHEAD = 2
 """Reads under way while rows are used: a parallel file system answers each after milliseconds."""
 _MOST_AHEAD = 64 << 20
@@ -88,12 +90,13 @@ class H5Films:
         """
         number = self._number(first)
         part, start = self._part(number), int(self._starts[number])
-        step = max(READ_ROWS // part.chunk_rows, 1) * part.chunk_rows
+        step = max(min(READ_ROWS, _READ_BYTES // part.row_bytes) // part.chunk_rows, 1) * part.chunk_rows
         spans = [(row, min(row + step, end - start)) for row in range(first - start, end - start, step)]
-        small = step * part.height * part.width * part.dtype.itemsize <= _MOST_AHEAD
+        small = step * part.row_bytes <= _MOST_AHEAD
         chunks = _read_spans(part, spans, ahead) if small else (part.read(*span) for span in spans)
-        for (row, _), images in zip(spans, chunks, strict=True):
-            yield from part.films(images, row, self._config.value_range)
+        with closing(chunks):  # else its threads would outlive the file where a film is refused
+            for (row, _), images in zip(spans, chunks, strict=True):
+                yield from part.films(images, row, self._config.value_range)
 
     def stored(self, first: int, end: int) -> NDArray[np.int64]:
         """(end - first,) bytes of films first..end, which lie in one file: compressed or not, its mean."""
@@ -135,9 +138,11 @@ def _read_spans(part: H5Source, spans: Sequence[tuple[int, int]], ahead: bool) -
     before = _usage()
     first = part.read(*spans[0])
     seconds, cpu, queued, fetched = _usage() - before
-    yield first
     waited, others = seconds - queued > 1.5 * cpu, spans[1:]
-    if others and part.contiguous and (waited or fetched > first.nbytes / 2):
+    uncached = fetched > first.nbytes / 2
+    yield first
+    del first  # its memory goes to what is read next
+    if others and part.contiguous and (waited or uncached):
         yield from part.read_direct(others, _AHEAD if ahead else 0)
         return
     rows = (part.read(*span) for span in others)

@@ -13,7 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import cycle
 from mmap import mmap
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 # Must stand before h5py loads the HDF5 library: no filter plug-ins from the environment.
@@ -45,7 +44,7 @@ class H5Source:
 
     def __init__(self, path: Path, dataset: str = "cxr") -> None:
         """InputError where the file or the dataset is missing, unsafe, or of another shape or dtype."""
-        self._path, self._name = path, f"dataset {dataset!r} of {path}"
+        self._name = f"dataset {dataset!r} of {path}"
         self._file = _open(path)
         try:
             self._data = _dataset(self._file, dataset, self._name)
@@ -54,10 +53,10 @@ class H5Source:
             raise
         except Exception as error:  # HDF5 says nearly anything of damaged metadata
             self._file.close()
-            reason = " ".join(str(error).split())[:160]
-            raise InputError(f"{self._name} is damaged ({reason}); restore the file") from None
+            raise InputError(f"{self._name} is damaged ({_reason(error)}); restore the file") from None
         self.rows, self.height, self.width = self._data.shape
         self.dtype = self._data.dtype
+        self.row_bytes: int = self.height * self.width * self.dtype.itemsize
         self.stored_bytes: int = self._data.id.get_storage_size()
         """Bytes in the file, compressed or not."""
         self.chunk_rows: int = self._data.chunks[0] if self._data.chunks else 1
@@ -77,11 +76,15 @@ class H5Source:
 
         `ahead` spans are read by threads while one is used. Only where `contiguous`. InputError as of `read`.
         """
-        row_bytes = self.height * self.width * self.dtype.itemsize
-        largest = max(end - first for first, end in spans) * row_bytes + 2 * ALIGNMENT
+        largest = max(end - first for first, end in spans) * self.row_bytes + 2 * ALIGNMENT
         buffers = cycle([new_buffer(largest) for _ in range(min(ahead, len(spans)) + 1)])
         pending: deque[Future[NDArray]] = deque()
-        with self._reopened() as handle, ThreadPoolExecutor(max(ahead, 1)) as threads:
+        with contextlib.ExitStack() as stack:
+            try:  # by its descriptor: the file may have another name by now, or none, and its name another file
+                handle = stack.enter_context(open_direct(Path(f"/proc/self/fd/{self._file.id.get_vfd_handle()}")))
+            except OSError as error:
+                raise self._unreadable(*spans[0], error) from None
+            threads = stack.enter_context(ThreadPoolExecutor(max(ahead, 1)))
             for span in spans:
                 pending.append(threads.submit(self._read_direct, handle, *span, next(buffers)))
                 if len(pending) > ahead:
@@ -90,9 +93,7 @@ class H5Source:
                 yield pending.popleft().result()
 
     def _read_direct(self, handle: int, first: int, end: int, buffer: mmap) -> NDArray:
-        shape = (end - first, self.height, self.width)
-        row_bytes = self.height * self.width * self.dtype.itemsize
-        start, stop = (self._data.id.get_offset() + row * row_bytes for row in (first, end))
+        start, stop = (self._data.id.get_offset() + row * self.row_bytes for row in (first, end))
         begin = start // ALIGNMENT * ALIGNMENT
         target = memoryview(buffer)[: -(-stop // ALIGNMENT) * ALIGNMENT - begin]
         try:
@@ -100,17 +101,7 @@ class H5Source:
                 raise OSError("the file ends before them")
         except OSError as error:
             raise self._unreadable(first, end, error) from None
-        return np.ndarray(shape, self.dtype, target, start - begin)
-
-    @contextlib.contextmanager
-    def _reopened(self) -> Iterator[int]:
-        """Another descriptor of the open file. InputError where another file has its name by now."""
-        with open_direct(self._path) as handle:
-            found, known = os.fstat(handle), os.fstat(self._file.id.get_vfd_handle())
-            # Not by the inode's number: some network file systems give another at every look.
-            if (found.st_size, found.st_mtime_ns) != (known.st_size, known.st_mtime_ns):
-                raise InputError(f"the file of {self._name} was replaced while it was read; run the command again")
-            yield handle
+        return np.ndarray((end - first, self.height, self.width), self.dtype, target, start - begin)
 
     def _unreadable(self, first: int, end: int, error: Exception) -> InputError:
         return InputError(f"rows {first} to {end} of {self._name} cannot be read ({_reason(error)}); restore the file")
@@ -140,9 +131,7 @@ class H5Source:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -201,8 +190,7 @@ def _reason(error: Exception) -> str:
 
 def _dataset(file: h5py.File, dataset: str, name: str) -> h5py.Dataset:
     group: h5py.Group = file
-    parts = [part for part in dataset.split("/") if part]
-    for part in parts:
+    for part in filter(None, dataset.split("/")):
         if not isinstance(group, h5py.Group) or group.get(part, getlink=True) is None:
             raise InputError(f"no {name}; {_describe(group)}")
         if not isinstance(group.get(part, getlink=True), h5py.HardLink):

@@ -1,7 +1,9 @@
 """How rows come out of HDF5 files: through the page cache or past it, ahead of time or not, and always the same."""
 
+import errno
 import os
 import threading
+import weakref
 from pathlib import Path
 
 import h5py
@@ -102,7 +104,7 @@ def test_numbers_that_numpy_does_not_have_are_left_to_hdf5(tmp_path: Path) -> No
         assert not source.contiguous and (source.read(0, 5) == 200).all()
 
 
-def test_a_file_cut_short_or_replaced_while_it_is_read(tmp_path: Path) -> None:
+def test_a_file_cut_short_while_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
     write_h5(path, NUMBERS.astype(np.float32))
     with H5Source(path) as source:
@@ -113,8 +115,65 @@ def test_a_file_cut_short_or_replaced_while_it_is_read(tmp_path: Path) -> None:
             InputError, match=r"rows 18 to 23 of dataset 'cxr' of .* \(the file ends before them\); restore"
         ):
             list(rows)
-    write_h5(path, NUMBERS.astype(np.float32))
+
+
+@pytest.mark.parametrize("event", ["replaced", "removed"])
+def test_a_file_that_loses_its_name_is_read_to_its_end(tmp_path: Path, event: str) -> None:
+    """As HDF5 does, which has it open."""
+    path = write_h5(tmp_path / "a.h5", NUMBERS.astype(np.float32))
     with H5Source(path) as source:
-        os.replace(write_h5(tmp_path / "b.h5", NUMBERS.astype(np.float32)), path)
-        with pytest.raises(InputError, match="was replaced while it was read"):
+        if event == "replaced":
+            os.replace(write_h5(tmp_path / "b.h5", NUMBERS.astype(np.float32)[::-1]), path)
+        else:
+            path.unlink()
+        for (first, end), rows in zip(SPANS, source.read_direct(SPANS, 2), strict=True):
+            assert np.array_equal(rows, NUMBERS[first:end])
+
+
+def test_a_file_that_cannot_be_opened_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+
+    with H5Source(write_h5(tmp_path / "a.h5", NUMBERS.astype(np.float32))) as source:
+        monkeypatch.setattr("ingest.source.open_direct", refuse)
+        with pytest.raises(InputError, match=r"rows 3 to 8 of dataset 'cxr' of .* \(Too many open files\); restore"):
             next(source.read_direct(SPANS, 2))
+
+
+def test_a_film_that_is_refused_ends_the_threads_that_read_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the file is closed, even where somebody keeps the error, and with it what stood where it was raised."""
+    numbers = np.zeros((200, 16, 16), np.float32)
+    numbers[40] = 300
+    usage = iter([(0.0, 0.0, 0.0, 0.0), (0.1, 0.1, 0.0, 1e9)])
+    monkeypatch.setattr("ingest.films._usage", lambda: np.array(next(usage)))
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    with H5Films(SourceConfig(h5=(write_h5(tmp_path / "a.h5", numbers),))) as films:
+        with pytest.raises(InputError, match="row 40") as kept:
+            list(films.read(0, 200))
+        assert threading.active_count() == before[0]
+    assert kept.value.__traceback__ and len(os.listdir("/proc/self/fd")) == before[1]
+
+
+@pytest.mark.parametrize("first_read", ["fetched", "from the cache"])
+def test_large_films_are_read_fewer_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_read: str) -> None:
+    """32 films of 1024 x 1024 float64, twice, were half a gigabyte a worker; the first read goes before the rest."""
+    path = write_h5(tmp_path / "a.h5", np.zeros((40, 64, 64)))
+    monkeypatch.setattr("ingest.films._READ_BYTES", 5 * 64 * 64 * 8 + 1)
+    fetched = 1e9 if first_read == "fetched" else 0.0
+    usage = iter([(0.0, 0.0, 0.0, 0.0), (0.1, 0.1, 0.0, fetched)])
+    monkeypatch.setattr("ingest.films._usage", lambda: np.array(next(usage)))
+    read, sizes, alive = H5Source.read, [], []
+
+    def noted(source: H5Source, first: int, end: int) -> np.ndarray:
+        rows = read(source, first, end)
+        sizes.append(end - first)
+        alive.append(weakref.ref(rows))
+        return rows
+
+    monkeypatch.setattr(H5Source, "read", noted)
+    with H5Films(SourceConfig(h5=(path,))) as films:
+        for number, _ in enumerate(films.read(0, 40)):
+            assert number < 10 or alive[0]() is None
+    assert set(sizes) == {5} and len(sizes) == (1 if first_read == "fetched" else 8)
