@@ -82,7 +82,12 @@ class VisitLoader:
             records = block.take(places)  # with [] numpy looks at each field: five times the work
             records["planned"] = visit.rows + first
             buffer, images = read_images(shard, records, pool)
-            if not (damaged := find_damaged(shard, images, records)):
+            try:
+                damaged = find_damaged(shard, images, records)
+            except BaseException:  # its second reading failed; the shared folder may stand in for it
+                pool.give(buffer)
+                raise
+            if not damaged:
                 break
             pool.give(buffer)
             if shard.staged:  # of no weight: the shared folder is asked next

@@ -268,6 +268,26 @@ def test_read_ahead_stays_within_its_memory(shards_dir: Path) -> None:
     reader.close()
 
 
+def test_a_second_reading_that_fails_gives_its_buffer_back(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a copy on a failing disk: the shared folder is read instead, and the memory must not be lost to it."""
+    manifest = read_manifest(copy)
+    shards = manifest.splits["train"]
+    order = ShuffledOrder(Layout(tuple(shard.rows for shard in shards), manifest.block_rows), seed=0, streams=2)
+    files = OpenShards([ShardSet(root=copy, manifest=manifest, shards=shards, layout=order.layout)])
+    visit, buffers = next(order.visits(0, World())), Buffers(1 << 20)
+    rows, _ = image_row(copy, visit.shard, visit.block * manifest.block_rows)
+    flip_bit(copy / f"{shards[visit.shard].name}.tar", int(rows.offset[visit.rows[0]]) + 9)
+
+    def fail(*_: object) -> None:
+        raise InputError("the disk is failing")
+
+    monkeypatch.setattr(read.OpenShard, "reread", fail)
+    with pytest.raises(InputError, match="the disk is failing"):
+        VisitLoader(files, Quarantine(ShardNames(split="train"), 0)).load(visit, buffers)
+    files.close()
+    assert not buffers.used
+
+
 def test_the_least_memory_is_enough_and_less_is_refused_with_the_arithmetic(shards_dir: Path) -> None:
     assert run(shards_dir, streams=1, memory_mb=2)["images"] == 96
     with pytest.raises(InputError, match=r"memory_mb 1 is too little: 48 streams .* 49 x 0\.\d MiB = \d+\.\d MiB"):
