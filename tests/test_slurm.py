@@ -29,9 +29,11 @@ while [[ $1 == --* ]]; do
     case $1 in --ntasks=*) ntasks=${1#*=} ;; --output=*) output=${1#*=} ;; esac
     shift
 done
-for ((task = 0; task < ntasks; task++)); do "$@" >>"${output/\\%t/$task}" 2>&1 & done
+tasks=()
+for ((task = 0; task < ntasks; task++)); do "$@" >>"${output/\\%t/$task}" 2>&1 & tasks+=("$!"); done
 status=0
-for job in $(jobs -p); do
+for job in "${tasks[@]}"; do
+    wait "$job" || status=$?
     while kill -0 "$job" 2>/dev/null; do wait "$job" && status=0 || status=$?; done
 done
 exit "$status"
@@ -42,7 +44,11 @@ case "$1 $2" in "show hostnames") echo localhost ;; *) echo "$@" >>"$(dirname "$
 
 
 SQUEUE = """#!/usr/bin/env bash
-case $* in *%e*) echo "${FAKE_END:-N/A}" ;; *) echo "${FAKE_STATE:-RUNNING None}" ;; esac
+case ${SLURM_TIME_FORMAT:-standard}$* in
+    standard*%e*) echo "${FAKE_END:-N/A}" ;;
+    *%e*) echo "Tomorr 09:00" ;;
+    *) echo "${FAKE_STATE:-RUNNING None}" ;;
+esac
 """
 STOPPED = """#!/usr/bin/env bash
 mkdir -p run && [[ "$*" != *torch.distributed.run* ]] || echo 7 >run/requeue
@@ -52,6 +58,15 @@ NOTHING_TO_SAVE = """#!/usr/bin/env bash
 trap 'exit 1' USR2
 touch started
 while :; do sleep 0.1; done
+"""
+FINISHED = """#!/usr/bin/env bash
+[[ "$*" == *torch.distributed.run* ]] || exit 1
+touch started && sleep 2 && mkdir -p run/checkpoints && touch run/checkpoints/step-0000009.pt
+"""
+SLOW_TO_START = """#!/usr/bin/env bash
+touch asking
+sleep 1
+exit 1
 """
 
 
@@ -87,6 +102,8 @@ def job(tmp_path: Path) -> dict[str, str]:
         ("squeue", SQUEUE),
         ("stopped", STOPPED),
         ("nothing", NOTHING_TO_SAVE),
+        ("slow", SLOW_TO_START),
+        ("finished", FINISHED),
     ):
         path = srun.with_name(name)
         path.write_text(text)
@@ -231,13 +248,25 @@ def test_a_cancelled_job_does_not_come_back(job: dict[str, str], tmp_path: Path,
 
 
 def test_a_time_that_saves_nothing_is_refused(job: dict[str, str], tmp_path: Path) -> None:
-    """--time below the 120 s that an unknown run is given for its save."""
+    """--time below the 120 s that an unknown run is given for its save; also for one who likes to read other times."""
     script = REPOSITORY / "train" / "slurm" / "train.sbatch"
-    job |= {"PYTHON": str(tmp_path / "bin" / "nothing"), "FAKE_END": in_seconds(60)}
+    job |= {"PYTHON": str(tmp_path / "bin" / "nothing"), "FAKE_END": in_seconds(60), "SLURM_TIME_FORMAT": "relative"}
     command = ["bash", str(script), "--out", "run"]
     done = subprocess.run(command, cwd=tmp_path, env=job, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and re.search("--time leaves (59|60) s, and the run needs 120 s", done.stderr)
     assert not (tmp_path / "started").exists()
+
+
+def test_a_job_that_is_preempted_as_it_starts_comes_back(job: dict[str, str], tmp_path: Path) -> None:
+    """What squeue says is left is its grace then, and no --time that is too short."""
+    script = REPOSITORY / "train" / "slurm" / "train.sbatch"
+    job |= {"PYTHON": str(tmp_path / "bin" / "slow"), "FAKE_END": in_seconds(30), "SLURM_JOB_NUM_NODES": "1"}
+    with open(tmp_path / "job.log", "wb") as log:
+        running = subprocess.Popen(["bash", str(script), "--out", "run"], cwd=tmp_path, env=job, stdout=log, stderr=log)
+    wait_until((tmp_path / "asking").exists)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(60) == 0, (tmp_path / "job.log").read_text()
+    assert (tmp_path / "scontrol.log").exists()
 
 
 @pytest.mark.parametrize(("end", "again"), [(121, False), (600, False), (9000, True)])
@@ -258,6 +287,19 @@ def test_a_job_whose_whole_time_saved_nothing_does_not_come_back(
         running.send_signal(signal.SIGTERM)
     assert running.wait(60) == (0 if again else 2), (tmp_path / "job.log").read_text()
     assert (tmp_path / "scontrol.log").exists() == again
+
+
+def test_a_run_that_finishes_after_it_was_told_is_done(job: dict[str, str], tmp_path: Path) -> None:
+    """USR2 comes, it has 480 s to spare and needs two: nothing has failed, and nothing is left to go on with."""
+    script = REPOSITORY / "train" / "slurm" / "train.sbatch"
+    job |= {"PYTHON": str(tmp_path / "bin" / "finished"), "FAKE_END": in_seconds(600), "SLURM_JOB_NUM_NODES": "1"}
+    with open(tmp_path / "job.log", "wb") as log:
+        running = subprocess.Popen(["bash", str(script), "--out", "run"], cwd=tmp_path, env=job, stdout=log, stderr=log)
+    wait_until((tmp_path / "started").exists)
+    time.sleep(0.5)
+    running.send_signal(signal.SIGUSR2)
+    assert running.wait(60) == 0, (tmp_path / "job.log").read_text()
+    assert not (tmp_path / "scontrol.log").exists(), (tmp_path / "job.log").read_text()
 
 
 def in_seconds(seconds: int) -> str:
