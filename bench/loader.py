@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _told(result: dict[str, Any]) -> Iterator[str]:
-    yield from (*table(result), result["verdict"])
+    yield from (*table(result), *filter(None, [result["verdict"]]))
     for at, found in result.get("together", {}).items():
         yield f"On {at}: {found.get('verdict') or 'training was not measured: ' + found['failed']}"
 

@@ -83,8 +83,9 @@ def _sentence(row: dict[str, Any], settings: dict[str, Any]) -> str:
     busy = rate * row["cpu_s_per_1000"] / 1000
     if row["name"] != "cpu" or busy >= IDLE * settings["threads"]:
         return f"{said}: a step that takes fewer does not wait."
-    under = f" --latency-ms {latency:g}" if latency else ""
-    tune = TUNE.replace("--tune", f"--tune{under}")
+    under = {"latency_ms": latency, "bandwidth_mb": settings.get("bandwidth_mb")}
+    flags = [f"--{name.replace('_', '-')} {value:g}" for name, value in under.items() if value]
+    tune = TUNE.replace("--tune", " ".join(["--tune", *(["--cold"] if settings["cold"] else []), *flags]))
     waits = f"{busy:.1f} of {settings['threads']} CPUs busy: it waits for files, if nobody else uses them"
     return f"{said}; {waits}; change first: {tune}."
 

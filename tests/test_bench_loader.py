@@ -17,7 +17,7 @@ import pytest
 from conftest import REPOSITORY, assert_refused, run_module
 
 from bench.case import Case, Task, convert
-from bench.loader import LoaderBenchConfig, main, run_bench
+from bench.loader import LoaderBenchConfig, _told, main, run_bench
 from bench.machine import _TELLING, file_system
 from bench.peers import LOADERS, WRITERS, missing
 from bench.processes import tree, usage
@@ -185,6 +185,11 @@ def test_the_figures_end_in_what_to_do() -> None:
     cold = summarise(cases, {("cpu", None): rounds(3000, first_batch_s=2.0)}, {})
     assert "67% of the epoch is its start" in verdict(cold, settings | {"cold": True})
     assert verdict([{"name": "cpu", "note": "failed"}], settings) == ""
+    assert "" not in _told({"cases": [{"name": "cpu", "note": "failed"}], "verdict": ""})
+    # What is to be tuned is what was measured.
+    found = summarise(cases, {("cpu", 0.0): rounds(900, cpu_s_per_1000=0.2)}, {})
+    said = verdict(found, settings | {"cold": True, "bandwidth_mb": 20.0})
+    assert "bench.loader --tune --cold --bandwidth-mb 20, and" in said
 
 
 def fake_children(monkeypatch: pytest.MonkeyPatch, failing: str, shards: Path) -> list[str]:
