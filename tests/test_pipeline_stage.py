@@ -183,6 +183,19 @@ def test_a_damaged_copy_is_no_bad_sample(
         assert "is read no more" in caplog.text
 
 
+def test_another_process_that_wants_the_lock_does_not_end_the_copying(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: int
+) -> None:
+    """Its draft of a lock file goes after the folder is listed, before it is looked at."""
+    place = folder(copy, tmp_path / "node")
+    place.mkdir(parents=True)
+    (place / ".tmp-.lock.1").symlink_to("gone")
+    monkeypatch.setattr(stage, "remove_temporary", lambda _: None)
+    with build_loader(settings(copy, tmp_path / "node"), World()) as loader:
+        wait_for_all(loader, copy)
+        assert digest(loader) == expected
+
+
 def test_a_damaged_shard_is_not_copied(copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It is named while copying, and training finds what it reads of it."""
     content = bytearray((copy / "train-000001.tar").read_bytes())
