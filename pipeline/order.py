@@ -29,16 +29,12 @@ from numpy.typing import NDArray
 
 from pipeline.batch import World
 from pipeline.selection import Layout
-from shards.counter import hash64, permutation
+from shards.counter import permutation
 
 Ints = NDArray[np.int64]
 
 # First words after the seed: they keep the random numbers of different uses apart (pipeline.augment has 16 and up).
 _BLOCK_WORD, _ROW_WORD = 1, 2
-
-ORDERS_KEPT = 65_536
-"""Rows of a set, half a megabyte, up to which the orders of all its blocks are made at once: numpy takes as long for
-the few rows of one, and a set this small has short blocks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,14 +93,12 @@ class Order(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Epoch:
-    """The blocks of one epoch laid end to end: 12 bytes a block, and 8 a row in a small set."""
+    """The blocks of one epoch laid end to end: 12 bytes a block."""
 
     block: NDArray[np.int32]
     """(blocks,) in order."""
     start: Ints
     """(blocks + 1,) rows before each."""
-    orders: Ints | None
-    """(blocks of the set, rows of a block) for each its rows in the order of their use; None in a large set."""
 
     def find(self, row: int | Ints) -> Ints:
         """Index in the list of the block that holds each row of the epoch."""
@@ -188,11 +182,7 @@ class ShuffledOrder:
     def _rows(self, epoch: int, block: int) -> Ints:
         """Rows of a block in the order of their use."""
         chosen = self.layout.chosen(block)
-        orders = self._epoch(epoch).orders
-        if orders is not None:
-            order = orders[block, : len(chosen)]
-        else:
-            order = permutation(len(chosen), self.seed, _ROW_WORD, epoch, block)
+        order = permutation(len(chosen), self.seed, _ROW_WORD, epoch, block)
         return order if self.layout.selected is None else chosen[order]
 
     def _epoch(self, epoch: int) -> _Epoch:
@@ -203,20 +193,9 @@ class ShuffledOrder:
             length = self._lengths(epoch, block)
             block, length = block[length > 0], length[length > 0]
             start = np.concatenate([[0], np.cumsum(length)])
-            small = self.layout.blocks * self.layout.block_rows <= ORDERS_KEPT
-            orders = self._orders(epoch) if small else None
-            table = _Epoch(block.astype(np.int32), start, orders)
+            table = _Epoch(block.astype(np.int32), start)
             self._epochs = dict([*sorted(self._epochs.items())[-1:], (epoch, table)])
         return table
-
-    def _orders(self, epoch: int) -> Ints:
-        """The `permutation` of each block, those of short ones at the front of their line."""
-        block = np.arange(self.layout.blocks)
-        length = self.layout.length(block)
-        within = np.arange(int(length.max(initial=0)))
-        hashes = hash64(self.seed, _ROW_WORD, epoch, block[:, None], within)
-        hashes[within >= length[:, None]] = np.iinfo(np.uint64).max  # equal ones stay in order, so these come last
-        return np.argsort(hashes, axis=1, kind="stable")
 
 
 class RowOrder:

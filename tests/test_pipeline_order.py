@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import order
 from pipeline.batch import World
 from pipeline.order import Layout, Order, RowOrder, ShuffledOrder
 from pipeline.selection import RowBits
@@ -140,17 +139,6 @@ def test_selecting_every_row_changes_nothing(
         ShuffledOrder(Layout(rows, block, bits), seed=seed, streams=streams) for bits in (None, selected)
     )
     assert places(plain, first, first + 50) == places(all_of_it, first, first + 50)
-
-
-@given(layouts(), seeds, st.integers(1, 60))
-def test_large_sets_which_make_the_order_of_each_block_alone_have_the_same(
-    layout: Layout, seed: int, streams: int
-) -> None:
-    end = 2 * layout.samples
-    small = places(ShuffledOrder(layout, seed=seed, streams=streams), 0, end)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(order, "ORDERS_KEPT", 0)
-        assert places(ShuffledOrder(layout, seed=seed, streams=streams), 0, end) == small
 
 
 def test_seeds_and_epochs_differ_and_neighbours_come_from_different_blocks() -> None:
