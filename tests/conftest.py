@@ -18,9 +18,11 @@ SIZE = 320
 # Tests start many processes; one intra-op thread each keeps two cores from thrashing.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# What a shell starts in the background (`make test &`) ignores Ctrl-C, and so would the processes that tests interrupt.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# What a shell starts in the background (`make test &`) ignores Ctrl-C, what nohup starts SIGHUP, and so would the
+# processes that tests interrupt.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 # A property that takes 0.2 s on a busy machine is no less true.

@@ -110,7 +110,7 @@ def test_only_the_damaged_spill_is_made_again(left: tuple[Path, Path, dict[str, 
     spills = sorted((again / ".ingest").glob("0*.spill"))
     zero(spills[1])
     before = [path.stat().st_mtime_ns for path in spills]
-    killed(folder, again, 6)
+    killed(folder, again, 9)  # after the spill, before the end
     assert [path.stat().st_mtime_ns == time for path, time in zip(spills, before, strict=True)] == [True, False]
 
 
