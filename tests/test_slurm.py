@@ -20,6 +20,7 @@ from shards.verify import verify
 from train.lead_time import UNKNOWN_S, lead_time, main
 
 SCRIPTS = sorted(REPOSITORY.glob("*/slurm/*.sbatch"))
+TRAIN = REPOSITORY / "train" / "slurm" / "train.sbatch"
 SRUN = """#!/usr/bin/env bash
 # As far as our scripts need it: the command --ntasks times, each with a log of its own, ended with it.
 set -eu
@@ -162,8 +163,7 @@ def test_ingest_says_what_it_lacks(job: dict[str, str], tmp_path: Path) -> None:
 
 def training(job: dict[str, str], tmp_path: Path, shards: Path, *more: str) -> subprocess.Popen:
     """The training job, as its nodes run it."""
-    script = REPOSITORY / "train" / "slurm" / "train.sbatch"
-    command = ["bash", str(script), "--shards", str(shards), "--out", str(tmp_path / "run"), *SMALL, *more]
+    command = ["bash", str(TRAIN), "--shards", str(shards), "--out", str(tmp_path / "run"), *SMALL, *more]
     with open(tmp_path / "job.log", "ab") as log:
         return subprocess.Popen(command, cwd=REPOSITORY, env=job, stdout=log, stderr=log)
 
@@ -239,8 +239,7 @@ def test_a_mistake_is_not_queued_again(job: dict[str, str], tmp_path: Path) -> N
 def test_a_cancelled_job_does_not_come_back(job: dict[str, str], tmp_path: Path, state: str, again: bool) -> None:
     """Nor is one queued again twice that Slurm has queued again itself; one that ran out of its time is."""
     job |= {"PYTHON": str(tmp_path / "bin" / "stopped"), "FAKE_STATE": state, "SLURM_SUBMIT_DIR": str(tmp_path)}
-    script = REPOSITORY / "train" / "slurm" / "train.sbatch"
-    command = ["bash", str(script), "--out", "run"]
+    command = ["bash", str(TRAIN), "--out", "run"]
     done = subprocess.run(command, cwd=tmp_path, env=job, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "scontrol.log").exists() == again, done.stdout
@@ -249,9 +248,8 @@ def test_a_cancelled_job_does_not_come_back(job: dict[str, str], tmp_path: Path,
 
 def test_a_time_that_saves_nothing_is_refused(job: dict[str, str], tmp_path: Path) -> None:
     """--time below the 120 s that an unknown run is given for its save; also for one who likes to read other times."""
-    script = REPOSITORY / "train" / "slurm" / "train.sbatch"
     job |= {"PYTHON": str(tmp_path / "bin" / "nothing"), "FAKE_END": in_seconds(60), "SLURM_TIME_FORMAT": "relative"}
-    command = ["bash", str(script), "--out", "run"]
+    command = ["bash", str(TRAIN), "--out", "run"]
     done = subprocess.run(command, cwd=tmp_path, env=job, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and re.search("--time leaves (59|60) s, and the run needs 120 s", done.stderr)
     assert not (tmp_path / "started").exists()
@@ -259,10 +257,7 @@ def test_a_time_that_saves_nothing_is_refused(job: dict[str, str], tmp_path: Pat
 
 def test_a_job_that_is_preempted_as_it_starts_comes_back(job: dict[str, str], tmp_path: Path) -> None:
     """What squeue says is left is its grace then, and no --time that is too short."""
-    script = REPOSITORY / "train" / "slurm" / "train.sbatch"
-    job |= {"PYTHON": str(tmp_path / "bin" / "slow"), "FAKE_END": in_seconds(30), "SLURM_JOB_NUM_NODES": "1"}
-    with open(tmp_path / "job.log", "wb") as log:
-        running = subprocess.Popen(["bash", str(script), "--out", "run"], cwd=tmp_path, env=job, stdout=log, stderr=log)
+    running = begin(["bash", str(TRAIN), "--out", "run"], job, tmp_path, "slow", 30)
     wait_until((tmp_path / "asking").exists)
     running.send_signal(signal.SIGTERM)
     assert running.wait(60) == 0, (tmp_path / "job.log").read_text()
@@ -274,11 +269,8 @@ def test_a_job_whose_whole_time_saved_nothing_does_not_come_back(
     job: dict[str, str], tmp_path: Path, end: int, again: bool
 ) -> None:
     """Another start would be as short. One that was told before its time, to make room, is queued again."""
-    script = REPOSITORY / "train" / "slurm" / "train.sbatch"
-    job |= {"PYTHON": str(tmp_path / "bin" / "nothing"), "FAKE_END": in_seconds(end), "SLURM_JOB_NUM_NODES": "1"}
-    command = ["bash", "-c", f"SECONDS={0 if again else end - 120}; . {script} --out run"]
-    with open(tmp_path / "job.log", "wb") as log:
-        running = subprocess.Popen(command, cwd=tmp_path, env=job, stdout=log, stderr=log)
+    command = ["bash", "-c", f"SECONDS={0 if again else end - 120}; . {TRAIN} --out run"]
+    running = begin(command, job, tmp_path, "nothing", end)
     wait_until((tmp_path / "started").exists)
     running.send_signal(signal.SIGUSR2)
     if end == 600:  # of its 600 s the 480 that no save needs are spare
@@ -291,15 +283,19 @@ def test_a_job_whose_whole_time_saved_nothing_does_not_come_back(
 
 def test_a_run_that_finishes_after_it_was_told_is_done(job: dict[str, str], tmp_path: Path) -> None:
     """USR2 comes, it has 480 s to spare and needs two: nothing has failed, and nothing is left to go on with."""
-    script = REPOSITORY / "train" / "slurm" / "train.sbatch"
-    job |= {"PYTHON": str(tmp_path / "bin" / "finished"), "FAKE_END": in_seconds(600), "SLURM_JOB_NUM_NODES": "1"}
-    with open(tmp_path / "job.log", "wb") as log:
-        running = subprocess.Popen(["bash", str(script), "--out", "run"], cwd=tmp_path, env=job, stdout=log, stderr=log)
+    running = begin(["bash", str(TRAIN), "--out", "run"], job, tmp_path, "finished", 600)
     wait_until((tmp_path / "started").exists)
     time.sleep(0.5)
     running.send_signal(signal.SIGUSR2)
     assert running.wait(60) == 0, (tmp_path / "job.log").read_text()
     assert not (tmp_path / "scontrol.log").exists(), (tmp_path / "job.log").read_text()
+
+
+def begin(command: list[str], job: dict[str, str], tmp_path: Path, python: str, end: int) -> subprocess.Popen:
+    """A job on one node whose time is up in `end` seconds, with that fake `python`; its log is `job.log`."""
+    job = job | {"PYTHON": str(tmp_path / "bin" / python), "FAKE_END": in_seconds(end), "SLURM_JOB_NUM_NODES": "1"}
+    with open(tmp_path / "job.log", "wb") as log:
+        return subprocess.Popen(command, cwd=tmp_path, env=job, stdout=log, stderr=log)
 
 
 def in_seconds(seconds: int) -> str:
@@ -316,8 +312,7 @@ def wait_until(done: Callable[[], bool]) -> None:
 
 
 def test_training_says_what_it_lacks(job: dict[str, str], tmp_path: Path) -> None:
-    script = REPOSITORY / "train" / "slurm" / "train.sbatch"
-    done = subprocess.run(["bash", str(script)], cwd=tmp_path, env=job, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", str(TRAIN)], cwd=tmp_path, env=job, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "--out RUN" in done.stderr
 
 
