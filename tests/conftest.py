@@ -5,11 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from soak_train import Server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_DATA = REPOSITORY.parent / "shared" / "data"
@@ -132,3 +137,12 @@ def shards_dir(source: tuple[Path, Path], tmp_path_factory: pytest.TempPathFacto
         )
     )
     return out
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator["Server"]:
+    """Starts runs of train.main."""
+    from soak_train import serving
+
+    with serving() as running:
+        yield running

@@ -3,22 +3,15 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fuse_storage import mounted
-from soak_train import Server, arguments, differing, outcome, serving
+from soak_train import Server, arguments, differing, outcome
 
 pytestmark = pytest.mark.slow
 STEPS = ("--steps", "8")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """Starts runs."""
-    with serving() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

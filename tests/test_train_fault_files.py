@@ -30,13 +30,6 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """Starts runs."""
-    with serving() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def whole(server: Server, shards_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 10 steps with checkpoints of steps 8 and 10. Read only: copy before going on."""
     out = tmp_path_factory.mktemp("whole") / "run"

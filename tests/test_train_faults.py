@@ -14,12 +14,12 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from soak_train import SMALL, Life, Server, arguments, differing, outcome, serving, soak_once, state
+from soak_train import SMALL, Life, Server, arguments, differing, outcome, soak_once, state
 
 from shards import lock
 from shards.errors import InputError
@@ -33,13 +33,6 @@ STEPS = ("--steps", "14", "--ema", "0.8", "--optim.schedule", "plateau", "--opti
 """With all that has a state of its own."""
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """Starts runs."""
-    with serving() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
