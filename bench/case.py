@@ -41,7 +41,7 @@ NOTES = {
 UNDELAYED = {"litdata": "maps its files into memory, which a slow file system here cannot delay; measured without one"}
 """Why a peer is not measured on a slow file system."""
 _PATIENCE_S = 300.0
-"""Longest that a child may take, beside ten times what it is to measure."""
+"""Longest that a child may take for a round, beside ten times what it is to measure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +98,7 @@ def run_child(task: Task, environment: Mapping[str, str] | None = None) -> dict[
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        limit = _PATIENCE_S + 10 * task.rounds * (task.seconds + task.memory_s)
+        limit = task.rounds * (_PATIENCE_S + 10 * (task.seconds + task.memory_s))
         try:
             _, said = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:

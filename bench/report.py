@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from bench.compare import BETTER, LEVEL, RULE, SAME, Change, Comparison, compare_all
+from bench.compare import BETTER, LEVEL, PACED_LEVEL, RULE, SAME, Change, Comparison, compare_all
 from bench.kinds import METRICS, Result, Table, spread, text
 from bench.page import BAD, GOOD, UNKNOWN, Section, to_html, to_markdown
 from bench.processes import bench_guard
@@ -153,7 +153,7 @@ def _changes(report: Report) -> Section:
     gone = [f"{pair.newer.file} has no case {name!r} any more" for pair in report.comparisons for name in pair.gone]
     nothing = () if report.comparisons else ("No two runs of the same thing on the same machine were given.",)
     kept = "Figures within the noise are left out where others are not." if report.comparisons else ""
-    rule = RULE.format(level=LEVEL, effect=report.min_effect)
+    rule = RULE.format(level=LEVEL, paced=PACED_LEVEL, effect=report.min_effect)
     return Section(
         title="Changes",
         paragraphs=nothing,

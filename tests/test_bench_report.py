@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, assert_refused, run_module
 
-from bench.compare import BETTER, FEW, MACHINE, SAME, WORSE, compare_all, judge
-from bench.kinds import METRICS, Result
+from bench.compare import BETTER, FEW, MACHINE, SAME, WORSE, compare, compare_all, judge
+from bench.kinds import METRICS, Case, Result
 from bench.page import to_html, to_markdown
 from bench.report import ReportConfig, main, make_report, sections
 from bench.shapes import UnreadableError, bundle, distinct, read_results
@@ -180,6 +180,55 @@ def test_a_noisy_reference_hides_no_loss(tmp_path: Path) -> None:
         (pair,), _ = compare_all(results_of(tmp_path, older, newer), 0.05)
         found = [each.verdict for each in pair.changes if (each.case, each.metric) == ("cpu", "images_per_s")]
         assert found == [expected], (by, beside)
+
+
+RECORDED = [
+    {
+        **{"hdf5": [1187, 876, 1178, 1179, 1156], "hdf5-tuned": [1820, 1740, 1806, 1820, 1919]},
+        **{"webdataset": [1428, 1397, 1401, 1239, 1412], "dali reader": [1675, 1558, 1621, 1670, 1665]},
+        "cpu": [7469, 6503, 7734, 6737, 7594],
+    },
+    {
+        **{"hdf5": [1270, 909, 1134, 1060, 1166], "hdf5-tuned": [1910, 1590, 1387, 1344, 1809]},
+        **{"webdataset": [1340, 1345, 692, 1169, 1372], "dali reader": [1570, 1675, 1716, 1612, 1619]},
+        "cpu": [10439, 9933, 9745, 9690, 10732],
+    },
+    {
+        **{"hdf5": [938, 794, 886, 861, 925], "hdf5-tuned": [1392, 1264, 1797, 1838, 1627]},
+        **{"webdataset": [945, 1128, 1266, 990, 1036], "dali reader": [1572, 1439, 1426, 1605, 1497]},
+        "cpu": [9459, 9389, 8886, 9755, 8171],
+    },
+    {
+        **{"hdf5": [883, 778, 807, 831, 741], "hdf5-tuned": [1550, 1293, 1495, 1301, 1215]},
+        **{"webdataset": [1051, 1059, 1011, 1372, 896], "dali reader": [1306, 1106, 1194, 1331, 1537]},
+        "cpu": [7862, 9242, 7640, 9261, 8727],
+    },
+]
+"""films/s in each round of four runs on 2026-11-21 and 22: `git log -p bench/results/cpu-2core-loader.json`."""
+
+
+def drawn(rng: np.random.Generator, machine: float, ours: float) -> Result:
+    """A run of five rounds drawn from a recorded one, each case about 1: on a machine, or of a loader, so fast."""
+    recorded = RECORDED[rng.integers(len(RECORDED))]
+    rounds, cases = rng.integers(0, 5, 5), []
+    for name, rates in recorded.items():
+        pace = machine * (ours if name == "cpu" else 1.0) / median(rates)
+        taken = tuple(rates[number] * pace * rng.lognormal(0, 0.01) for number in rounds)
+        cases.append(Case(name=name, rounds={"images_per_s": taken}, peer=name in ("webdataset", "dali reader")))
+    return Result(file="x", kind="loader", raw={}, cases=tuple(cases))
+
+
+@pytest.mark.parametrize(
+    ("machine", "ours", "least", "most"),
+    [(0.85, 1.0, 0, 0.07), (0.7, 1.0, 0, 0.03), (1.0, 0.7, 0.95, 1), (0.85, 0.7, 0.9, 1)],
+)
+def test_a_machine_that_slows_is_seldom_called_a_loss_of_ours(
+    machine: float, ours: float, least: float, most: float
+) -> None:
+    """And a loss of ours seldom the machine's: with the noise of rounds as it was recorded."""
+    rng, draws = np.random.default_rng(0), 300
+    pairs = [compare(drawn(rng, 1.0, 1.0), drawn(rng, machine, ours), 0.05) for _ in range(draws)]
+    assert least <= sum(bool(pair.regressions) for pair in pairs) / draws <= most
 
 
 def test_loaders_of_others_are_no_regression_of_ours(tmp_path: Path) -> None:
