@@ -6,6 +6,7 @@ plug-in. All are refused before a pixel is read.
 
 import contextlib
 import errno
+import math
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -26,12 +27,14 @@ from shards.errors import InputError
 from shards.stream import ALIGNMENT, new_buffer, open_direct, read_at
 
 DTYPES = ("float32", "float64", "uint8", "uint16")
-FILTERS = ("gzip", "lzf", "szip")
-"""Compressions that the HDF5 library brings itself."""
+FILTERS = {*range(1, h5py.h5z.FILTER_SCALEOFFSET + 1), h5py.h5z.FILTER_LZF}
+"""Compressions and checksums that HDF5 and h5py bring themselves: gzip, shuffle, fletcher32, szip, n-bit, ..., lzf."""
 MAX_CHUNK_BYTES = 256 << 20
-"""A chunk is read as a whole; a larger one would not leave a worker its memory."""
-_MOST_NAMED = 8
-"""Names in a file that a message lists."""
+"""Chunks are read as a whole, with all rows they reach into; more would not leave a worker its memory."""
+MAX_PIECES = 1024
+"""Chunks that a film may be cut into, side by side: HDF5 takes some hundred bytes for each that a read touches."""
+_MOST_NAMED, _MOST_VISITED = 8, 1000
+"""Datasets in a file that a message lists, and those that are looked for at most."""
 _CACHE_BYTES = 1 << 20
 """Of chunks that HDF5 keeps. Each is read once, and whole: 32 MiB of them cost a worker 55 MiB, for nothing."""
 
@@ -192,7 +195,7 @@ def _dataset(file: h5py.File, dataset: str, name: str) -> h5py.Dataset:
     group: h5py.Group = file
     for part in filter(None, dataset.split("/")):
         if not isinstance(group, h5py.Group) or group.get(part, getlink=True) is None:
-            raise InputError(f"no {name}; {_describe(group)}")
+            raise InputError(f"no {name}; {_describe(file)}")
         if not isinstance(group.get(part, getlink=True), h5py.HardLink):
             raise InputError(f"{name} is reached through a link, which may lead to another file; copy the data in")
         group = group[part]
@@ -202,13 +205,24 @@ def _dataset(file: h5py.File, dataset: str, name: str) -> h5py.Dataset:
     return group
 
 
-def _describe(group: h5py.Group | h5py.Dataset) -> str:
-    """What a group holds, for a message: a file with a dataset a patient has patients' names in it, or thousands."""
-    names = list(group) if isinstance(group, h5py.Group) else []
+def _describe(file: h5py.File) -> str:
+    """The datasets of a file in whatever groups, for a message, which are looked for without following links.
+
+    A file with a dataset a patient has patients' names in it, or thousands.
+    """
+    names: list[str] = []
+
+    def visit(name: str) -> bool | None:
+        if h5py.h5o.get_info(file.id, name.encode("utf-8", "surrogateescape")).type == h5py.h5o.TYPE_DATASET:
+            names.append(name)
+        return True if len(names) > _MOST_VISITED else None
+
+    file.visit(visit)
     if not names:
-        return "there is nothing"
+        return "there is no dataset in it"
     if len(names) > _MOST_NAMED or any(map(str.isdigit, "".join(names))):
-        return f"there are {len(names):,} other names (h5ls -r lists them)"
+        count = f"more than {_MOST_VISITED:,}" if len(names) > _MOST_VISITED else f"{len(names):,}"
+        return f"there are {count} other names (h5ls -r lists them)"
     return f"it holds {', '.join(map(repr, names))}"
 
 
@@ -233,18 +247,24 @@ def _check_contiguous(data: h5py.Dataset, name: str) -> None:
 
 
 def _check_chunks(data: h5py.Dataset, name: str) -> None:
-    unknown = [number for number in range(data.id.get_create_plist().get_nfilters())
-               if data.id.get_create_plist().get_filter(number)[0] > h5py.h5z.FILTER_SCALEOFFSET]  # fmt: skip
-    if unknown or (data.compression not in (None, *FILTERS)):
+    plist = data.id.get_create_plist()
+    if not FILTERS.issuperset(plist.get_filter(number)[0] for number in range(plist.get_nfilters())):
         raise InputError(f"{name} is compressed by a filter that HDF5 does not bring itself; repack it (h5repack)")
-    chunk_bytes = int(np.prod(data.chunks)) * data.dtype.itemsize
-    if chunk_bytes > MAX_CHUNK_BYTES or data.chunks[1:] != data.shape[1:]:
+    pieces = [-(-side // chunk) for side, chunk in zip(data.shape, data.chunks, strict=True)]
+    row = data.shape[1] * data.shape[2]
+    read_bytes = max(math.prod(data.chunks), min(data.chunks[0], data.shape[0]) * row) * data.dtype.itemsize
+    if read_bytes > MAX_CHUNK_BYTES or pieces[1] * pieces[2] > MAX_PIECES:
+        layout = f"CHUNK=32x{data.shape[1]}x{data.shape[2]}"
         raise InputError(
-            f"{name} has chunks of {data.chunks}, {chunk_bytes:,} bytes: films must not be cut, and a chunk must not "
-            f"exceed {MAX_CHUNK_BYTES:,} bytes; repack it (h5repack -l cxr:CHUNK=32x{data.shape[1]}x{data.shape[2]})"
+            f"{name} has chunks of {data.chunks}: {read_bytes:,} bytes have to be read at once, "
+            f"{MAX_CHUNK_BYTES:,} are the most, and films are cut into {pieces[1] * pieces[2]:,} pieces, "
+            f"{MAX_PIECES:,} are the most; "
+            f"repack it (h5repack -l {data.name.strip('/')}:{layout} OLD NEW)"
         )
     # A chunk costs the file some bytes, however well it is compressed; a shape far beyond the file is a lie.
-    stored = data.id.get_num_chunks()
-    wanted = -(-data.shape[0] // data.chunks[0])
+    stored, wanted = data.id.get_num_chunks(), math.prod(pieces)
     if stored < wanted:
-        raise InputError(f"{name} declares {wanted:,} chunks but stores {stored:,}; restore the file")
+        raise InputError(
+            f"{name} declares {wanted:,} chunks but stores {stored:,}, the others are lost or were never written; "
+            "restore the file"
+        )

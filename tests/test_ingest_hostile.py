@@ -134,9 +134,10 @@ def test_a_dataset_that_is_not_there(tmp_path: Path) -> None:
     """A file may have a dataset a patient: the message lists no names that could be theirs, and no pixels."""
     for names, words in (
         (["films"], "it holds 'films'$"),
-        (["MRN77", "films"], "there are 2 other names"),
+        (["a/films", "a/b/films", "masks"], "it holds 'a/b/films', 'a/films', 'masks'$"),
+        (["MRN77/film", "films"], "there are 2 other names"),
         (list("abcdefghi"), "there are 9 other names"),
-        ([], "there is nothing$"),
+        ([], "there is no dataset in it$"),
     ):
         with h5py.File(tmp_path / "a.h5", "w") as file:
             for name in names:
@@ -144,8 +145,52 @@ def test_a_dataset_that_is_not_there(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=words) as error:
             H5Source(tmp_path / "a.h5")
         assert "MRN" not in str(error.value)
-    with pytest.raises(InputError, match=r"there is nothing$"):
+    with pytest.raises(InputError, match=r"it holds 'cxr'$"):
         H5Source(write_h5(tmp_path / "b.h5", np.zeros((2, 3, 3), np.uint8)), "cxr/films")
+
+
+def test_names_of_datasets_are_looked_for_without_following_links(tmp_path: Path) -> None:
+    foreign = write_h5(tmp_path / "elsewhere.h5", made_up_images(1), dataset="theirs")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["a/films"] = np.zeros((2, 3, 3), np.uint8)
+        file["a/again"] = file["/"]  # a circle
+        file["a/loop"] = h5py.SoftLink("/a/loop")
+        file["far"] = h5py.ExternalLink(str(foreign), "/")
+    with pytest.raises(InputError, match=r"it holds 'a/films'$"):
+        H5Source(tmp_path / "a.h5")
+    for name in ("a/loop", "a/loop/films", "far/theirs"):
+        with pytest.raises(InputError, match="reached through a link"):
+            H5Source(tmp_path / "a.h5", name)
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        for number in range(1100):
+            file[f"patients/{number}"] = np.uint8(0)
+    with pytest.raises(InputError, match="there are more than 1,000 other names"):
+        H5Source(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunks", "words"),
+    [
+        ((3, 2000, 2000), (1, 20, 2000), None),  # 100 pieces
+        ((3, 40, 40), (1, 1, 1), "films are cut into 1,600 pieces"),
+        ((4000, 200, 200), (3000, 100, 100), "480,000,000 bytes have to be read at once"),
+    ],
+)
+def test_chunks_that_cut_films(
+    tmp_path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], words: str | None
+) -> None:
+    """Few pieces are read like any others; what would take the memory is refused, with the command that mends it."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("films", shape, "f4", chunks=chunks, fillvalue=7)
+        if words is None:
+            file["films"][:] = 9
+    if words is None:
+        with H5Source(tmp_path / "a.h5", "films") as films:
+            assert (films.read_uint8(0, 3) == 9).all()
+        return
+    with pytest.raises(InputError, match=words) as error:
+        H5Source(tmp_path / "a.h5", "films")
+    assert "h5repack -l films:CHUNK=32x" in str(error.value)
 
 
 def test_pixels_that_are_no_numbers_are_no_grey_levels(tmp_path: Path) -> None:
