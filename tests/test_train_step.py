@@ -86,7 +86,7 @@ def gradients(
     step = make_step(model, ranks=ranks, parts=parts)
     if reduced is not None:
         step._wrapped.register_comm_hook(reduced, note_and_reduce)
-    step.warm_up(nothing_batch(2 * parts, 64, 77, CPU.device))
+    step.warm_up(nothing_batch(2 * parts, 64, 77, 0, CPU.device))
     (reduced or []).clear()
     seen = spy(step, model)
     output = step(share(ranks.rank, ranks.size, lengths), 1e-3)
@@ -269,7 +269,7 @@ def test_text_lengths_compile_a_few_graphs_only(monkeypatch: pytest.MonkeyPatch)
     torch._dynamo.reset()
     model, plainly = small_model(), small_model()
     step, eager = make_step(model, compiled=True), make_step(plainly)
-    step.warm_up(nothing_batch(2, 64, 77, CPU.device))
+    step.warm_up(nothing_batch(2, 64, 77, 0, CPU.device))
     before, losses = compiled_graphs(), []
     for longest in (20, 40, 9, 60, 77, 77, 9, 20, 60, 40):
         batch = share(lengths=[3, 4, longest, 5])
@@ -320,7 +320,7 @@ def test_a_scaler_goes_on_where_it_stood() -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=2)
         learner = Learner(model=model, optimizer=build_optimizer(model, OptimConfig()), scaler=scaler)
         step = Step(learner, Contrastive(Ranks()), fp16, Ranks(), clip=1.0, parts=parts)
-        step.warm_up(nothing_batch(2 * parts, 64, 77, fp16.device))
+        step.warm_up(nothing_batch(2 * parts, 64, 77, 0, fp16.device))
         if payload is not None:
             restore(payload, learner, Ranks())
         return learner, step

@@ -81,13 +81,14 @@ class Loop:
 
     def _begin(self) -> Progress:
         """Weights and progress to start with; those of a fresh model survive the warm-up."""
-        size, context = self._config.data.image_size, self._job.manifest.tokenizer.context
-        self._step.warm_up(nothing_batch(2 * self._config.accumulate, size, context, self._job.precision.device))
-        if self._job.checkpoint is None:
+        job, manifest, size = self._job, self._job.manifest, self._config.data.image_size
+        count, labels = 2 * self._config.accumulate, len(manifest.labels)
+        self._step.warm_up(nothing_batch(count, size, manifest.tokenizer.context, labels, job.precision.device))
+        if job.checkpoint is None:
             return Progress()
-        payload, learner = self._job.checkpoint, self._job.learner
+        payload, learner = job.checkpoint, job.learner
         progress = together(self._ranks, "train.main", lambda: restore(payload, learner, self._ranks))
-        if not alike(payload["fingerprint"], self._job.fingerprint, JUDGED_ON):
+        if not alike(payload["fingerprint"], job.fingerprint, JUDGED_ON):
             progress.judge_anew()
         return progress
 

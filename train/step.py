@@ -127,15 +127,15 @@ class Step:
         return nn.utils.clip_grad_norm_(self._model.parameters(), self._clip)
 
 
-def nothing_batch(count: int, image_size: int, context: int, device: torch.device) -> Batch:
-    """`count` black images with empty reports, for the warm-up."""
+def nothing_batch(count: int, image_size: int, context: int, labels: int, device: torch.device) -> Batch:
+    """`count` black images with empty reports and so many labels, for the warm-up."""
     tokens = torch.zeros(count, context, dtype=torch.int64)
     tokens[:, 0] = 1
     images = torch.zeros(count, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
     return Batch(
         images=images.to(device),
         tokens=tokens.to(device),
-        labels=torch.zeros(count, 0, device=device),
+        labels=torch.zeros(count, labels, device=device),
         samples=torch.zeros(count, 2, dtype=torch.int64),
         position=0,
         text_length=1,
