@@ -1,5 +1,6 @@
 """`python -m ingest --to-shards OUT --h5 cxr.h5 --csv reports.csv ...`: parse, ingest, say what came of it."""
 
+import itertools
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -50,6 +51,7 @@ def _say_finished(config: IngestConfig, manifest: "Manifest") -> None:
 
 def _say(config: IngestConfig, report: "Report", seconds: float) -> None:
     from ingest.report import encoding_lines, namesake_lines
+    from ingest.table import graded_lines
     from shards.stats import leak_lines
 
     sizes = ", ".join(f"{split} {stats.samples:,}" for split, stats in report.stats.splits.items())
@@ -59,7 +61,10 @@ def _say(config: IngestConfig, report: "Report", seconds: float) -> None:
     rows = report.rows - report.samples
     several = " (some have several reasons)" if report.rejected.total() > rows else ""
     say(f"rejected {rows:,} rows{several}{rejected}")
-    for line in (*encoding_lines(report.encoded), *namesake_lines(report.namesakes), *leak_lines(report.stats)):
+    counts = [split.labels for split in report.stats.splits.values()]
+    graded = graded_lines([name for name in counts[0] if any(each[name]["other"] for each in counts)])
+    found = (encoding_lines(report.encoded), namesake_lines(report.namesakes), graded, leak_lines(report.stats))
+    for line in itertools.chain(*found):
         say(line)
 
 

@@ -69,12 +69,20 @@ def _header(path: Path) -> list[str]:
     except csv.Error:
         header = ["\udc80"]
     if _is_foreign(header):
-        raise InputError(f"the header of {path} is not CSV in UTF-8; convert it (iconv -t UTF-8)")
+        raise InputError(f"the header of {path} is not CSV in UTF-8; {_conversion(path)}")
     if not header:
         raise InputError(f"{path} is empty; it needs a header line")
-    if len(set(header)) != len(header):
+    named = [name for name in header if name.strip()]  # Excel writes empty columns, with names as empty
+    if len(set(named)) != len(named):
         raise InputError(f"{path} names a column twice in its header; rename one")
     return header
+
+
+def _conversion(path: Path) -> str:
+    """How to make UTF-8 of a file, which is from Windows in most cases."""
+    with open(path, "rb") as file:
+        wide = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    return f"convert it (iconv -f {'UTF-16' if wide else 'CP1252, or what it is in,'} -t UTF-8 OLD > NEW)"
 
 
 def _find(name: str, headers: dict[Path, list[str]]) -> Path:
@@ -91,9 +99,9 @@ def _describe(header: list[str]) -> str:
     """The columns, for a message. A file without a header has a patient and a report in its first line instead."""
     if len(header) == 1 and (other := next((mark for mark in ";\t" if mark in header[0]), None)):
         return f"one column, and {other!r} in its name; save it with commas"
-    if any(len(name) > _LONGEST_NAME or _DATA.search(name) for name in header):
+    if any(len(name) > _LONGEST_NAME or _DATA.search(name) for name in header if name.strip()):
         return f"{len(header):,}, whose first line does not read like names; add a header line"
-    return ", ".join(header[:30])
+    return ", ".join(name if name == name.strip() else repr(name) for name in header[:30])
 
 
 def _read_file(path: Path, header: list[str], names: list[str]) -> tuple[int, dict[str, pa.ChunkedArray]]:
@@ -140,9 +148,7 @@ def _rows(path: Path, width: int) -> Iterator[list[str]]:
                     )
                 yield row
     except UnicodeDecodeError:
-        raise InputError(
-            f"row {_foreign_row(path)} of {path} is not UTF-8; convert the file (iconv -t UTF-8)"
-        ) from None
+        raise InputError(f"row {_foreign_row(path)} of {path} is not UTF-8; {_conversion(path)}") from None
     except csv.Error as error:
         raise InputError(f"row {number + 1} of {path} is not CSV ({error}); mend the row") from None
 

@@ -4,7 +4,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +39,10 @@ _FILE_NAME, _LOOKED_AT = re.compile(r".+\.(?:txt|xml|png|jpe?g|webp|tiff?|dcm)\s
 """What no report reads like, and how many rows tell."""
 _NUMBER = re.compile(r"[0-9eE.+-]+")
 """Of what Python takes for a number, what a label is: no `1_0`, no digits of other scripts."""
-_MOST = float(np.finfo(np.float32).max)
+_TOO_LARGE, _MOST_VALUES = 10_000, 200
+"""A number from which on, and different ones (or different listed findings) from which on, a column is no label: it is
+ids or dates, and whoever gets the shards would read them.
+"""
 _FIELD = re.compile(r"\{([^{}]+)\}")
 
 
@@ -163,10 +166,16 @@ def _labels(config: SourceConfig, columns: dict[str, pa.ChunkedArray], rows: int
 
 
 def _numbers(name: str, column: pa.ChunkedArray) -> NDArray[np.float32]:
-    """A label column to float32 (rows,), blank to NaN. InputError names column and row of anything else."""
+    """A label column to float32 (rows,), blank to NaN. InputError names column and row of what is no label."""
     values = np.empty(len(column), dtype=np.float32)
     for row, text in enumerate(strings(column)):
         values[row] = _label(text, name, row)
+    different = len(np.unique(values[np.abs(values) > 1]))
+    if different > _MOST_VALUES:
+        raise InputError(
+            f"label column {name!r} has {different:,} different numbers beyond -1 to 1, as ids have and labels do not; "
+            "leave it out of --label-columns"
+        )
     return values
 
 
@@ -177,9 +186,21 @@ def _label(text: str, name: str, row: int) -> float:
         value = float(text) if _NUMBER.fullmatch(text.strip()) else math.nan
     except ValueError:
         value = math.nan
-    if not abs(value) <= _MOST:
+    if math.isnan(value):
         raise InputError(f"row {row} of label column {name!r} is neither a number nor blank; correct the CSV")
+    if abs(value) >= _TOO_LARGE:
+        raise InputError(
+            f"row {row} of label column {name!r} has a number of five digits or more, as ids and dates have and labels "
+            "do not; leave it out of --label-columns"
+        )
     return value
+
+
+def graded_lines(names: Sequence[str]) -> Iterator[str]:
+    """What to know of labels with numbers beside 1, 0, -1 and blank: of ages, wanted or not, and of ids."""
+    if names:
+        yield f"labels with numbers that are not 1, 0, -1 or blank: {', '.join(names)}"
+        yield "  they are kept as they are, for whoever gets the shards; leave out a column that tells who a patient is"
 
 
 def _listed_labels(column: pa.ChunkedArray, separator: str, rows: int) -> dict[str, NDArray[np.float32]]:
@@ -192,7 +213,7 @@ def _listed_labels(column: pa.ChunkedArray, separator: str, rows: int) -> dict[s
             blank.append(row)
         for item in items:
             found.setdefault(item, []).append(row)
-    if len(found) > 200:
+    if len(found) > _MOST_VALUES:
         raise InputError(f"the label list names {len(found):,} different findings; is it the right column?")
     labels = {}
     for name in sorted(found):

@@ -28,6 +28,7 @@ from ingest.films import Films, FolderFilms, H5Films
 from ingest.images import Fault
 from ingest.inputs import Inputs, read_inputs
 from ingest.report import namesake_lines
+from ingest.table import graded_lines
 from shards.encodings import Loss, Pixels, decode, encode, loss, psnr
 from shards.errors import InputError
 from shards.schema import NO_GROUP, SAMPLE_OVERHEAD, ImageSpec
@@ -58,6 +59,10 @@ def dry_run(config: IngestConfig) -> Iterator[str]:
     ungrouped = {split: int((inputs.plan.groups[rows] == NO_GROUP).sum()) for split, rows in inputs.plan.order.items()}
     yield from ungrouped_lines(ungrouped)
     yield from namesake_lines(inputs.plan.namesakes)
+    usual = np.isnan(inputs.labels) | np.isin(inputs.labels, (1, 0, -1))
+    yield from graded_lines(
+        [name for name, column in zip(inputs.label_names, usual.T, strict=True) if not column.all()]
+    )
     config, lines = settle(config, inputs)
     yield from lines
     seconds, size, measured = _try_films(config, inputs)

@@ -21,6 +21,7 @@ from ingest.inputs import read_inputs
 from ingest.reports import MAX_FIELD
 from ingest.source import H5Source
 from ingest.table import read_table
+from ingest.trial import dry_run
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
@@ -208,16 +209,48 @@ def test_films_longer_than_a_codec_takes(tmp_path: Path) -> None:
         read_inputs(IngestConfig(to_shards=tmp_path / "out", h5=(h5,), csv=(table,)))
 
 
-@pytest.mark.parametrize("value", ["1e39", "1_0", "\uff11", "inf", "nan", "yes", "--1"])
-def test_labels_that_are_no_numbers(small: tuple[Path, Path], tmp_path: Path, value: str) -> None:
+@pytest.mark.parametrize("value", ["1_0", "\uff11", "inf", "nan", "yes", "--1", "1e39", "-10000", "20170125"])
+def test_labels_that_are_no_labels(small: tuple[Path, Path], tmp_path: Path, value: str) -> None:
+    """No numbers, or such as ids and dates have: they would stand in the shards, for whoever gets them."""
     rows = [["x", label] for label in ("1", " -1 ", "", "2.5e-1", "+1.", value)]
     table = write_csv(tmp_path / "a.csv", ["impression", "L"], rows)
-    with pytest.raises(InputError, match="row 5 of label column 'L' is neither a number nor blank"):
+    with pytest.raises(InputError, match=r"row 5 of label column 'L' (is neither|has a number of five)") as error:
         read_table(SourceConfig(h5=(small[0],), csv=(table,), label_columns=("L",)))
+    assert value not in str(error.value)
+
+
+def test_a_label_of_very_many_numbers_is_an_id_and_of_some_a_warning(tmp_path: Path) -> None:
+    def config(numbers: list[float]) -> IngestConfig:
+        table = write_csv(tmp_path / "a.csv", ["impression", "L", "Edema"], [["x", each, -1] for each in numbers])
+        h5 = write_h5(tmp_path / "a.h5", np.zeros((len(numbers), 3, 3), np.uint8))
+        return IngestConfig(to_shards=tmp_path / "out", h5=(h5,), csv=(table,), label_columns=("L", "Edema"))
+
+    with pytest.raises(InputError, match="label column 'L' has 201 different numbers beyond -1 to 1"):
+        read_inputs(config(list(range(2, 203))))
+    for numbers in ([each / 1000 for each in range(500)], list(range(2, 202))):
+        line = next(line for line in dry_run(config(numbers)) if line.startswith("labels with numbers"))
+        assert line.endswith(": L")
+    assert not any("labels with" in line for line in dry_run(config([1, 0, -1])))
 
 
 class TestI9:
     """Text."""
+
+    def test_what_excel_writes(self, tmp_path: Path) -> None:
+        """Columns without a name, semicolons, Windows letters, UTF-16: read where that is safe, else how to mend it."""
+        path = tmp_path / "a.csv"
+        config = SourceConfig(h5=(path,), csv=(path,))
+        path.write_text("impression,,\r\nfine,,\r\n")
+        assert read_table(config).texts.to_pylist() == ["fine"]
+        for text, encoding, words in (
+            ("impression;id\nGröße;7\n", "cp1252", "one column, and ';' in its name; save it with commas"),
+            ("id,impression\n7,Größe\n", "cp1252", "row 0 of .* is not UTF-8; .*iconv -f CP1252"),
+            ("id,impression\n7,Größe\n", "utf-16", "header of .* not CSV in UTF-8; .*iconv -f UTF-16 -t UTF-8"),
+            (" impression,id,\nfine,7,\n", "utf-8", "columns are a.csv: ' impression', id"),
+        ):
+            path.write_text(text, encoding=encoding)
+            with pytest.raises(InputError, match=words):
+                read_table(config)
 
     def test_bytes_that_are_not_utf_8_are_named_by_their_row(self, tmp_path: Path) -> None:
         path = tmp_path / "a.csv"
