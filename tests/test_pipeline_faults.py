@@ -326,15 +326,25 @@ def test_time_in_which_the_process_stood_still_does_not_count(monkeypatch: pytes
 
 
 SLOW_READ = """
-import sys
+import os, sys, threading
 from pipeline import stall
 from pipeline.batch import World
 from pipeline.config import LoaderConfig
-from pipeline.kernels import compiled_functions
 from pipeline.loader import build_loader
 from shards.cli import main_guard
-compiled_functions()  # seconds, perhaps, in which nobody would wait for a read
 stall.STALL_REPORT_S = 0.5
+awaited, preadv = threading.Event(), os.preadv
+
+class Patience(stall.Patience):
+    def __init__(self, *how):
+        super().__init__(*how)
+        awaited.set()
+
+def preadv_when_awaited(*how):  # a read that is done before anybody waits for it shows nothing, however slow it was
+    awaited.wait()
+    return preadv(*how)
+
+stall.Patience, os.preadv = Patience, preadv_when_awaited
 with main_guard("slow"):
     config = LoaderConfig(shards=sys.argv[1], backend="cpu", batch_size=8, threads=1, stall_abort_s=float(sys.argv[2]))
     with build_loader(config, World()) as loader:
@@ -346,14 +356,14 @@ with main_guard("slow"):
 @pytest.mark.slow
 @pytest.mark.parametrize(("abort", "code"), [("60", 0), ("1", 2)])
 def test_a_read_that_the_system_delays(shards_dir: Path, tmp_path: Path, abort: str, code: int) -> None:
-    """D8 by strace: the first read of each thread takes 2 seconds longer."""
+    """D8 by strace: the first read of each thread takes 4 seconds longer, of which the batches wait for all."""
     found = shutil.which("strace")
     if found is None or subprocess.run([found, "-qq", "-o", "/dev/null", "true"], capture_output=True).returncode:
         pytest.skip("strace cannot trace here")
     calls = "preadv,preadv2"
     done = subprocess.run(
         [found, "-f", "--seccomp-bpf", "-qq", "-o", str(tmp_path / "log"), "-e", f"trace={calls}", "-e",
-         f"inject={calls}:delay_enter=2000000:when=1", sys.executable, "-c", SLOW_READ, str(shards_dir), abort],
+         f"inject={calls}:delay_enter=4000000:when=1", sys.executable, "-c", SLOW_READ, str(shards_dir), abort],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert "DELAYED" in (tmp_path / "log").read_text()
