@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from train.compare import main as lay_out
 from train.config import TrainConfig
 from train.curves import main as draw
 from train.curves import trend
-from train.metrics import MetricsLog, clock, read_rows, trim
+from train.metrics import MetricsLog, ProgressDisplay, clock, read_rows, trim
 from train.ranks import StopRequest
 from train.rundir import RunFolder, versions
 from train.tracking import WatchConfig, check_installed, harmless, lasting_output
@@ -61,8 +62,9 @@ def log_rows(out: Path, rows: list[dict], *, done: int = 0, **more) -> None:
     """Write rows through MetricsLog."""
     out.mkdir(exist_ok=True)
     log = MetricsLog(RunFolder(root=out), config=config(out, **more), done=done)
-    for each in rows:
-        log.advance()
+    for before, each in pairwise([{"step": done}, *rows]):
+        for _ in range(before["step"], each["step"]):
+            log.advance()
         log.write(each)
     log.close()
 
@@ -210,17 +212,35 @@ def test_lines_without_a_terminal_come_every_so_often_and_at_validations(tmp_pat
     log_rows(tmp_path, rows, watch=WatchConfig(line_every=25))
     lines = capsys.readouterr().out.splitlines()
     assert [int(re.match(r"step (\d+)/100", line)[1]) for line in lines] == [5, 30, 35, 60, 85, 100]
-    assert "loss 3.9500" in lines[0] and "640 films/s" in lines[0] and "2.5 % wait" in lines[0] and "left" in lines[0]
+    assert "loss 3.9500  640 films/s  2.5 % wait" in lines[0] and lines[0].endswith("0:00 left")
     assert "validation loss 3.2100" in lines[2] and "0:00 left" in lines[-1]
 
 
-def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
+def test_the_time_left_forgets_what_only_the_first_steps_took(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps 1 and 2 compile for 300 and 100 s, the others take a second each; a validation of 9 s counts."""
+    seconds = iter([0.0, 300.0, 400.0, *(400.0 + step for step in range(1, 8)), 416.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(seconds))
+    display = ProgressDisplay(steps=100, done=0, line_every=1)
+    monkeypatch.setattr(display._bar, "update", lambda: None)  # it looks at the clock as well
+    display.advance()
+    display.show(row(1))
+    for _ in range(8):
+        display.advance()
+    display.show(row(9))
+    first, ninth = capsys.readouterr().out.splitlines()
+    assert "left" not in first
+    assert ninth.endswith(f"{clock((416 - 402) / 5 * 91)} left")
+
+
+@pytest.mark.parametrize("size", [(40, 80), (0, 0)])
+def test_a_terminal_gets_a_bar(size: tuple[int, int], tmp_path: Path) -> None:
+    """On the narrowest that are common all of it is seen; one that a container makes says that it has no size."""
     script = (
         "from pathlib import Path; from test_train_watching import *; "
         f"log_rows(Path({str(tmp_path / 'run')!r}), [row(step) for step in range(1, 101)])"
     )
     primary, secondary = pty.openpty()
-    termios.tcsetwinsize(secondary, (40, 140))
+    termios.tcsetwinsize(secondary, size)
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     environment = {**os.environ, "PYTHONPATH": paths}
     command = [sys.executable, "-c", script]
@@ -234,8 +254,8 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     printed, _ = process.communicate(timeout=400)
     shown = shown.decode()
     assert process.returncode == 0 and printed == b"", shown
-    for known in ("100/100", "loss 3.0000", "640 films/s", "2.5 % wait", "left"):
-        assert known in shown, shown
+    whole = r"\rstep 100/100 \|\S+\s*\| loss 3\.0000  640 films/s  2\.5 % wait  0:00 left"
+    assert re.search(whole, shown), shown
 
 
 def test_clock() -> None:

@@ -9,9 +9,10 @@ import os
 import resource
 import sys
 import time
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from tqdm import tqdm
@@ -163,54 +164,79 @@ class ProgressDisplay:
     def __init__(self, *, steps: int, done: int, line_every: int) -> None:
         """`done`: steps of an earlier start. `line_every`: steps between lines where stderr is no terminal."""
         self._steps, self._done, self._line_every = steps, done, line_every
-        self._step = self._said = done
-        self._begin = time.monotonic()
+        self._said = done
+        self._ends = array("d", [time.monotonic()])
+        """Seconds: when this start began, and when each of its steps ended."""
+        self._validated: Row = {}
         self._bar = tqdm(
             total=steps,
             initial=done,
             disable=not sys.stderr.isatty(),
-            bar_format="step {n_fmt}/{total_fmt} |{bar}| {postfix}  {remaining} left",
+            bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc}",
+            **_terminal_size(),
         )
 
     def advance(self) -> None:
         """One more step is done."""
-        self._step += 1
+        self._ends.append(time.monotonic())
         self._bar.update()
 
     def show(self, row: Row) -> None:
         """Show a row of metrics."""
         if not self._bar.disable:
-            self._bar.set_postfix_str(summary(row))
+            self._validated = row if "val_loss" in row else self._validated
+            # Where the terminal is narrow, what stands last is not seen.
+            self._bar.set_description_str("  ".join([*summary(row), *self._left(), *validation(self._validated)]))
         elif self._is_due(row):
             self._said = row["step"]
-            say(f"step {row['step']}/{self._steps}  {summary(row)}  {clock(self.seconds_left())} left")
+            more = [f"step {row['step_ms']:,.0f} ms  lr {row['lr']:.2e}"] if "step_ms" in row and "lr" in row else []
+            parts = [f"step {row['step']}/{self._steps}", *summary(row), *more, *validation(row), *self._left()]
+            say("  ".join(parts))
 
-    def seconds_left(self) -> float:
-        """Estimate from all that was done since this start, validations and saves included."""
-        done = max(1, self._step - self._done)
-        return (time.monotonic() - self._begin) / done * (self._steps - self._step)
+    def seconds_left(self) -> float | None:
+        """Estimate from the later half of this start's steps, validations and saves between them included: what only
+        the first steps do, compiling above all, tells nothing of those to come. None before there are two."""
+        done = len(self._ends) - 1
+        left, half = self._steps - self._done - done, done // 2
+        if not left:
+            return 0.0
+        return (time.monotonic() - self._ends[half]) / (done - half) * left if half else None
 
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._bar.close()
+
+    def _left(self) -> list[str]:
+        seconds = self.seconds_left()
+        return [] if seconds is None else [f"{clock(seconds)} left"]
 
     def _is_due(self, row: Row) -> bool:
         first, last = self._said == self._done, row["step"] >= self._steps
         return first or last or "val_loss" in row or row["step"] - self._said >= self._line_every
 
 
-def summary(row: Row) -> str:
-    """A row in a few words: loss, learning rate, films/s, share of the step that waited for the loader."""
+def _terminal_size() -> dict[str, Any]:
+    """tqdm's settings of the terminal's size: as it is at any moment; 100 x 24 where it says that it has none, as one
+    that a container, a batch job or `script` makes does: tqdm would draw nothing there."""
+    with contextlib.suppress(OSError, ValueError):
+        if 0 in os.get_terminal_size(sys.stderr.fileno()):
+            return {"ncols": 100, "nrows": 24}
+    return {"dynamic_ncols": True}
+
+
+def summary(row: Row) -> list[str]:
+    """A row in a few words: loss, films/s, share of the step that waited for the loader, those that it has."""
     parts = [f"loss {_number(row.get('loss'))}"]
-    if "lr" in row:
-        parts.append(f"lr {row['lr']:.2e}")
     if "images_per_s" in row:
         parts.append(f"{row['images_per_s']:,.0f} films/s")
     if row.get("step_ms"):
-        parts.append(f"step {row['step_ms']:,.0f} ms, {100 * row['loader_wait_ms'] / row['step_ms']:.1f} % wait")
-    if "val_loss" in row:
-        parts.append(f"validation loss {_number(row['val_loss'])}")
-    return "  ".join(parts)
+        parts.append(f"{100 * row['loader_wait_ms'] / row['step_ms']:.1f} % wait")
+    return parts
+
+
+def validation(row: Row) -> list[str]:
+    """The validation loss of a row that has one."""
+    return [f"validation loss {_number(row['val_loss'])}"] if "val_loss" in row else []
 
 
 def clock(seconds: float) -> str:
