@@ -99,8 +99,15 @@ def _encode_row(number: int, film: Film, task: EncodeTask, spill: SpillWriter) -
 
 
 def blank(film: NDArray[np.uint8]) -> Fault:
-    """Whether an (H, W) film shows nothing at all."""
-    if film[0, 0] != film[film.shape[0] // 2, film.shape[1] // 2]:  # nearly always, and much the cheapest
+    """Whether an (H, W) film shows nothing at all: one grey level, be it with the black that makes it square."""
+    row, column = film.shape[0] // 2, film.shape[1] // 2
+    middle = film[row, column]
+    # Nearly always, and much the cheapest: its middle is another grey than the ends of both lines through it.
+    if (film[row, 0] != middle or film[row, -1] != middle) and (
+        film[0, column] != middle or film[-1, column] != middle
+    ):
         return Fault.NONE
-    low, high = film.min(), film.max()
-    return Fault.NONE if low != high else Fault.CONSTANT if high else Fault.ALL_ZERO
+    shown = film[film.any(axis=1)][:, film.any(axis=0)]
+    if not shown.size:
+        return Fault.ALL_ZERO
+    return Fault.CONSTANT if shown.min() == shown.max() else Fault.NONE

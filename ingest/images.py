@@ -39,6 +39,7 @@ class Fault(enum.IntEnum):
     FRAMES = 6
     NO_PIXELS = 7
     UNSUPPORTED = 8
+    FEW_BITS = 9
 
     @property
     def reason(self) -> str:
@@ -53,6 +54,7 @@ class Fault(enum.IntEnum):
             Fault.FRAMES: "film file holds several frames",
             Fault.NO_PIXELS: "film file holds no pixels",
             Fault.UNSUPPORTED: "film file is DICOM of a kind that is not read",
+            Fault.FEW_BITS: "film file has 16 bits and uses the lowest 12 at most",
         }[self]
 
 
@@ -97,7 +99,8 @@ def _open_image(file: BinaryIO) -> Image.Image | Fault:
             return Fault.TOO_LARGE
         if _has_frames(image):
             return Fault.FRAMES
-        return to_colour(ImageOps.exif_transpose(image))
+        upright = ImageOps.exif_transpose(image)
+        return Fault.FEW_BITS if _is_dark(upright) else to_colour(upright)
 
 
 def _has_frames(image: Image.Image) -> bool:
@@ -109,6 +112,14 @@ def _has_frames(image: Image.Image) -> bool:
     except EOFError:
         return False
     return True
+
+
+def _is_dark(image: Image.Image) -> bool:
+    """Whether 16 bits hold 12 or fewer, as from a DICOM film that was not brought to the full scale.
+
+    The upper 8 are nearly black then: 16 grey levels of 256. What they should be the file does not say.
+    """
+    return image.mode.startswith("I") and 0 < image.getextrema()[1] < 4096  # type: ignore[operator]
 
 
 def to_colour(image: Image.Image) -> Image.Image:

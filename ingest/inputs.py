@@ -16,6 +16,9 @@ from ingest.table import SourceTable, read_table
 from shards.errors import InputError
 from shards.schema import MAX_IMAGE_PIXELS, MAX_IMAGE_SIDE, MAX_LABELS
 
+_MOST_NAMED = 4
+"""Files that a message names."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Range:
@@ -129,11 +132,18 @@ def _look(
         return (source.image_size,) * 2, list(_cut(table.rows, step)), ()
     with H5Films(source) as films:
         if films.rows != table.rows:
-            files = ", ".join(str(path) for path in source.h5)
             raise InputError(
-                f"{files}: {films.rows:,} films but the CSV has {table.rows:,} rows; row i must describe film i"
+                f"{_files(source.h5)}: {films.rows:,} films but the CSV has {table.rows:,} rows; "
+                "row i must describe film i"
             )
         return (films.height, films.width), list(films.ranges(step)), films.file_rows
+
+
+def _files(paths: Sequence[Path]) -> str:
+    """Files for a message; of many the first and the last tell whether the shell took more or fewer than was meant."""
+    if len(paths) <= _MOST_NAMED:
+        return ", ".join(map(str, paths))
+    return f"{len(paths):,} files from {paths[0]} to {paths[-1]}"
 
 
 def _check_names(folder: Path, names: list[str]) -> None:

@@ -29,8 +29,11 @@ from conftest import (
 from PIL import Image
 
 from ingest.__main__ import main
+from ingest.config import IngestConfig
+from ingest.inputs import read_inputs
 from ingest.rows import names_side
 from ingest.tokenizer import Tokenizer
+from shards.errors import InputError
 from shards.manifest import read_manifest, signed, write_manifest
 from shards.reader import ShardReader
 from shards.verify import verify
@@ -280,6 +283,10 @@ class TestMistakes:
 
     def test_row_counts(self, refused, tmp_path: Path) -> None:
         refused("96 films", "2 rows", table=write_csv(tmp_path / "b.csv", ["impression"], [["a"], ["b"]]))
+        parts = tuple(write_h5(tmp_path / f"{number}.h5", made_up_images(1)) for number in range(6))
+        config = IngestConfig(to_shards=tmp_path / "out", h5=parts, csv=(tmp_path / "b.csv",))
+        with pytest.raises(InputError, match=r"^6 files from \S*/0.h5 to \S*/5.h5: 6 films but the CSV has 2 rows"):
+            read_inputs(config)
         short = write_csv(tmp_path / "c.csv", ["impression"], [["a"]] * 95)
         other = write_csv(tmp_path / "d.csv", ["Path"], [["a"]] * 96)
         refused("c.csv has 95", "d.csv has 96", table=short, more=(str(other),))

@@ -16,6 +16,7 @@ from conftest import assert_refused, made_up_images, run_module, write_csv, writ
 from PIL import Image
 
 from ingest.config import IngestConfig, SourceConfig, read_sources
+from ingest.encode import blank
 from ingest.films import H5Films
 from ingest.images import Fault, read_film
 from ingest.inputs import read_inputs
@@ -231,6 +232,30 @@ class TestImageFolder:
         bomb[16:24] = (40_000).to_bytes(4, "big") * 2
         (tmp_path / "bomb.png").write_bytes(bomb)
         assert read_film(tmp_path / "bomb.png", 320) in (Fault.TOO_LARGE, Fault.UNREADABLE)
+
+    def test_16_bits_that_hold_12_are_not_shown_nearly_black(self, tmp_path: Path, images: np.ndarray) -> None:
+        film = images[0].astype(np.uint16)
+        film[0, 0] = 255
+        for scale, expected in ((16, Fault.FEW_BITS), (1, Fault.FEW_BITS), (17, None), (0, None)):
+            for name in ("a.png", "a.tif"):
+                Image.fromarray(film * scale).save(tmp_path / name)
+                found = read_film(tmp_path / name, 320)
+                assert found is expected if expected else not isinstance(found, Fault), (scale, name)
+
+    @pytest.mark.parametrize("size", [(320, 320), (400, 300), (301, 400), (900, 9), (9, 900), (1, 1)])
+    def test_one_grey_level_is_no_film_whatever_its_shape(self, tmp_path: Path, size: tuple[int, int]) -> None:
+        """The black that makes it square is not part of it."""
+        film = Image.new("RGB", size, (9, 9, 9))
+        film.save(tmp_path / "a.png")
+        found = read_film(tmp_path / "a.png", 320)
+        assert not isinstance(found, Fault) and blank(found) is Fault.CONSTANT
+        if min(size) > 1:
+            film.putpixel((size[0] // 3, size[1] // 3), (200, 200, 200))
+            film.save(tmp_path / "a.png")
+            found = read_film(tmp_path / "a.png", 320)
+            assert not isinstance(found, Fault) and blank(found) is Fault.NONE
+        Image.new("L", size).save(tmp_path / "a.png")
+        assert blank(read_film(tmp_path / "a.png", 320)) is Fault.ALL_ZERO  # type: ignore[arg-type]
 
     def test_ingest_and_rejects(self, folder: Path, tmp_path: Path) -> None:
         outside = tmp_path / "secret.png"
