@@ -29,7 +29,65 @@ MOST = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoaderConfig:
+class DataConfig:
+    """How samples are chosen, read and augmented: what the settings of a loader and those of a training run share."""
+
+    where: str | None = None
+    """Use only the samples for which this query holds, in training and validation alike, e.g. "View == 1" (see
+    shards/query.py); to select among those for training alone: "split != 'train' or Edema == 1"."""
+    exclude: Path | None = None
+    """File of keys, one 00-0000000123 a line, of samples to leave out of training and validation; 2:00-0000000123 is of
+    the second data set."""
+    balance: str | None = None
+    """Label whose values, or query whose yes and no, get equal shares of each training epoch; evaluation ignores it."""
+    more_shards: tuple[Path, ...] = ()
+    """Folders of further data sets to train on, alike in images, tokenizer and labels; evaluation is of --shards."""
+    mix: tuple[float, ...] = ()
+    """Shares of the sets in every batch, that of --shards first, to half a stream; none: as large as the sets are."""
+    streams: int | None = None
+    """Streams the order interleaves; none: 48, or the next multiple of the ranks. Part of a run's fingerprint."""
+    threads: int | None = None
+    """Threads (hdf5: worker processes) that decode on each rank; none: the CPUs this process may use, shared by the
+    ranks on this machine."""
+    memory_mb: int | None = None
+    """MiB of encoded blocks each rank holds at once; none: what the streams' blocks, the next of each and those being
+    read take, 256 at most."""
+    read_threads: int = 4
+    """Threads that read blocks ahead on each rank: requests on the way to the file system at once. They cost next to no
+    CPU."""
+    ahead: int = 2
+    """Batches prepared while the trainer works."""
+    own_jpeg: bool = True
+    """Backend cpu: decode with the compiled decoder; off: libjpeg-turbo, which is slower, decodes all. Same pixels."""
+    max_bad: int = 0
+    """Bad training samples (damaged, or not to be decoded) that the run does without: others of their blocks take their
+    places (see pipeline/quarantine.py). One more ends it. Evaluation takes none, as it would count another row twice:
+    name them in --data.exclude."""
+    stage_dir: Path | None = None
+    """Folder on each node to which shards are copied, verified, while the run reads them; used as they are complete."""
+    stage_gb: float | None = None
+    """Most gigabytes of copies of a data set there; none: until a twentieth of that disk is left."""
+    stall_abort_s: float = 300
+    """Seconds to wait for one block of a shard before giving up; 0: for ever. A line says after 5 s what is waited
+    for."""
+    image_size: int = 224
+    """Height and width the model sees, pixels."""
+    scale: tuple[float, float] = (0.9, 1.0)
+    """Range of the crop's share of the image's area."""
+    flip: float = 0.5
+    """Probability of a left-right flip."""
+    flip_guard: bool = False
+    """Leave unflipped the images whose report names a side."""
+    effects: EffectsConfig = field(default_factory=EffectsConfig)
+    """Rotation, brightness, contrast and blur of training images; off in every preset."""
+    mean: tuple[float, float, float] = CLIP_MEAN
+    """Subtracted from each channel; of 1, not of 255."""
+    std: tuple[float, float, float] = CLIP_STD
+    """Divides each channel; of 1, not of 255."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoaderConfig(DataConfig):
     """What to load, in which order, how augmented, and by which backend."""
 
     shards: Path
@@ -38,65 +96,18 @@ class LoaderConfig:
     """train, val or test."""
     mode: str = "train"
     """train: shuffled, augmented, without end. eval: every row once in row order, not augmented."""
-    where: str | None = None
-    """Use only the samples for which this query holds, e.g. "View == 1 and token_count > 5"; see shards/query.py."""
-    exclude: Path | None = None
-    """File of keys, one 00-0000000123 a line, of samples to leave out; 2:00-0000000123 is of the second data set."""
-    balance: str | None = None
-    """Label whose values, or query whose yes and no, get equal shares of each training epoch; evaluation ignores it."""
-    more_shards: tuple[Path, ...] = ()
-    """Folders of further data sets to train on, alike in images, tokenizer and labels; evaluation ignores them."""
-    mix: tuple[float, ...] = ()
-    """Shares of the sets in every batch, that of `shards` first, to half a stream; none: as large as the sets are."""
     backend: str = "auto"
     """cpu, dali, hdf5, hdf5-tuned; auto: dali where the device is a GPU, else cpu."""
     batch_size: int = 64
     """Samples in the global batch, over all ranks."""
     seed: int = 0
     """Seed of order and augmentation."""
-    streams: int | None = None
-    """Streams the order interleaves; None: 48, or the next multiple of the ranks. Part of a run's fingerprint."""
-    threads: int | None = None
-    """Threads (hdf5: worker processes) that decode; None: the CPUs this process may use, shared by the ranks here."""
-    memory_mb: int | None = None
-    """MiB of encoded blocks held at once, read-ahead included; None: what the streams' blocks, the next of each and
-    those being read take, 256 at most."""
-    read_threads: int = 4
-    """Threads that read blocks ahead: requests on the way to the file system at once. They cost next to no CPU."""
-    ahead: int = 2
-    """Batches prepared while the trainer works."""
-    max_bad: int = 0
-    """Bad samples of the split (damaged, or not to be decoded) that training does without; see pipeline/quarantine.py.
-    One more ends it, and evaluation takes none: it would count another row twice."""
-    stage_dir: Path | None = None
-    """Folder on this node to which shards are copied, verified, while they are read; see pipeline/stage.py."""
-    stage_gb: float | None = None
-    """Most gigabytes of copies of a data set there; None: until a twentieth of that disk is left."""
-    stall_abort_s: float = 300
-    """Seconds to wait for one block before giving up; 0: for ever. A line says after 5 s what is waited for."""
-    image_size: int = 224
-    """Height and width of the images handed out, pixels."""
-    scale: tuple[float, float] = (0.9, 1.0)
-    """Range of the crop's share of the image's area."""
-    flip: float = 0.5
-    """Probability of a left-right flip."""
-    flip_guard: bool = False
-    """Leave unflipped the images whose report names a side."""
-    effects: EffectsConfig = field(default_factory=EffectsConfig)
-    """Rotation, brightness, contrast and blur of training images."""
     views: int = 1
     """Images made of each training sample, cropped, flipped and changed each in its own way."""
-    mean: tuple[float, float, float] = CLIP_MEAN
-    """Subtracted from each channel; of 1, not of 255."""
-    std: tuple[float, float, float] = CLIP_STD
-    """Divides each channel; of 1, not of 255."""
     dtype: str = "float32"
     """float32, float16 or bfloat16."""
-    own_jpeg: bool = True
-    """Backend cpu: decode with the compiled decoder; off: libjpeg-turbo, which is slower, decodes all. Same pixels."""
     h5: Path | None = None
     """The HDF5 file the shards were made from; the hdf5 backends alone read it."""
-
     h5_dataset: str = "cxr"
     """Path of the dataset in that file."""
 

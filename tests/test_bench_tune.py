@@ -17,11 +17,11 @@ from bench.shapes import read_results
 from bench.storage import Counts, SlowSettings
 from bench.tune import TuneConfig, run_tune, toml_of
 from pipeline.batch import World
-from pipeline.config import LoaderConfig, available_cpus
+from pipeline.config import DataConfig, LoaderConfig, available_cpus
 from pipeline.loader import build_loader
 from shards.errors import InputError
 from train.commandline import SETTINGS, parse_config, to_toml
-from train.config import DataConfig, loader_config
+from train.config import loader_config
 from train.state import READING
 
 PATHS = ("--shards", "a", "--out", "b")
@@ -43,7 +43,7 @@ def test_a_loader_config_replaces_preset_and_flags_replace_it(tmp_path: Path) ->
 
 
 def test_only_streams_of_the_settings_change_samples() -> None:
-    """And all are settings of `train.config.DataConfig`: a run of another loader.toml resumes."""
+    """And all are settings of `pipeline.config.DataConfig`: a run of another loader.toml resumes."""
     assert set(SETTINGS) - set(READING) == {"streams"}
     assert set(SETTINGS) <= set(DataConfig.__slots__)
 

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as transforms
 from pipeline import effects
 from pipeline.augment import decide
 from pipeline.batch import Batch, World
-from pipeline.config import CLIP_MEAN, CLIP_STD, LoaderConfig
+from pipeline.config import CLIP_MEAN, CLIP_STD, DataConfig, LoaderConfig
 from pipeline.effects import (
     ANGLE,
     BRIGHTNESS,
@@ -33,7 +33,6 @@ from pipeline.loader import build_loader
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from train.commandline import from_fields, to_fields
-from train.config import DataConfig
 from train.presets import PRESETS
 
 STRONG = EffectsConfig(rotation=15.0, brightness=0.4, contrast=0.3, jitter_chance=0.8, blur=(0.1, 2.0), blur_chance=0.5)

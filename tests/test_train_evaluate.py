@@ -10,12 +10,12 @@ import torch
 from conftest import FINDINGS, write_source
 from sklearn.metrics import average_precision_score, f1_score, matthews_corrcoef, roc_auc_score
 
-from pipeline.config import LoaderConfig
+from pipeline.config import DataConfig, LoaderConfig
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
 from train.checkpoint import encode, read_checkpoint
 from train.commandline import to_fields
-from train.config import DataConfig, TrainConfig, loader_config
+from train.config import TrainConfig, loader_config
 from train.ensemble import average, find_checkpoints, model_of, read_member
 from train.evaluate import EvaluateConfig, evaluate, main
 from train.model import ModelConfig, build_model
@@ -181,7 +181,7 @@ def test_uncertain_films_count_as_they_are_told_to(run: Path, shards_dir: Path) 
     assert counts == {"ignore": (ones, zeros), "positive": (ones + unsure, zeros), "negative": (ones, zeros + unsure)}
 
 
-def test_several_checkpoints_are_one_model(run: Path, shards_dir: Path) -> None:
+def test_several_checkpoints_are_one_model(run: Path, shards_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Probabilities are averaged, and similarities: products of the vectors side by side."""
     manifest = read_manifest(shards_dir)
     config = small(shards_dir, run)
@@ -195,6 +195,10 @@ def test_several_checkpoints_are_one_model(run: Path, shards_dir: Path) -> None:
     assert result.auroc["Cardiomegaly"] == pytest.approx(roc_auc_score(truth, one.probabilities[:, 0]))
     assert [each["step"] for each in result.checkpoints] == [0, 1, 2]
     assert (run / "evaluation-test-of-3.json").exists()
+    # Those of a folder by `RUN/best.pt RUN/checkpoints/*`: best.pt is step 0 again, under another name.
+    capsys.readouterr()
+    assert find_checkpoints([run / "best.pt", *files]) == [run / "best.pt", *files[1:]]
+    assert capsys.readouterr().out == f"{files[0]} holds what {run / 'best.pt'} does, and counts once\n"
     # The top k of a run are those with the lowest loss on val; best.pt, which is step 0 again, counts once.
     losses = {
         file: predict(model_of(read_member(file), manifest), rows(config, "val"), manifest=manifest).loss
@@ -358,8 +362,8 @@ def test_mistakes_are_one_line(run: Path, shards_dir: Path, tmp_path: Path, caps
     assert "no shards here" in refused("--checkpoint", str(run), "--shards", str(tmp_path))
     assert "'dev'" in refused(*good, "--split", "dev")
     assert "--prompt-forms 'PA'" in refused(*good, "--prompt-forms", "PA")
-    assert "here are 4 checkpoints" in refused(*good, "--top", "5") and "--top 0" in refused(*good, "--top", "0")
-    assert "here are 3 checkpoints" in refused(*good, "--top", "4")  # two of the files are of one step
+    assert "here are 3 checkpoints" in refused(*good, "--top", "4")  # of 4 files, two of which are the same
+    assert "--top 0" in refused(*good, "--top", "0")
     assert "--seed -1" in refused(*good, "--seed", "-1")
     assert "takes all 77 tokens, or more" in refused(*good, "--prompt-forms", "word " * 80 + "{}")
     assert "twice" in refused("--checkpoint", str(run), str(run / "best.pt"), *shards)

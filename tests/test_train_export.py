@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from pipeline.config import DataConfig
 from shards.errors import InputError
 from train.checkpoint import encode, read_checkpoint
 from train.commandline import to_fields
-from train.config import DataConfig, TrainConfig
+from train.config import TrainConfig
 from train.export import ExportConfig, export, main
 from train.model import ClipModel, ModelConfig, build_model
 from train.presets import CHEXZERO_MEAN, CHEXZERO_STD

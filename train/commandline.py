@@ -30,7 +30,7 @@ SETTINGS: dict[str, type] = {
     **{"threads": int, "memory_mb": int, "read_threads": int, "ahead": int, "streams": int},
     **{"own_jpeg": bool},
 }
-"""What a --loader-config may set of `train.config.DataConfig`: name -> type. A whole number is at least 1."""
+"""What a --loader-config may set of `pipeline.config.DataConfig`: name -> type. A whole number is at least 1."""
 
 
 def parse_config(prog: str, argv: Sequence[str] | None = None) -> TrainConfig:

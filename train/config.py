@@ -5,64 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pipeline.config import CLIP_MEAN, CLIP_STD, LoaderConfig
-from pipeline.effects import EffectsConfig
+from pipeline.config import DataConfig, LoaderConfig
 from shards.errors import InputError
 from train.model import ModelConfig
 from train.tracking import WatchConfig
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """How samples are read and augmented; what `pipeline.config.LoaderConfig` has beyond the top settings."""
-
-    where: str | None = None
-    """Use only the samples for which this query holds, in training and validation alike, e.g. "View == 1"; to select
-    among those for training alone: "split != 'train' or Edema == 1"."""
-    exclude: Path | None = None
-    """File of keys, one 00-0000000123 a line, of samples to leave out of training and validation."""
-    balance: str | None = None
-    """Label whose values, or query whose yes and no, get equal shares of each training epoch."""
-    more_shards: tuple[Path, ...] = ()
-    """Folders of further data sets to train on, alike in images, tokenizer and labels; validation is of --shards."""
-    mix: tuple[float, ...] = ()
-    """Shares of the sets in every batch, that of --shards first, to half a stream; none: as large as the sets are."""
-    streams: int | None = None
-    """Streams the order interleaves; none: 48, or the next multiple of the ranks."""
-    threads: int | None = None
-    """Threads that decode on each rank; none: the CPUs this process may use, shared by the ranks on this machine."""
-    memory_mb: int | None = None
-    """MiB of encoded blocks each rank holds at once; none: what the streams' blocks, the next of each and those being
-    read take, 256 at most."""
-    read_threads: int = 4
-    """Threads that read blocks ahead on each rank: requests on the way to the file system at once."""
-    ahead: int = 2
-    """Batches prepared while the trainer works."""
-    own_jpeg: bool = True
-    """Backend cpu: decode with the compiled decoder; off: libjpeg-turbo, which is slower, decodes all. Same pixels."""
-    max_bad: int = 0
-    """Bad training samples (damaged, or not to be decoded) that the run does without: others of their blocks take their
-    places. One more ends it. Validation takes none: name them in --data.exclude."""
-    stage_dir: Path | None = None
-    """Folder on each node to which shards are copied, verified, while the run reads them; used as they are complete."""
-    stage_gb: float | None = None
-    """Most gigabytes of copies there; none: until a twentieth of that disk is left."""
-    stall_abort_s: float = 300
-    """Seconds to wait for one block of a shard before giving up; 0: for ever."""
-    image_size: int = 224
-    """Height and width the model sees, pixels."""
-    scale: tuple[float, float] = (0.9, 1.0)
-    """Range of the crop's share of the image's area."""
-    flip: float = 0.5
-    """Probability of a left-right flip."""
-    flip_guard: bool = False
-    """Leave unflipped the images whose report names a side."""
-    effects: EffectsConfig = field(default_factory=EffectsConfig)
-    """Rotation, brightness, contrast and blur of training images; off in every preset."""
-    mean: tuple[float, float, float] = CLIP_MEAN
-    """Subtracted from each channel; of 1, not of 255."""
-    std: tuple[float, float, float] = CLIP_STD
-    """Divides each channel; of 1, not of 255."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import tyro
 
-from train.config import DataConfig, OptimConfig, TrainConfig
+from pipeline.config import DataConfig
+from train.config import OptimConfig, TrainConfig
 from train.model import ModelConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
