@@ -130,6 +130,16 @@ def verify_checkpoint(path: Path) -> None:
         raise DamagedCheckpoint(f"cannot read the checkpoint {path} ({error.strerror})") from None
 
 
+def header_digest(path: Path) -> str | None:
+    """The digest of the content that a file's header tells; None where it has none, or cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            header = _HEADER.match(file.read(2 * _HEADER_BYTES))
+    except OSError:
+        return None
+    return header[2].decode() if header else None
+
+
 def _verify(path: Path, file: BinaryIO) -> int:
     """Where the content begins, once its length and digest are found to be right."""
     header = _HEADER.match(file.read(2 * _HEADER_BYTES))

@@ -19,7 +19,7 @@ from pipeline.config import LoaderConfig
 from shards.cli import say
 from shards.errors import InputError
 from shards.schema import Manifest
-from train.checkpoint import DamagedCheckpoint, list_checkpoints, newest_good, read_checkpoint
+from train.checkpoint import DamagedCheckpoint, header_digest, list_checkpoints, newest_good, read_checkpoint
 from train.commandline import from_fields
 from train.config import TrainConfig, loader_config
 from train.model import ClipModel, build_model
@@ -47,9 +47,10 @@ class Member:
 
 
 def find_checkpoints(paths: Sequence[Path], *, every: bool = False) -> list[Path]:
-    """The files that --checkpoint means. Of a run's folder the best, or the newest where none was validated; or every.
+    """The files that --checkpoint means, each content once: a run's best one is often one of its newest, too.
 
-    InputError where one holds none, or is named twice.
+    Of a run's folder the best, or the newest where none was validated; or every. InputError where one holds none, or is
+    named twice.
     """
     files = [file for path in paths for file in ([path] if path.is_file() else _of_run(path, every))]
     known: set[Path] = set()
@@ -57,7 +58,12 @@ def find_checkpoints(paths: Sequence[Path], *, every: bool = False) -> list[Path
         if file.resolve() in known:
             raise InputError(f"--checkpoint names {file} twice")
         known.add(file.resolve())
-    return files
+    distinct: dict[str, Path] = {}
+    for file in files:
+        first = distinct.setdefault(header_digest(file) or str(file), file)
+        if first is not file and not every:
+            say(f"{file} holds what {first} does, and counts once")
+    return list(distinct.values())
 
 
 def _of_run(root: Path, every: bool) -> list[Path]:
@@ -116,21 +122,12 @@ def _settings(path: Path, payload: dict[str, Any]) -> TrainConfig:
 
 
 def read_members(paths: Sequence[Path], weights: Weights) -> Iterator[Member]:
-    """One after another, each step of a run once: its best checkpoint is often one of its newest, too.
-
-    A damaged file is left out with a warning.
-    """
-    known: set[tuple[Path, int]] = set()
+    """One after another; a damaged file is left out with a warning."""
     for path in paths:
         try:
-            member = read_member(path, weights)
+            yield read_member(path, weights)
         except DamagedCheckpoint as error:
             say(f"warning: {error}; left out")
-            continue
-        place = (run_folder(path).resolve(), member.step)
-        if place not in known:
-            known.add(place)
-            yield member
 
 
 def _check_enough(count: int, top: int) -> None:
