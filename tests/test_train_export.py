@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from test_train_weights import CLIP_SMALL, CONTEXT, SIZE, VOCAB
 
 from pipeline.config import DataConfig
 from shards.errors import InputError
@@ -22,19 +23,6 @@ from train.presets import CHEXZERO_MEAN, CHEXZERO_STD
 from train.state import LEFT_OUT
 from train.weights import load_pretrained
 
-CONTEXT, VOCAB, SIZE = 16, 100, 32
-CLIP_SMALL = ModelConfig(
-    tower="clip-vit",
-    patch_size=16,
-    image_width=64,
-    image_layers=2,
-    image_heads=2,
-    embed_dim=32,
-    text_width=32,
-    text_layers=2,
-    text_heads=2,
-    quick_gelu=True,
-)
 DINO_SMALL = replace(CLIP_SMALL, tower="vit_tiny_patch16_dinov3_qkvb", image_head="linear")
 MLP_SMALL = replace(DINO_SMALL, image_head="mlp", text_head="mlp", head_width=64, head_dropout=0.1)
 DATA = DataConfig(image_size=SIZE, mean=CHEXZERO_MEAN, std=CHEXZERO_STD)
