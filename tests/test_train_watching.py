@@ -237,7 +237,7 @@ def test_a_terminal_gets_a_bar(size: tuple[int, int], tmp_path: Path) -> None:
     """On the narrowest that are common all of it is seen; one that a container makes says that it has no size."""
     script = (
         "from pathlib import Path; from test_train_watching import *; "
-        f"log_rows(Path({str(tmp_path / 'run')!r}), [row(step) for step in range(1, 101)])"
+        f"log_rows(Path({str(tmp_path / 'run')!r}), [row(step, val_loss=3.25) for step in range(1, 101)])"
     )
     primary, secondary = pty.openpty()
     termios.tcsetwinsize(secondary, size)
@@ -254,7 +254,7 @@ def test_a_terminal_gets_a_bar(size: tuple[int, int], tmp_path: Path) -> None:
     printed, _ = process.communicate(timeout=400)
     shown = shown.decode()
     assert process.returncode == 0 and printed == b"", shown
-    whole = r"\rstep 100/100 \|\S+\s*\| loss 3\.0000  640 films/s  2\.5 % wait  0:00 left"
+    whole = r"\rstep 100/100 \|\S+\s*\| loss 3\.0000  640 films/s  2\.5 % wait  0:00 left  val 3\.2500"
     assert re.search(whole, shown), shown
 
 

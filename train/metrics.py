@@ -167,7 +167,7 @@ class ProgressDisplay:
         self._said = done
         self._ends = array("d", [time.monotonic()])
         """Seconds: when this start began, and when each of its steps ended."""
-        self._validated: Row = {}
+        self._validated: list[str] = []
         self._bar = tqdm(
             total=steps,
             initial=done,
@@ -184,14 +184,15 @@ class ProgressDisplay:
     def show(self, row: Row) -> None:
         """Show a row of metrics."""
         if not self._bar.disable:
-            self._validated = row if "val_loss" in row else self._validated
-            # Where the terminal is narrow, what stands last is not seen.
-            self._bar.set_description_str("  ".join([*summary(row), *self._left(), *validation(self._validated)]))
+            if "val_loss" in row:
+                self._validated = [f"val {_number(row['val_loss'])}"]
+            # On 80 columns all of it is seen; on fewer, what stands last is not.
+            self._bar.set_description_str("  ".join([*summary(row), *self._left(), *self._validated]))
         elif self._is_due(row):
             self._said = row["step"]
             more = [f"step {row['step_ms']:,.0f} ms  lr {row['lr']:.2e}"] if "step_ms" in row and "lr" in row else []
-            parts = [f"step {row['step']}/{self._steps}", *summary(row), *more, *validation(row), *self._left()]
-            say("  ".join(parts))
+            more += [f"validation loss {_number(row['val_loss'])}"] if "val_loss" in row else []
+            say("  ".join([f"step {row['step']}/{self._steps}", *summary(row), *more, *self._left()]))
 
     def seconds_left(self) -> float | None:
         """Estimate from the later half of this start's steps, validations and saves between them included: what only
@@ -232,11 +233,6 @@ def summary(row: Row) -> list[str]:
     if row.get("step_ms"):
         parts.append(f"{100 * row['loader_wait_ms'] / row['step_ms']:.1f} % wait")
     return parts
-
-
-def validation(row: Row) -> list[str]:
-    """The validation loss of a row that has one."""
-    return [f"validation loss {_number(row['val_loss'])}"] if "val_loss" in row else []
 
 
 def clock(seconds: float) -> str:
