@@ -136,6 +136,7 @@ def _look(
                 f"{_files(source.h5)}: {films.rows:,} films but the CSV has {table.rows:,} rows; "
                 "row i must describe film i"
             )
+        next(films.read(0, 1))  # values that need --value-range are known before there is anything to go on with
         return (films.height, films.width), list(films.ranges(step)), films.file_rows
 
 

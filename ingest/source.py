@@ -151,6 +151,7 @@ def to_uint8(film: NDArray, row: int, name: str) -> NDArray[np.uint8]:
     with np.errstate(invalid="ignore"):
         exact = film.astype(np.uint8)
     if not np.equal(exact, film).all():
+        _check_numbers(film, row, name)
         raise InputError(
             f"row {row} of {name} has values from {film.min():g} to {film.max():g}, not all whole numbers 0..255; "
             "say with --value-range LO HI which values are black and white"
@@ -161,11 +162,15 @@ def to_uint8(film: NDArray, row: int, name: str) -> NDArray[np.uint8]:
 def scale_to_uint8(film: NDArray, value_range: tuple[float, float], row: int, name: str) -> NDArray[np.uint8]:
     """(H, W) to uint8: LO becomes 0, HI 255, rounded, clipped. InputError for NaN and infinity."""
     low, high = value_range
-    if not np.isfinite(film).all():
-        raise InputError(f"row {row} of {name} has pixels that are no number (NaN or infinite); mend or drop it")
+    _check_numbers(film, row, name)
     with np.errstate(over="ignore"):
         scaled = (film.astype(np.float64) - low) * (255 / (high - low))
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def _check_numbers(film: NDArray, row: int, name: str) -> None:
+    if not np.isfinite(film).all():
+        raise InputError(f"row {row} of {name} has pixels that are no number (NaN or infinite); mend or drop it")
 
 
 def _open(path: Path) -> h5py.File:
@@ -200,7 +205,7 @@ def _dataset(file: h5py.File, dataset: str, name: str) -> h5py.Dataset:
             raise InputError(f"{name} is reached through a link, which may lead to another file; copy the data in")
         group = group[part]
     if not isinstance(group, h5py.Dataset):
-        raise InputError(f"{name} is not a dataset")
+        raise InputError(f"{name} is a group; {_describe(file)}")
     _check_dataset(group, name)
     return group
 

@@ -146,6 +146,8 @@ def test_a_dataset_that_is_not_there(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=words) as error:
             H5Source(tmp_path / "a.h5")
         assert "MRN" not in str(error.value)
+    with pytest.raises(InputError, match=r"'a' of .* is a group; it holds 'a/films'$"):
+        H5Source(write_h5(tmp_path / "b.h5", np.zeros((2, 3, 3), np.uint8), dataset="a/films"), "a")
     with pytest.raises(InputError, match=r"it holds 'cxr'$"):
         H5Source(write_h5(tmp_path / "b.h5", np.zeros((2, 3, 3), np.uint8)), "cxr/films")
 
@@ -198,8 +200,12 @@ def test_pixels_that_are_no_numbers_are_no_grey_levels(tmp_path: Path) -> None:
     for value in (np.nan, np.inf, -np.inf):
         images = np.zeros((4, 3, 3), np.float32)
         images[2, 1, 1] = value
-        with H5Source(write_h5(tmp_path / "a.h5", images)) as films, pytest.raises(InputError, match="row 2 of"):
-            films.read_uint8(0, 4, (0, 1))
+        for value_range in ((0.0, 1.0), None):
+            with (
+                H5Source(write_h5(tmp_path / "a.h5", images)) as films,
+                pytest.raises(InputError, match=r"row 2 of .* that are no number"),
+            ):
+                films.read_uint8(0, 4, value_range)
 
 
 def test_films_longer_than_a_codec_takes(tmp_path: Path) -> None:
