@@ -98,11 +98,10 @@ def _specs(height: int, width: int, qualities: Sequence[int]) -> Iterator[tuple[
 
 
 def _time(spec: ImageSpec, contents: Sequence[bytes], films: Sequence[Pixels]) -> dict[str, float]:
-    """CPU milliseconds a film: to encode, to decode, and to decode as `pipeline.cpu` does."""
+    """CPU milliseconds a film: to encode, and to decode."""
     return {
         "encode_ms": _cpu_ms(lambda film: encode(film, spec), films),
         "decode_ms": _cpu_ms(lambda content: decode(content, spec), contents),
-        "load_ms": _cpu_ms(_loader_decode(spec), [np.frombuffer(content, dtype=np.uint8) for content in contents]),
     }
 
 
@@ -111,16 +110,6 @@ def _cpu_ms(work: Callable[[Any], object], items: Sequence[Any]) -> float:
     for item in items:
         work(item)
     return (time.process_time() - started) / len(items) * 1e3
-
-
-def _loader_decode(spec: ImageSpec) -> Callable[[Any], object]:
-    """What `pipeline.kernels` does with an encoded image: into a buffer that is there already."""
-    import simplejpeg
-
-    pixels = np.empty((spec.height, spec.width, 1), dtype=np.uint8)
-    if spec.codec == "jpeg":
-        return lambda content: simplejpeg.decode_jpeg(content, "GRAY", buffer=pixels)
-    return lambda content: np.copyto(pixels[..., 0], decode(content.data, spec))
 
 
 def _summary(
@@ -150,31 +139,9 @@ def _mean_difference(before: Pixels, after: Pixels) -> float:
     return float(np.abs(before.astype(np.int16) - after).mean())
 
 
-def table(result: dict[str, Any]) -> Iterator[str]:
-    """The results as lines of text."""
-    for found in result["inputs"]:
-        yield f"{found['name']}: {found['films']:,} films of {found['height']} x {found['width']}; ms of one core"
-        yield (
-            f"{'encoding':<8} {'bytes':>8} {'in the tar':>10} {'encode':>7} {'decode':>7} {'loader':>7}   "
-            f"{'PSNR':>7} {'mean':>5}   {'224: PSNR':>9} {'mean':>5} {'worst film':>10}"
-        )
-        for row in found["encodings"]:
-            times = " ".join(f"{row[field]:7.2f}" for field in ("encode_ms", "decode_ms", "load_ms"))
-            yield f"{row['name']:<8} {row['bytes']:8,.0f} {row['tar_bytes']:10,.0f} {times}   {_lost(row)}"
-
-
-def _lost(row: dict[str, Any]) -> str:
-    if row["psnr"] is None:
-        return f"{'lossless':>10}"
-    return (
-        f"{row['psnr']:4.1f} dB {row['difference']:5.2f}   {row['resized_psnr']:6.1f} dB "
-        f"{row['resized_difference']:5.2f} {row['resized_difference_worst']:10.2f}"
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measure, print tables, write JSON."""
-    bench_main("bench.encodings", EncodingsBenchConfig, argv, run_bench, table)
+    bench_main("bench.encodings", EncodingsBenchConfig, argv, run_bench)
 
 
 if __name__ == "__main__":

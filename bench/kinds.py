@@ -5,11 +5,11 @@ Whatever is not as the bench writes it raises some error, on which `shapes.read_
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-REFERENCES = ("hdf5-tuned", "hdf5")
-"""Loaders that share no code with ours: what slows them as well is the machine. The first that is there counts."""
+REFERENCES = ("hdf5", "hdf5-tuned", "hdf5 uint8", "hdf5-tuned uint8")
+"""Loaders that share no code with ours, beside those of others."""
 MAX_TEXT = 400
 """Characters of a text; no file of ours comes near."""
 
@@ -39,7 +39,7 @@ METRICS = {
     "cpu_s_per_1000": Metric(title="CPU s a 1,000 films", form="{:.3f}", higher_is_better=False),
     "first_batch_s": Metric(title="first batch, s", form="{:.2f}", higher_is_better=False, least=0.1),
     "pss_mib": Metric(title="memory, MiB", form="{:,.0f}", higher_is_better=False, least=16),
-    "read_mib": Metric(title="read from storage, MiB", form="{:,.0f}", higher_is_better=False, least=16),
+    "read_mib": Metric(title="MiB read a 1,000 films", form="{:,.0f}", higher_is_better=False, least=16),
 }
 """Those that are shown and compared, by our name for them."""
 
@@ -55,8 +55,8 @@ class Case:
     name: str
     rounds: dict[str, tuple[float, ...]]
     """A key of METRICS -> one value a round."""
-    reference: tuple[float, ...] = ()
-    """Its films/s to those of the result's reference, within each round."""
+    row: Row = field(default_factory=dict)
+    """As the file has it."""
     note: str = ""
     peer: bool = False
     """Somebody else's loader."""
@@ -85,6 +85,8 @@ class Table:
     title: str = ""
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    """What stands below it, a line each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,8 +104,6 @@ class Result:
     """What decides whether two runs compare; empty where unknown."""
     settings: dict[str, str] = field(default_factory=dict)
     cases: tuple[Case, ...] = ()
-    reference: str = ""
-    """What `Case.reference` is relative to."""
     tables: tuple[Table, ...] = ()
     said: tuple[str, ...] = ()
     """Verdicts, in words."""
@@ -153,17 +153,16 @@ def round_values(rounds: Sequence[Row]) -> dict[str, tuple[float, ...]]:
     for name in rounds[0] if rounds else ():
         ours, factor = _ALIASES.get(name, (name, 1.0))
         if ours in METRICS and all(row.get(name) is not None for row in rounds):
-            found[ours] = tuple(row[name] * factor for row in rounds)
+            each = [1000 / row["images"] if name == "read_bytes" else 1.0 for row in rounds]
+            found[ours] = tuple(row[name] * factor * by for row, by in zip(rounds, each, strict=True))
     return found
 
 
-def measured_cases(raw: Row) -> tuple[tuple[Case, ...], str]:
+def measured_cases(raw: Row) -> tuple[Case, ...]:
     """Cases with rounds, as all benches but the ingest's write them."""
     rows: list[Row] = raw["cases"] if "cases" in raw else raw.get("loader", [])
     several = len({row["batch_size"] for row in rows if "batch_size" in row}) > 1
-    cases = [_case(row, several=several) for row in rows]
-    reference = next((name for name in REFERENCES if any(case.name == name for case in cases)), "")
-    return tuple(_paired(case, cases, reference) for case in cases), reference
+    return tuple(_case(row, several=several) for row in rows)
 
 
 def _case(row: Row, *, several: bool) -> Case:
@@ -171,6 +170,7 @@ def _case(row: Row, *, several: bool) -> Case:
     return Case(
         name=text(row.get("name", "?")),
         rounds=round_values(row.get("rounds", [])),
+        row=row,
         note=text(row.get("note") or ""),
         peer=bool(row.get("peer")),
         latency_ms=None if latency is None else float(latency),
@@ -178,30 +178,19 @@ def _case(row: Row, *, several: bool) -> Case:
     )
 
 
-def _paired(case: Case, cases: list[Case], reference: str) -> Case:
-    """With its ratio to the reference that was measured beside it."""
-    base = next((each for each in cases if each.name == reference and each.latency_ms == case.latency_ms), None)
-    if base is None or case.name == reference:
-        return case
-    return replace(case, reference=ratios(case.rounds.get("images_per_s", ()), base.rounds.get("images_per_s", ())))
-
-
-def ingest_cases(raw: Row) -> tuple[tuple[Case, ...], str]:
-    """An ingest of a layout by so many workers, against reading and encoding alone."""
-    return tuple(map(_ingest_case, raw.get("cases", []))), "floor"
+def ingest_cases(raw: Row) -> tuple[Case, ...]:
+    """An ingest of a layout by so many workers."""
+    return tuple(map(_ingest_case, raw.get("cases", [])))
 
 
 def _ingest_case(row: Row) -> Case:
-    films, rounds = row["films"], row["rounds"]
+    films = row["films"]
     values = [
         {"images_per_s": films / each["seconds"], "cpu_s_per_1000": each["cpu_s"] / films * 1e3}
-        for each in (taken["ingest"] for taken in rounds)
+        for each in (taken["ingest"] for taken in row["rounds"])
     ]
-    return Case(
-        name=f"{workers(row)}, {text(row['layout'])}, {films:,.0f} films",
-        rounds=round_values(values),
-        reference=tuple(taken["floor"]["seconds"] / taken["ingest"]["seconds"] for taken in rounds),
-    )
+    name = f"{workers(row)}, {text(row['layout'])}, {films:,.0f} films"
+    return Case(name=name, rounds=round_values(values), row=row)
 
 
 def workers(row: Row) -> str:

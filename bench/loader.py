@@ -19,7 +19,7 @@ from bench.case import BASELINE, FLOORS, TUNED, Case, Task, absolute, cases, con
 from bench.machine import bench_main, check_positive, environment
 from bench.processes import pinned
 from bench.storage import SlowFileSystem, SlowSettings, evict
-from bench.summary import Key, Rounds, summarise, table, verdict
+from bench.summary import Key, Rounds, summarise, verdict
 from shards.cli import say
 from shards.errors import InputError
 
@@ -232,7 +232,7 @@ def _describe(config: LoaderBenchConfig, found: dict[str, Any]) -> dict[str, Any
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print a table, write JSON; with --tune, `bench.tune` instead."""
+    """Measure, print tables, write JSON; with --tune, `bench.tune` instead."""
     arguments = sys.argv[1:] if argv is None else argv
     if "--tune" in arguments:
         from bench import tune
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _told(result: dict[str, Any]) -> Iterator[str]:
-    yield from (*table(result), *filter(None, [result["verdict"]]))
+    yield from filter(None, [result["verdict"]])
     for at, found in result.get("together", {}).items():
         yield f"On {at}: {found.get('verdict') or 'training was not measured: ' + found['failed']}"
 

@@ -146,9 +146,10 @@ def bench_main(
     kind: type[Any],
     argv: Sequence[str] | None,
     run: Callable[[Any], dict[str, Any]],
-    table: Callable[[dict[str, Any]], Iterable[str]],
+    told: Callable[[dict[str, Any]], Iterable[str]] = lambda result: filter(None, [result.get("verdict")]),
 ) -> None:
-    """Parse a configuration of this kind, which has `json` and `rounds`; measure, print a table, write JSON.
+    """Parse a configuration of this kind, which has `json` and `rounds`; measure, print tables, write JSON, and end in
+    what the figures mean.
 
     Exit code 2 for a user's mistake, also where the JSON cannot be written, which is seen before anything is measured.
     """
@@ -159,8 +160,19 @@ def bench_main(
         if config.json:
             check_writable(config.json)
         result = run(config)
-        say("\n".join(table(result)))
-        say(f"median of {config.rounds} rounds, on {one_line(result['environment'])}")
+        say_tables(result)
+        say(f"median of {config.rounds} round{'s' * (config.rounds != 1)}, on {one_line(result['environment'])}")
         if config.json:
             write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
             say(f"written to {config.json}")
+        for line in told(result):
+            say(line)
+
+
+def say_tables(result: dict[str, Any]) -> None:
+    """All that the report's page would show of it."""
+    from bench.page import to_text
+    from bench.shapes import tables_of
+
+    for table in tables_of(result):
+        say("\n".join(to_text(table)))

@@ -1,4 +1,4 @@
-"""Sections of text, tables and plots as one HTML page that needs nothing else, and as Markdown.
+"""Sections of text, tables and plots as one HTML page that needs nothing else, as Markdown, tables as plain text.
 
 All text is escaped: it comes out of files that may come from anywhere. Plots are SVG behind a data URI, where no script
 of theirs could run; the page has no script, no font, no link of its own, and a policy that forbids the browser any.
@@ -97,6 +97,7 @@ def _table(table: Table) -> Iterator[str]:
     yield "<thead><tr>" + _cells("th", table.header, kinds) + "</tr></thead><tbody>"
     yield from ("<tr>" + _cells("td", row, kinds) + "</tr>" for row in table.rows)
     yield "</tbody></table></div>"
+    yield from (f'<p class="small">{escape(each)}</p>' for each in table.notes)
 
 
 def _is_numbers(table: Table, column: int) -> bool:
@@ -126,6 +127,23 @@ def _lines(section: Section) -> Iterator[str]:
         yield "|" + "---|" * len(table.header)
         yield from ("| " + " | ".join(map(_plain, row)) + " |" for row in table.rows)
         yield ""
+        for note in table.notes:
+            yield from (_plain(note), "")
+
+
+def to_text(table: Table) -> Iterator[str]:
+    """A table for a terminal."""
+    yield from filter(None, [table.title])
+    columns = list(zip(table.header, *table.rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [_is_numbers(table, column) for column in range(len(columns))]
+    for row in (table.header, *table.rows):
+        padded = (
+            f"{cell:>{width}}" if end else f"{cell:<{width}}"
+            for cell, width, end in zip(row, widths, right, strict=True)
+        )
+        yield "  ".join(padded).rstrip()
+    yield from table.notes
 
 
 def _plain(text: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from bench.compare import BETTER, LEVEL, PACED_LEVEL, RULE, SAME, Change, Comparison, compare_all
-from bench.kinds import METRICS, Result, Table, spread, text
+from bench.kinds import METRICS, Result, Table, text
 from bench.page import BAD, GOOD, UNKNOWN, Section, to_html, to_markdown
 from bench.processes import bench_guard
 from bench.shapes import KINDS, MALFORMED, UnreadableError, bundle, distinct, read_results
@@ -182,35 +182,9 @@ def _result(result: Result) -> Section:
         title=f"{KINDS[result.kind].title}: {result.file}",
         paragraphs=result.said,
         small=(*small, *([f"Settings: {settings}."] if settings else [])),
-        tables=(*_case_tables(result), *result.tables),
+        tables=result.tables,
         plots=plots_of(result),
     )
-
-
-def _case_tables(result: Result) -> Iterator[Table]:
-    """Medians of all cases, with the range of what matters most."""
-    metrics = [name for name in METRICS if any(case.rounds.get(name) for case in result.cases)]
-    if not metrics:
-        return
-    main, *others = metrics
-    columns: list[tuple[str, list[str]]] = [
-        ("case", [case.label for case in result.cases]),
-        (METRICS[main].title, [METRICS[main].show(case.median(main)) for case in result.cases]),
-        ("range", [_range(case.rounds.get(main, ()), METRICS[main].form) for case in result.cases]),
-        *((METRICS[name].title, [METRICS[name].show(case.median(name)) for case in result.cases]) for name in others),
-        ("rounds", [str(max(map(len, case.rounds.values()), default="")) for case in result.cases]),
-    ]
-    if any(case.reference for case in result.cases):
-        ratios = [spread(case.reference) if case.reference else "" for case in result.cases]
-        columns.append((f"to {result.reference}", ratios))
-    if any(case.note for case in result.cases):
-        columns.append(("note", [case.note for case in result.cases]))
-    header, cells = zip(*columns, strict=True)
-    yield Table(header=header, rows=tuple(zip(*cells, strict=True)))
-
-
-def _range(values: Sequence[float], form: str) -> str:
-    return f"{form.format(min(values))} to {form.format(max(values))}" if len(values) > 1 else ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -243,8 +217,11 @@ def _say_verdict(report: Report) -> None:
     for change in report.regressions:
         sys.stderr.write(f"{PROG}: worse: {_in_words(change)}\n")
     better = sum(change.verdict == BETTER for pair in report.comparisons for change in pair.changes)
-    pairs = len(report.comparisons)
-    told = f"{len(report.results)} results, {pairs} {'pair' if pairs == 1 else 'pairs'} compared"
+
+    def count(number: int, what: str) -> str:
+        return f"{number} {what}{'s' * (number != 1)}"
+
+    told = f"{count(len(report.results), 'result')}, {count(len(report.comparisons), 'pair')} compared"
     say(f"{told}: {len(report.regressions)} figures worse, {better} better")
 
 

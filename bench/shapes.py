@@ -9,11 +9,11 @@ is refused whole.
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.kinds import Case, Result, Row, Table, ingest_cases, machine, measured_cases, text, workers
+from bench.kinds import METRICS, Case, Result, Row, Table, ingest_cases, machine, measured_cases, text, workers
 
 BUNDLE = "bundle"
 """A file of files, each verbatim under its name."""
@@ -37,8 +37,7 @@ class Kind:
     title: str
     keys: tuple[str, ...] = ()
     """One of them is in a file of it that says nothing of its kind."""
-    cases: Callable[[Row], tuple[tuple[Case, ...], str]] = lambda _: ((), "")
-    """Its cases, and the reference's name."""
+    cases: Callable[[Row], tuple[Case, ...]] = lambda _: ()
     tables: Callable[[Row], Iterator[Table]] = lambda _: iter(())
 
 
@@ -91,7 +90,7 @@ def _kind(raw: Row) -> str | None:
 
 
 def _result(file: str, kind: str, raw: Row, environment: Row) -> Result:
-    cases, reference = KINDS[kind].cases(raw)
+    cases = KINDS[kind].cases(raw)
     said = raw.get("verdict", raw.get("failed"))
     return Result(
         file=text(file),
@@ -101,10 +100,14 @@ def _result(file: str, kind: str, raw: Row, environment: Row) -> Result:
         machine=machine(environment),
         settings={text(name): text(value) for name, value in raw.get("settings", {}).items()},
         cases=cases,
-        reference=reference,
-        tables=tuple(table for table in KINDS[kind].tables(raw) if table.rows),
+        tables=tuple(table for table in (cases_table(cases), *KINDS[kind].tables(raw)) if table.rows),
         said=(text(said, MAX_SAID),) if said else (),
     )
+
+
+def tables_of(raw: Row) -> Iterator[Table]:
+    """Those of what a bench is about to write."""
+    return (table for result in _results("", raw, {}) for table in result.tables)
 
 
 def distinct(results: Iterable[Result]) -> list[Result]:
@@ -142,6 +145,46 @@ def _cell(value: Any, form: str) -> str:
     return form.format(value) if form else text(value)
 
 
+SHOWN = [
+    *cells("{:.2f}x", ratio_to_hdf5="to hdf5", ratio_to_hdf5_tuned="to hdf5-tuned", ratio_to_best_peer="to best peer"),
+    *[*cells("{:.2f}x", ratio_to_open_clip="to open_clip"), *cells("", ratios="range of it")],
+    *cells("{:.2f}", share_of_floor="of its kernels", of_floor="of floor", of_floor_cpu="floor's CPU to its"),
+    *cells("{:,.1f}", requests_per_1000="requests a 1,000", host_ms="launch, ms", gflop="GFLOP"),
+    *[*cells("{:.1%}", mfu="of peak", idle_share="GPU idle"), *cells("{:,.0f}", mib="GPU memory, MiB")],
+]
+"""Columns of a table of cases, beside METRICS: what the benches have worked out of rounds."""
+_NONE: Cell = ("", "", "")
+
+
+def cases_table(cases: Sequence[Case]) -> Table:
+    """Medians of all cases, with the range of what matters most; notes below."""
+    main, *others = [name for name in METRICS if any(case.rounds.get(name) for case in cases)] or [""]
+    rows = [
+        {
+            **{key: case.row.get(key) for key, _, _ in SHOWN},
+            **{name: case.median(name) for name in METRICS},
+            "case": case.label,
+            "range": _range(case.rounds.get(main, ()), METRICS[main].form if main else ""),
+            "ratios": _range([case.row[end] for end in ("ratio_lowest", "ratio_highest") if end in case.row], "{:.2f}"),
+            "gflop": _scaled(case.row.get("flops_per_step"), 1e9),
+            "mib": _scaled(case.row.get("memory_bytes"), 2**20),
+            "rounds": max(map(len, case.rounds.values()), default=None),
+        }
+        for case in cases
+    ]
+    first, *rest = [(name, METRICS[name].title, METRICS[name].form) for name in (main, *others) if name] or [_NONE]
+    table = rows_table("", rows, [*cells("", "case"), first, *cells("", "range"), *rest, *SHOWN, *cells("", "rounds")])
+    return replace(table, notes=tuple(dict.fromkeys(f"{case.name}: {case.note}" for case in cases if case.note)))
+
+
+def _range(values: Sequence[float], form: str) -> str | None:
+    return f"{form.format(min(values))} to {form.format(max(values))}" if len(values) > 1 else None
+
+
+def _scaled(value: float | None, by: float) -> float | None:
+    return None if value is None else value / by
+
+
 def pairs_table(title: str, values: Row, header: tuple[str, str] = ("figure", "value"), form: str = "{:,.4g}") -> Table:
     """A JSON object's plain values as a table of two columns."""
     plain = {name: value for name, value in values.items() if isinstance(value, str | int | float)}
@@ -152,18 +195,15 @@ def pairs_table(title: str, values: Row, header: tuple[str, str] = ("figure", "v
 def loader_tables(raw: Row) -> Iterator[Table]:
     """Where the time of the CPU loader goes."""
     for name, spent in raw.get("profile", {}).items():
-        yield pairs_table(f"{text(name)}: CPU time a film", spent, ("part", "microseconds"), "{:,.1f}")
+        parts = {part.removesuffix("_us").replace("_", " + "): us for part, us in spent.items()}
+        yield pairs_table(f"{text(name)}: CPU time a film", parts, ("part", "microseconds"), "{:,.1f}")
 
 
 def ingest_tables(raw: Row) -> Iterator[Table]:
     """Phases, scaling, memory."""
-    phases = [
-        {"case": f"{workers(row)}, {text(row['layout'])}", "share": row.get("of_floor_cpu"), **row["phases_s"]}
-        for row in raw.get("cases", [])
-    ]
+    phases = [{"case": f"{workers(row)}, {text(row['layout'])}", **row["phases_s"]} for row in raw.get("cases", [])]
     named = cells("{:.2f}", **{name: f"{name}, s" for name in ("start", "encode", "assemble", "finish")})
-    share = cells("{:.2f}", share="floor's CPU to its")
-    yield rows_table("Phases of the ingest", phases, [*cells("", case="films"), *named, *share])
+    yield rows_table("Phases of the ingest", phases, [*cells("", case="films"), *named])
     scaled = [*cells("", layout="films"), *cells("{:.0f}", "from", to="to workers")]
     speeds = cells("{:.2f}", ingest="ingest, x", floor="floor, x")
     yield rows_table("More workers", raw.get("scaling", []), [*scaled, *speeds])
@@ -176,7 +216,8 @@ def encodings_tables(raw: Row) -> Iterator[Table]:
     """Bytes, times and losses of each codec."""
     sizes = [*cells("", name="encoding"), *cells("{:,.0f}", "bytes", tar_bytes="in the tar")]
     times = [*cells("{:.2f}", encode_ms="encode, ms", decode_ms="decode, ms"), *cells("{:.1f}", psnr="dB")]
-    columns = [*sizes, *times, *cells("{:.2f}", resized_difference="grey levels at 224")]
+    lost = cells("{:.2f}", difference="grey levels", resized_difference="at 224", resized_difference_worst="worst film")
+    columns = [*sizes, *times, *cells("{:.1f}", resized_psnr="dB at 224"), *lost]
     for found in raw["inputs"]:
         yield rows_table(text(f"{found['name']}: {found['films']} films"), found["encodings"], columns)
 
@@ -219,10 +260,18 @@ def controls_tables(raw: Row) -> Iterator[Table]:
 
 
 def tune_tables(raw: Row) -> Iterator[Table]:
-    """What was tried, and what each choice bought."""
-    bought = cells("{:.3f}", ratio="x as fast", lowest="lowest", highest="highest")
-    columns = [*cells("", "setting", "default", "chosen"), *bought, *cells("", "kept")]
-    yield rows_table("What each choice bought", raw["choices"], columns)
+    """What each choice bought."""
+    rows = [row | {"so": _kept(row, raw["chosen"])} for row in raw["choices"]]
+    bought = cells("{:.2f}", ratio="x as fast", lowest="lowest", highest="highest")
+    columns = [*cells("", "setting", "default", chosen="tried"), *bought, *cells("", so="so")]
+    yield rows_table("What each choice bought", rows, columns)
+
+
+def _kept(row: Row, chosen: Row) -> str:
+    """Where each round was faster and it was not kept, they are too few or too far apart: that is no answer yet."""
+    if row["kept"] and row["setting"] in chosen:
+        return "kept"
+    return f"not kept: {'perhaps noise; give more --minutes' if row['lowest'] > 1 else 'no more than the noise'}"
 
 
 def said_tables(raw: Row) -> Iterator[Table]:

@@ -112,7 +112,8 @@ def _ingest_of_floor(result: Result) -> Figure | None:
     if result.kind != "ingest" or one is None:
         return None
     films = max(case["films"] for case in result.raw["cases"])
-    return _figure(result, one.reference, "{:.2f}", f", {one.name}", films)
+    shares = [taken["floor"]["seconds"] / taken["ingest"]["seconds"] for taken in one.row["rounds"]]
+    return _figure(result, shares, "{:.2f}", f", {one.name}", films)
 
 
 def _ingest_memory(result: Result) -> Figure | None:

@@ -6,7 +6,6 @@ no loader plays a part (that is bench.together's business). `bench.trainers` say
 
 import statistics
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,36 +134,9 @@ def verdict(result: dict[str, Any]) -> str:
     return f"{told}{against}; the loop adds {loop['overhead']:+.1%} to a bare step{inside}."
 
 
-def table(result: dict[str, Any]) -> list[str]:
-    """The results as lines of text."""
-    lines = [
-        f"{'step':<26} {'batch':>5} {'ms':>9} {'films/s':>8} {'range':>15} {'to open_clip':>21} {'TFLOP':>7} "
-        f"{'of peak':>7} {'memory':>9} {'host ms':>8} {'idle':>6}"
-    ]
-    for case in result["cases"]:
-        if "step_s" not in case:
-            lines.append(f"{case['name']:<26} {case['batch_size']:>5} {case['note']}")
-            continue
-        ratio = case.get("ratio_to_open_clip")
-        ratios = f"{ratio:.2f}x {case['ratio_lowest']:.2f} - {case['ratio_highest']:.2f}" if ratio else ""
-        spread = f"{case['lowest']:,.0f} - {case['highest']:,.0f}"
-        lines.append(
-            f"{case['name']:<26} {case['batch_size']:>5} {case['step_s'] * 1e3:9,.1f} {case['images_per_s']:8,.0f} "
-            f"{spread:>15} {ratios:>21} {case['flops_per_step'] / 1e12:7.3f} {case['mfu']:7.1%} "
-            f"{_or_dash(case['memory_bytes'], lambda value: f'{value / 2**20:,.0f} MiB'):>9} "
-            f"{_or_dash(case['host_ms'], lambda value: f'{value:.1f}'):>8} "
-            f"{_or_dash(case['idle_share'], lambda value: f'{value:.1%}'):>6}"
-        )
-    return [*lines, result["verdict"]]
-
-
-def _or_dash(value: Any, show: Callable[[Any], str]) -> str:
-    return "-" if value is None else show(value)
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print a table, write JSON."""
-    bench_main("bench.step", StepBenchConfig, argv, run_step, table)
+    """Measure, print tables, write JSON."""
+    bench_main("bench.step", StepBenchConfig, argv, run_step)
 
 
 if __name__ == "__main__":

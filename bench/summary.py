@@ -1,8 +1,8 @@
-"""From the rounds of all cases to medians, spread and ratios, each ratio taken within a round; to a table, and to what
-the figures mean for whoever tunes a file system."""
+"""From the rounds of all cases to medians, spread and ratios, each ratio taken within a round; to what the figures
+mean for whoever tunes a file system."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from bench.case import BASELINE, FLOORS, NOTES, TUNED, Case
@@ -92,48 +92,3 @@ def _sentence(row: dict[str, Any], settings: dict[str, Any]) -> str:
 
 _MOST_START = 0.25
 """Of a cold epoch's time; more, and it says little of the files."""
-COLUMNS = {
-    "films/s": ("images_per_s", "{:,.0f}"),
-    "lowest": ("lowest", "{:,.0f}"),
-    "highest": ("highest", "{:,.0f}"),
-    "to hdf5": ("ratio_to_hdf5", "{:.2f}x"),
-    "to tuned": ("ratio_to_hdf5_tuned", "{:.2f}x"),
-    "to peer": ("ratio_to_best_peer", "{:.2f}x"),
-    "of floor": ("share_of_floor", "{:.2f}"),
-    "CPU s/1000": ("cpu_s_per_1000", "{:.2f}"),
-    "PSS MiB": ("pss_bytes", "{:,.0f}"),
-    "disk MB/1000": ("read_bytes_per_1000", "{:,.1f}"),
-    "reads/1000": ("requests_per_1000", "{:,.1f}"),
-    "first batch": ("first_batch_s", "{:.2f} s"),
-}
-"""Heading -> field and format; columns that no case has are left out."""
-_UNITS = {"pss_bytes": 2**20, "read_bytes_per_1000": 1e6}
-
-
-def table(result: dict[str, Any]) -> list[str]:
-    """The results as lines of text."""
-    rows = list(result["cases"])
-    shown = {head: each for head, each in COLUMNS.items() if any(each[0] in row for row in rows)}
-    lines, latency = [_line("loader", list(shown))], None
-    for row in rows:
-        if row.get("latency_ms", latency) != latency:
-            latency = row["latency_ms"]
-            lines.append(f"-- {latency:g} ms a request")
-        lines.append(_line(row["name"], [_cell(row, *each) for each in shown.values()], row))
-    return [*lines, *_profile_lines(result.get("profile", {}))]
-
-
-def _cell(row: dict[str, Any], field: str, form: str) -> str:
-    return form.format(row[field] / _UNITS.get(field, 1)) if field in row else ""
-
-
-def _line(name: str, cells: list[str], row: dict[str, Any] | None = None) -> str:
-    if row is not None and "rounds" not in row:
-        return f"{name:<18} {row.get('note', 'not measured')}"
-    return f"{name:<18} " + " ".join(f"{cell:>12}" for cell in cells)
-
-
-def _profile_lines(profile: dict[str, dict[str, float]]) -> Iterator[str]:
-    for name, spent in profile.items():
-        times = ", ".join(f"{part.removesuffix('_us').replace('_', ' + ')} {us:.0f}" for part, us in spent.items())
-        yield f"{name}: CPU microseconds a film: {times}"

@@ -213,21 +213,9 @@ def verdict(findings: dict[str, Any], settings: dict[str, Any]) -> str:
     )
 
 
-def table(result: dict[str, Any]) -> list[str]:
-    """The results as lines of text."""
-    lines = [f"{'case':<14} {'ms a step':>10} {'films/s':>9} {'range':>17} {'waiting':>8} {'CPU s / 1,000':>14}"]
-    for case in result["cases"]:
-        spread = f"{case['lowest']:,.0f} - {case['highest']:,.0f}"
-        lines.append(
-            f"{case['name']:<14} {case['step_s'] * 1e3:10,.1f} {case['images_per_s']:9,.0f} {spread:>17} "
-            f"{case['wait_share']:8.1%} {case['cpu_s_per_1000']:14.2f}"
-        )
-    return [*lines, result["verdict"]]
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print a table, write JSON."""
-    bench_main("bench.together", TogetherConfig, argv, run_together, table)
+    """Measure, print tables, write JSON."""
+    bench_main("bench.together", TogetherConfig, argv, run_together)
 
 
 if __name__ == "__main__":

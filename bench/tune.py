@@ -25,9 +25,11 @@ from typing import Annotated, Any
 import tyro
 
 from bench.kinds import ratios, speed, spread
-from bench.machine import check_positive
+from bench.machine import check_positive, say_tables
+from bench.page import to_text
 from bench.processes import bench_guard
 from bench.search import LEAST_ROUNDS, Choice, Space, ablate, in_turn, is_faster, make_space, search
+from bench.shapes import tune_tables
 from bench.storage import SlowFileSystem, SlowSettings, counts_here
 from pipeline.config import LoaderConfig
 from shards.cli import parse, say
@@ -175,26 +177,10 @@ def toml_of(result: dict[str, Any]) -> str:
     shards = chosen.pop("shards", None)
     environment = result["environment"]
     comments = [f"by {PROG}, {environment['time']}", f"on {one_line(environment)}", result["verdict"]]
-    comments += [line for line in table(result) if line]
+    comments += [line for table in tune_tables(result) if table.rows for line in to_text(table)]
     if shards is not None:
         comments.append(f"the fastest set was {shards}: give it as --shards")
     return to_toml(chosen.pop("backend", "auto"), chosen, comments)
-
-
-def table(result: dict[str, Any]) -> list[str]:
-    """What each choice bought, as lines of text."""
-    lines = [f"{'setting':<14} {'default':>10} {'tried':>10} {'x as fast':>9} {'range':>13}"]
-    for row in result["choices"]:
-        kept = "kept" if row["kept"] and row["setting"] in result["chosen"] else _why_not(row)
-        spread = f"{row['lowest']:.2f} - {row['highest']:.2f}"
-        values = f"{row['default']!s:>10} {row['chosen']!s:>10}"
-        lines.append(f"{row['setting']:<14} {values} {row['ratio']:9.2f} {spread:>13}  {kept}")
-    return lines if result["choices"] else []
-
-
-def _why_not(row: dict[str, Any]) -> str:
-    """Each round was faster with it, and they are too few or too far apart: that is no answer yet."""
-    return f"not kept: {'perhaps noise; give more --minutes' if row['lowest'] > 1 else 'no more than the noise'}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -209,13 +195,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.slow != SlowSettings() and counts_here() is None:
             raise SystemExit(_run_slow(config, arguments))
         result = run_tune(config)
-        say("\n".join([*table(result), result["verdict"]]))
+        say_tables(result)
         write_atomic(config.out, toml_of(result).encode())
         rates = [trial["films_per_s"] for trial in result["trials"]]
         tried = f"{len(rates)} trials of {min(rates):,.0f} to {max(rates):,.0f} films/s, the defaults {rates[0]:,.0f}"
         say(f"{tried}; settings for train.main --loader-config written to {config.out}")
         if config.json:
             write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
+        say(result["verdict"])
 
 
 def _run_slow(config: TuneConfig, arguments: list[str]) -> int:

@@ -20,7 +20,7 @@ def result(source: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
     flags = ["--films", "8", "--rounds", "1", "--qualities", "50", "95", "--json", path]
     done = run_module("bench.encodings", "--h5", source[0], "--names", "file", *flags)
     assert done.returncode == 0, done.stderr
-    assert "file: 8 films of 320 x 320" in done.stdout
+    assert "file: 8 films" in done.stdout and "jpeg 50" in done.stdout
     return json.loads(path.read_bytes())
 
 
@@ -29,7 +29,7 @@ def test_every_codec_of_every_input(result: dict[str, Any]) -> None:
     for found in result["inputs"]:
         assert [row["name"] for row in found["encodings"]] == names
         for row in found["encodings"]:
-            assert row["encode_ms"] >= 0 and row["decode_ms"] >= 0 and row["load_ms"] >= 0
+            assert row["encode_ms"] >= 0 and row["decode_ms"] >= 0
             assert row["bytes"] + 512 + 2048 <= row["tar_bytes"] <= row["bytes"] + 1024 + 2048
 
 

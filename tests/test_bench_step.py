@@ -16,9 +16,9 @@ from torch import nn
 from bench import gpu
 from bench.limits import best_batch, count_flops, gaps, half_peak, search_batch, sized
 from bench.recipe import pace, total_seconds
+from bench.shapes import tables_of
 from bench.sizes import store_from_shards
 from bench.step import StepBenchConfig, run_step
-from bench.step import table as step_table
 from bench.together import advice, compare, verdict
 from bench.together import main as together
 from bench.trainers import OpenClip, Ours, Setup
@@ -204,7 +204,9 @@ def test_step_bench_says_what_it_measured(shards_dir: Path) -> None:
     assert "ratio_to_open_clip" not in theirs
     loop = result["loop"]
     assert len(loop["rounds"]) == 4 and loop["lowest"] <= loop["overhead"] <= loop["highest"] and loop["inside"] > 0
-    assert "against open_clip's trainer" in result["verdict"] and len(step_table(result)) == len(cases) + 2
+    assert "against open_clip's trainer" in result["verdict"]
+    (shown,) = tables_of(result)
+    assert len(shown.rows) == len(cases) and {"to open_clip", "of peak"} <= set(shown.header)
 
 
 @pytest.mark.usefixtures("toy_preset")

@@ -13,7 +13,7 @@ from conftest import assert_refused, run_module
 
 from bench import tune
 from bench.search import Choice, make_space
-from bench.shapes import read_results
+from bench.shapes import read_results, tune_tables
 from bench.storage import Counts, SlowSettings
 from bench.tune import TuneConfig, run_tune, toml_of
 from pipeline.batch import World
@@ -141,7 +141,8 @@ def test_what_was_found_on_a_simulated_file_system_says_so(monkeypatch: pytest.M
 def test_what_was_faster_in_each_round_but_is_no_sure_gain_asks_for_more_time() -> None:
     row = {"setting": "ahead", "default": 2, "chosen": 8, "ratio": 1.5, "highest": 2.0, "kept": False}
     for lowest, words in ((1.1, "more --minutes"), (0.9, "no more than the noise")):
-        assert tune.table({"choices": [row | {"lowest": lowest}], "chosen": {}})[1].endswith(words)
+        (table,) = tune_tables({"choices": [row | {"lowest": lowest}], "chosen": {}})
+        assert table.rows[0][-1].endswith(words)
 
 
 def test_what_may_be_chosen(shards_dir: Path) -> None:

@@ -445,7 +445,8 @@ def test_numbas_cache_tells_functions_apart_by_what_they_close_over() -> None:
 
 
 def test_the_bench_measures_the_floor_and_says_where_the_time_goes(shards_dir: Path) -> None:
-    from bench.loader import LoaderBenchConfig, run_bench, table
+    from bench.loader import LoaderBenchConfig, run_bench
+    from bench.shapes import tables_of
 
     only = ("cpu", "cpu libjpeg-turbo", "cpu floor")
     config = LoaderBenchConfig(
@@ -460,4 +461,4 @@ def test_the_bench_measures_the_floor_and_says_where_the_time_goes(shards_dir: P
     # Not of what is left when others are taken off, which a busy machine may make less than nothing.
     assert all(profile[f"{name}_us"] >= 0 for name in ("fetch", "verify", "rows", "plan", "feed", "main", "read"))
     assert profile["resize_normalise_us"] > 0
-    assert any("resize + normalise" in line for line in table(result))
+    assert any(row[0] == "resize + normalise" for table in tables_of(result) for row in table.rows)
