@@ -23,6 +23,7 @@ from xxhash import xxh3_128_hexdigest
 
 from train.checkpoint import MAGIC, VERSION, encode, list_checkpoints, newest_good, read_checkpoint, verify_checkpoint
 from train.commandline import read_config
+from train.metrics import read_rows
 
 STEPS = ("--steps", "10")
 
@@ -323,6 +324,8 @@ def test_force_onto_other_films_judges_anew(server: Server, shards_dir: Path, wh
     payload = read_checkpoint(run / "best.pt")
     assert payload["step"] == 15 and payload["best_loss"] > 0.001
     assert payload["schedule"]["plateau"]["cuts"] == 2 and payload["bad_samples"] == []
+    since = [row.get("films_since") for row in read_rows(run / "metrics.jsonl")]
+    assert payload["films_since"] == 10 and since == [None] * 10 + [10] * 5
 
 
 # T12: nothing of a patient

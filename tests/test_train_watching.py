@@ -23,8 +23,8 @@ from train.compare import asked, compare, table
 from train.compare import draw as draw_all
 from train.compare import main as lay_out
 from train.config import TrainConfig
+from train.curves import draw_loss, new_figure, trend
 from train.curves import main as draw
-from train.curves import trend
 from train.metrics import MetricsLog, ProgressDisplay, clock, read_rows, trim
 from train.ranks import StopRequest
 from train.rundir import RunFolder, versions
@@ -294,6 +294,23 @@ def test_only_evaluations_of_the_same_films_and_prompts_share_a_line(tmp_path: P
     assert len({title.strip() for title, *_ in lines}) == 8
     assert lines[0][0].startswith("AUROC test (shards aaaaaaaa, prompts ")
     assert "bbbbbbbb" in lines[1][0] and "where View == 1" in lines[2][0] and "of 2" in lines[6][0]
+
+
+def test_what_was_said_of_other_films_is_no_figure_of_these(tmp_path: Path) -> None:
+    """A run that --force took to other films after step 20, and one that it did not."""
+    rows = [row(step, val_loss=step / 10, **({"films_since": 20} if step > 20 else {})) for step in (10, 20, 30, 40)]
+    runs = [write_run(tmp_path / name, found) for name, found in (("a", rows), ("b", rows[:2]))]
+    figures = compare(runs)["figures"]
+    assert [figures[name]["best_val_loss"] for name in "ab"] == [3.0, 1.0]
+    assert figures["a"]["loss"] == (rows[2]["loss"] + rows[3]["loss"]) / 2
+    assert any(line.startswith("steps done") and "20 of 100" in line for line in table(compare(runs)))
+    assert any("40 of 100, the first 20 on other films" in line for line in table(compare(runs)))
+    for found, best in ((rows, "3.000 at step 30"), (rows[:2], "1.000 at step 10")):
+        axes = new_figure(4, 4).subplots()
+        draw_loss(axes, found)
+        assert axes.get_title() == f"InfoNCE loss; best validation {best}"
+        lines = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert ("other films from here" in lines) is (found is rows)
 
 
 def test_compare_says_when_samples_differ_and_draws(tmp_path: Path, capsys) -> None:

@@ -17,7 +17,7 @@ from shards.atomic import check_writable, write_atomic
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from train.curves import draw_line, draw_loss, new_figure, to_png
-from train.metrics import Row, is_number, read_rows
+from train.metrics import Row, films_since, is_number, read_rows
 from train.rundir import RunFolder
 
 PROG = "train.compare"
@@ -88,12 +88,16 @@ def differences(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
 
 
 def read_figures(run: Path) -> dict[str, Any]:
-    """What came of a run: steps done, best validation loss, last training loss, speed, AUROC of each evaluation."""
+    """What came of a run: steps done, best validation loss, last training loss, speed, AUROC of each evaluation. Losses
+    and speed are of the films that it is trained on now, `films_since` this step."""
     folder = RunFolder(root=run)
     rows = read_rows(folder.metrics)
     if not rows:
         raise InputError(f"{folder.metrics} has no rows yet; give folders of runs (train.main --out)")
     figures: dict[str, Any] = {"step": rows[-1]["step"], "steps": _read_json(folder.config).get("steps")}
+    since = films_since(rows)  # what the run said before is of other films
+    rows = [row for row in rows if row["step"] > since] or rows
+    figures |= {"films_since": since} if since else {}
     validated = [row for row in rows if is_number(row.get("val_loss"))]
     if validated:
         best = min(validated, key=lambda row: row["val_loss"])
@@ -210,8 +214,12 @@ def _auroc(split: str) -> Any:
     return lambda found: f"{found['auroc'][split]:.3f}" if split in found["auroc"] else "-"
 
 
+def _on_other_films(found: dict[str, Any]) -> str:
+    return f", the first {found['films_since']:,} on other films" if "films_since" in found else ""
+
+
 _SHOWN = (
-    ("steps done", lambda found: f"{found['step']:,} of {_text(found['steps'])}"),
+    ("steps done", lambda found: f"{found['step']:,} of {_text(found['steps'])}{_on_other_films(found)}"),
     ("best validation loss", _figure("best_val_loss", ".4f")),
     ("at step", _figure("best_step", ",")),
     ("last training loss", _figure("loss", ".4f")),

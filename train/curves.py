@@ -17,7 +17,7 @@ import tyro
 from shards.atomic import check_writable, write_atomic
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
-from train.metrics import Row, is_number, read_rows
+from train.metrics import Row, films_since, is_number, read_rows
 from train.rundir import RunFolder
 from train.scorecard import LabelScores
 from train.scores import Floats
@@ -79,21 +79,31 @@ def draw_loss(axes: Any, rows: list[Row], name: str = "", color: str = "C0") -> 
     axes.plot(*_columns(points), color=color, linewidth=0.8, alpha=0.3 if many else 0.9, label=None if many else label)
     if many:
         axes.plot(*_columns(trend(points)), color=color, linewidth=1.5, label=label)
-    validated = _points(rows, "val_loss")
-    title = "InfoNCE loss"
-    if validated:
-        step, best = min(validated, key=lambda point: point[1])
-        said = f"best validation {best:.3f} at step {step:,}"
-        title = f"{title}; {said}" if not name else f"{title} (stars: best validation)"
-        line = {"color": color if name else "C1", "linewidth": 1.2, "linestyle": "--" if name else "-"}
-        marker = "o" if len(validated) <= _SMOOTH else None
-        label = f"{name}, {said}" if name else "validation"
-        axes.plot(*_columns(validated), marker=marker, markersize=3.5, label=label, **line)
-        axes.plot([step], [best], marker="*", markersize=12, color=line["color"], linestyle="none", zorder=5)
+    title = "InfoNCE loss" + _draw_validation(axes, rows, name, color)
+    if since := films_since(rows):
+        label = f"{name}: other films from here".removeprefix(": ")
+        axes.axvline(since, color=color if name else "0.5", linewidth=0.9, linestyle=":", label=label)
     axes.set(title=title)
     axes.grid(alpha=0.25)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
+
+
+def _draw_validation(axes: Any, rows: list[Row], name: str, color: str) -> str:
+    """The validation losses, the best of those on the films of now marked; what to add to the title."""
+    validated = _points(rows, "val_loss")
+    own = [point for point in validated if point[0] > films_since(rows)]
+    if not own:
+        axes.plot(*_columns(validated), color=color if name else "C1", linewidth=1.2)
+        return ""
+    step, best = min(own, key=lambda point: point[1])
+    said = f"best validation {best:.3f} at step {step:,}"
+    line = {"color": color if name else "C1", "linewidth": 1.2, "linestyle": "--" if name else "-"}
+    marker = "o" if len(validated) <= _SMOOTH else None
+    label = f"{name}, {said}" if name else "validation"
+    axes.plot(*_columns(validated), marker=marker, markersize=3.5, label=label, **line)
+    axes.plot([step], [best], marker="*", markersize=12, color=line["color"], linestyle="none", zorder=5)
+    return " (stars: best validation)" if name else f"; {said}"
 
 
 def draw_time(axes: Any, rows: list[Row]) -> None:

@@ -184,6 +184,7 @@ class Loop:
             "read_retries": int(self._ranks.sums([self._job.loader.stats().get("retries", 0)])[0]),
             "bad_samples": len(gather_bad(self._job.loader, self._ranks)),
             "skipped_steps": self.progress.skipped,
+            **({"films_since": self.progress.films_since} if self.progress.films_since else {}),
             **({"compiled_graphs": compiled_graphs()} if self._config.compile else {}),
             **({"loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}),
             **(self._writer.figures() if self._writer is not None else {}),

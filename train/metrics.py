@@ -133,6 +133,12 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def films_since(rows: list[Row]) -> int:
+    """The step after which a run went on with the films of its last row (--force); 0 where it never changed them."""
+    since = rows[-1].get("films_since") if rows else None
+    return since if isinstance(since, int) else 0
+
+
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a figure of a row, which anybody may have written, is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)

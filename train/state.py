@@ -59,6 +59,8 @@ class Progress:
     """Lowest validation loss so far."""
     best_step: int | None = None
     """Where it was reached."""
+    films_since: int = 0
+    """The step after which the run went on with other films (--force); the losses so far are of those since."""
     skipped: int = 0
     """Steps whose update was left out because loss or gradient was no number."""
     patience: Patience = field(default_factory=Patience)
@@ -68,6 +70,7 @@ class Progress:
 
     def judge_anew(self) -> None:
         """Forget the losses so far: those to come are of other films, and none of them might ever be lower."""
+        self.films_since = self.step
         self.best_loss = self.best_step = None
         self.patience, self.plateau.patience = Patience(), Patience()
 
@@ -182,6 +185,7 @@ def capture(
         "bad_samples": bad_samples,
         "best_loss": progress.best_loss,
         "best_step": progress.best_step,
+        **({"films_since": progress.films_since} if progress.films_since else {}),
         "skipped": progress.skipped,
         "schedule": {"patience": asdict(progress.patience), "plateau": asdict(progress.plateau)},
         "config": settings,
@@ -228,6 +232,7 @@ def _restore(payload: dict[str, Any], learner: Learner, ranks: Ranks) -> Progres
         digest=int(payload["order_digest"], 16) if ranks.first else 0,
         best_loss=payload["best_loss"],
         best_step=payload["best_step"],
+        films_since=int(payload.get("films_since", 0)),
         skipped=payload["skipped"],
         patience=_patience(payload["schedule"]["patience"]),
         plateau=Plateau(patience=_patience(plateau["patience"]), cuts=int(plateau["cuts"])),
