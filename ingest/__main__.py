@@ -1,6 +1,5 @@
 """`python -m ingest --to-shards OUT --h5 cxr.h5 --csv reports.csv ...`: parse, ingest, say what came of it."""
 
-import itertools
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -50,6 +49,7 @@ def _say_finished(config: IngestConfig, manifest: "Manifest") -> None:
 
 
 def _say(config: IngestConfig, report: "Report", seconds: float) -> None:
+    from ingest.plan import unnamed_lines
     from ingest.report import encoding_lines, namesake_lines
     from ingest.table import graded_lines
     from shards.stats import leak_lines
@@ -63,8 +63,8 @@ def _say(config: IngestConfig, report: "Report", seconds: float) -> None:
     say(f"rejected {rows:,} rows{several}{rejected}")
     counts = [split.labels for split in report.stats.splits.values()]
     graded = graded_lines([name for name in counts[0] if any(each[name]["other"] for each in counts)])
-    found = (encoding_lines(report.encoded), namesake_lines(report.namesakes), graded, leak_lines(report.stats))
-    for line in itertools.chain(*found):
+    patients = (*namesake_lines(report.namesakes), *unnamed_lines(config), *leak_lines(report.stats))
+    for line in (*encoding_lines(report.encoded), *graded, *patients):
         say(line)
 
 

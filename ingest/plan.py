@@ -78,6 +78,19 @@ def make_plan(config: IngestConfig, tables: Sequence[SourceTable]) -> Plan:
     return Plan(reasons=reasons, order=order, groups=groups, ranges=ranges, namesakes=_namesakes(tables))
 
 
+def unnamed_lines(config: IngestConfig) -> Iterator[str]:
+    """What to know of a list of sources some of which name no patients: a film of theirs counts as a patient."""
+    sources = config.source_list()
+    spread = config.val_fraction + config.test_fraction > 0
+    unnamed = [str(number) for number, source in enumerate(sources)
+               if not source.group_column and not source.split and (spread or source.split_column)]  # fmt: skip
+    if unnamed and any(source.group_column for source in sources):
+        yield (
+            f"source {', '.join(unnamed)}: patients are not named, so each film counts as one, and films of one may be "
+            "in two splits; see group_column"
+        )
+
+
 def _codes(tables: Sequence[SourceTable]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """(rows,) an integer a patient, and whether the source names any; a row is its own patient where it does not."""
     parts, known, first = [], [], 0

@@ -27,6 +27,7 @@ from ingest.encode import blank
 from ingest.films import Films, FolderFilms, H5Films
 from ingest.images import Fault
 from ingest.inputs import Inputs, read_inputs
+from ingest.plan import unnamed_lines
 from ingest.report import namesake_lines
 from ingest.table import graded_lines
 from shards.encodings import Loss, Pixels, decode, encode, loss, psnr
@@ -58,6 +59,7 @@ def dry_run(config: IngestConfig) -> Iterator[str]:
         yield f"{split:<6} {len(rows):,} rows" + (f" of {end - first:,} patients" if inputs.plan.ranges else "")
     ungrouped = {split: int((inputs.plan.groups[rows] == NO_GROUP).sum()) for split, rows in inputs.plan.order.items()}
     yield from ungrouped_lines(ungrouped)
+    yield from unnamed_lines(config)
     yield from namesake_lines(inputs.plan.namesakes)
     usual = np.isnan(inputs.labels) | np.isin(inputs.labels, (1, 0, -1))
     yield from graded_lines(
@@ -121,7 +123,7 @@ class Trial:
     """Bytes a film."""
     encode_s: float
     decode_s: float
-    """Seconds a film, on this machine now: told, never looked at."""
+    """CPU seconds a film, on this machine now: told, never looked at."""
     losses: tuple[Loss, ...]
     """One a film."""
 
@@ -176,11 +178,11 @@ def try_codec(codec: str, films: Sequence[Pixels], quality: int) -> Trial:
     """Encode and decode all films, (H, W) each, with one codec."""
     height, width = films[0].shape
     spec = ImageSpec(height=height, width=width, codec=codec, quality=quality)
-    began = time.perf_counter()
+    began = time.process_time()
     contents = [encode(film, spec) for film in films]
-    encoded = time.perf_counter()
+    encoded = time.process_time()
     back = [decode(content, spec) for content in contents]
-    decoded = time.perf_counter()
+    decoded = time.process_time()
     return Trial(
         codec=codec,
         size=sum(map(len, contents)) / len(films),

@@ -477,6 +477,22 @@ class TestLabelsAndSplits:
         plan("", "")
         assert any("3 patient ids are in several sources" in line for line in dry_run(config))
 
+    def test_a_source_that_names_no_patients_beside_one_that_does(self, tmp_path: Path, images: np.ndarray) -> None:
+        """Its films count as a patient each, by the format; that they may leak is said, unless they stay together."""
+        write_h5(tmp_path / "a.h5", images)
+        write_csv(tmp_path / "a.csv", ["impression", "who"], [[f"a{i}", i // 2] for i in range(40)])
+        for line, more, said in (
+            ("", {"val_fraction": 0.2}, 1),
+            ('split = "val"', {"test_fraction": 0.2}, 0),
+            ("", {}, 0),
+        ):
+            (tmp_path / "s.toml").write_text(
+                '[[source]]\nh5 = "a.h5"\ncsv = "a.csv"\ngroup_column = "who"\n'
+                f'[[source]]\nh5 = "a.h5"\ncsv = "a.csv"\n{line}\n'
+            )
+            config = IngestConfig(to_shards=tmp_path / "out", sources=tmp_path / "s.toml", **more)
+            assert sum(found.startswith("source 1: patients are not named") for found in dry_run(config)) == said
+
     def test_an_image_file_of_two_sources(self, tmp_path: Path, images: np.ndarray) -> None:
         """One folder, a CSV a split: a film in both would leak."""
         (tmp_path / "films" / "p").mkdir(parents=True)
