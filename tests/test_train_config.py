@@ -104,11 +104,11 @@ def test_a_config_file_that_is_none_is_refused(tmp_path: Path, content: str) -> 
 
 
 def test_every_data_setting_reaches_the_loader() -> None:
-    config = TrainConfig(shards=Path("a"), out=Path("b"), batch_size=6, seed=3, backend="cpu")
+    config = TrainConfig(shards=Path("a"), out=Path("b"), batch_size=6, seed=3, backend="cpu", dataset="films")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, flip=0.1, image_size=64, streams=2))
     loader = loader_config(config, split="val", mode="eval")
     assert (loader.batch_size, loader.seed, loader.split, loader.mode, loader.backend) == (6, 3, "val", "eval", "cpu")
-    assert (loader.flip, loader.image_size, loader.streams) == (0.1, 64, 2)
+    assert (loader.flip, loader.image_size, loader.streams, loader.h5_dataset) == (0.1, 64, 2, "films")
 
 
 def test_metrics_are_cut_back_to_a_step(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from conftest import FINDINGS, write_source
 from sklearn.metrics import average_precision_score, f1_score, matthews_corrcoef, roc_auc_score
 
 from pipeline.config import DataConfig, LoaderConfig
+from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
 from train.checkpoint import encode, read_checkpoint
@@ -22,6 +25,7 @@ from train.model import ModelConfig, build_model
 from train.retrieval import read_identity
 from train.scorecard import table
 from train.scores import aurocs, choose_threshold
+from train.state import LEFT_OUT
 from train.zeroshot import embed_prompts, predict, probabilities, tokenize
 
 WIDTHS = (16, 16, 16, 16)
@@ -208,6 +212,23 @@ def test_several_checkpoints_are_one_model(run: Path, shards_dir: Path, capsys: 
     assert [each["step"] for each in top.checkpoints] == [
         read_member(f).step for f in sorted(files, key=losses.get)[:2]
     ]
+
+
+def test_a_run_on_an_hdf5_file_is_evaluated_on_what_is_named(
+    shards_dir: Path, source: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Wherever that file is by now; or on such a file, whatever its dataset is called."""
+    config = replace(small(shards_dir, tmp_path), backend="hdf5-tuned", h5=source[0], accumulate=3, batch_size=3)
+    settings = {name: value for name, value in to_fields(config).items() if name not in LEFT_OUT}
+    run = write_checkpoint(tmp_path / "run/best.pt", shards_dir, 0, config=settings).parent
+    films = tmp_path / "films.h5"
+    with h5py.File(source[0]) as file, h5py.File(films, "w") as copy:
+        copy["set/films"] = file["cxr"][:]
+    on_shards = evaluate(asked(run, shards_dir))
+    on_file = evaluate(asked(run, shards_dir, backend="hdf5", h5=films, dataset="set/films"))
+    assert on_file.samples == on_shards.samples > 0
+    with pytest.raises(InputError, match=r"no dataset 'cxr'.*'set/films'"):
+        evaluate(asked(run, shards_dir, backend="hdf5", h5=films))
 
 
 def test_averaged_weights_are_taken_where_there_are_any(run: Path, shards_dir: Path, tmp_path: Path) -> None:

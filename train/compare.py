@@ -21,7 +21,7 @@ from train.metrics import Row, films_since, is_number, read_rows
 from train.rundir import RunFolder
 
 PROG = "train.compare"
-_OWN = ("shards", "out", "h5", "resume", "stop_at", "watch", "data.stage_dir")
+_OWN = ("shards", "out", "h5", "dataset", "resume", "stop_at", "watch", "data.stage_dir")
 """Settings that say where files lie and how a run was started: no difference between runs."""
 _EVERY_RUN = ("kernel", "cpus")
 _SHARDS = "version of shards"

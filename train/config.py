@@ -77,6 +77,8 @@ class TrainConfig:
     """Folder of the run: checkpoints, metrics, curves."""
     h5: Path | None = None
     """The HDF5 file the shards were made from; the hdf5 backends alone read it."""
+    dataset: str = "cxr"
+    """Path of the dataset in it."""
     preset: str = "tiny"
     """Named set of values for everything else; read before the other flags, which change single values of it."""
     steps: int = 500
@@ -192,5 +194,6 @@ def loader_config(config: TrainConfig, *, split: str, mode: str) -> LoaderConfig
         batch_size=config.batch_size,
         seed=config.seed,
         h5=config.h5,
+        h5_dataset=config.dataset,
         **data,
     )

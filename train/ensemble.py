@@ -185,8 +185,10 @@ def predict_as_one(
 def eval_loader(trained: TrainConfig, rows: LoaderConfig) -> LoaderConfig:
     """Images as a checkpoint was trained on them; of the data set, and the films of it, that `rows` names."""
     data = replace(trained.data, where=rows.where, exclude=rows.exclude, mix=())  # nor the training's further sets
-    loader = loader_config(replace(trained, data=data), split=rows.split, mode="eval")
-    return replace(loader, shards=rows.shards, backend=rows.backend, batch_size=rows.batch_size, h5=rows.h5)
+    # Where the run's own films were, and what read them then, says nothing of here.
+    here = replace(trained, data=data, shards=rows.shards, backend="auto", h5=None)
+    loader = loader_config(here, split=rows.split, mode="eval")
+    return replace(loader, backend=rows.backend, batch_size=rows.batch_size, h5=rows.h5, h5_dataset=rows.h5_dataset)
 
 
 def average(parts: Sequence[Predicted]) -> Predicted:

@@ -74,6 +74,8 @@ class EvaluateConfig:
     """Loader; auto: dali where the device is a GPU, else cpu."""
     h5: Path | None = None
     """The HDF5 file the shards were made from; the hdf5 backends alone read it."""
+    dataset: str = "cxr"
+    """Path of the dataset in it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
@@ -148,6 +150,7 @@ def _rows(config: EvaluateConfig, split: str) -> LoaderConfig:
         backend=config.backend,
         batch_size=config.batch_size,
         h5=config.h5,
+        h5_dataset=config.dataset,
         where=config.where,
         exclude=config.exclude,
     )

@@ -24,7 +24,7 @@ from train.optim import Patience, Plateau
 from train.ranks import Ranks
 from train.rundir import package_version
 
-LEFT_OUT = (*("shards", "out", "h5", "vision_weights", "text_weights"), *("resume", "stop_at", "force"))
+LEFT_OUT = (*("shards", "out", "h5", "dataset", "vision_weights", "text_weights"), *("resume", "stop_at", "force"))
 """Settings that stay out of checkpoints: where files lie is nobody's business elsewhere, and how often a run was
 started makes it no other."""
 
