@@ -1,27 +1,26 @@
 """`python -m bench.encodings --h5 FILE ... --json F`: what each encoding costs and keeps.
 
-Bytes, CPU time to encode and to decode on one core, and what is lost, over the same films for all encodings, each timed
-in every round, one after the other; medians over rounds.
+Bytes, CPU time to encode and to decode on one core, and what is lost, as `ingest --encoding auto` tries it, over the
+same films for all encodings, one after the other in every round; medians over rounds.
 """
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
-import numpy as np
-
 from bench.machine import bench_main, check_positive, environment
-from shards import tar
+from ingest.trial import Trial, try_codec
 from shards.cli import say
-from shards.encodings import ENCODINGS, Pixels, decode, encode, loss, psnr
+from shards.encodings import ENCODINGS, Pixels, psnr
 from shards.errors import InputError
-from shards.schema import CODEC_EXTENSIONS, ImageSpec, sample_key
+from shards.schema import CODEC_EXTENSIONS
+from shards.tar import BLOCK
 
-_OTHER_MEMBERS = 2 * 2 * tar.BLOCK
-"""Bytes in the tar of a sample's report and labels: two headers, and a block each where they take up to 512 bytes."""
+_IN_TAR = 5.5 * BLOCK
+"""Bytes a film takes in the tar beside its own: three headers, report and labels where they take up to a block each,
+and, on average, half a block of padding."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,67 +75,39 @@ def measure(name: str, films: Sequence[Pixels], config: EncodingsBenchConfig) ->
     """All encodings of some films, (H, W) each. InputError where there is none."""
     if not films:
         raise InputError(f"input {name}: no film shows anything")
-    height, width = films[0].shape
-    specs = dict(_specs(height, width, config.qualities))
-    kept = {label: [encode(film, spec) for film in films] for label, spec in specs.items()}
-    times: dict[str, list[dict[str, float]]] = {label: [] for label in specs}
+    encodings = dict(_encodings(config.qualities))
+    trials: dict[str, list[Trial]] = {label: [] for label in encodings}
     for number in range(config.rounds):
-        for label, spec in specs.items():
-            times[label].append(_time(spec, kept[label], films))
+        for label, (codec, quality) in encodings.items():
+            trials[label].append(try_codec(codec, films, quality))
         say(f"{name}: round {number + 1}/{config.rounds}")
-    rows = [{"name": label, **_summary(spec, kept[label], films, times[label])} for label, spec in specs.items()]
+    height, width = films[0].shape
+    rows = [{"name": label, **summary(taken)} for label, taken in trials.items()]
     return {"name": name, "films": len(films), "height": height, "width": width, "encodings": rows}
 
 
-def _specs(height: int, width: int, qualities: Sequence[int]) -> Iterator[tuple[str, ImageSpec]]:
+def _encodings(qualities: Sequence[int]) -> Iterator[tuple[str, tuple[str, int]]]:
+    """What each is called, codec and quality."""
     for codec in CODEC_EXTENSIONS:
-        if ENCODINGS[codec].lossless:
-            yield codec, ImageSpec(height=height, width=width, codec=codec)
-        else:
-            for quality in qualities:
-                yield f"{codec} {quality}", ImageSpec(height=height, width=width, codec=codec, quality=quality)
+        for quality in qualities[:1] if ENCODINGS[codec].lossless else qualities:
+            yield codec if ENCODINGS[codec].lossless else f"{codec} {quality}", (codec, quality)
 
 
-def _time(spec: ImageSpec, contents: Sequence[bytes], films: Sequence[Pixels]) -> dict[str, float]:
-    """CPU milliseconds a film: to encode, and to decode."""
+def summary(rounds: Sequence[Trial]) -> dict[str, Any]:
+    """Of one encoding: bytes and losses, which are the same in all rounds, and medians of the times."""
+    trial, resized = rounds[0], fmean(each.resized_error for each in rounds[0].losses)
+    times = [{"encode_ms": each.encode_s * 1e3, "decode_ms": each.decode_s * 1e3} for each in rounds]
+    lossless = not any(each.error for each in trial.losses)  # JSON has no infinity
     return {
-        "encode_ms": _cpu_ms(lambda film: encode(film, spec), films),
-        "decode_ms": _cpu_ms(lambda content: decode(content, spec), contents),
-    }
-
-
-def _cpu_ms(work: Callable[[Any], object], items: Sequence[Any]) -> float:
-    started = time.process_time()
-    for item in items:
-        work(item)
-    return (time.process_time() - started) / len(items) * 1e3
-
-
-def _summary(
-    spec: ImageSpec, contents: Sequence[bytes], films: Sequence[Pixels], times: list[dict[str, float]]
-) -> dict[str, Any]:
-    back = [decode(content, spec) for content in contents]
-    losses = list(map(loss, films, back))
-    mean = {
-        field: statistics.fmean(getattr(each, field) for each in losses)
-        for field in ("error", "resized_error", "resized_difference")
-    }
-    member = f"{sample_key(0, 0)}.{spec.extension}"
-    return {
-        "bytes": statistics.fmean(map(len, contents)),
-        "tar_bytes": statistics.fmean(len(tar.member(member, each)) + _OTHER_MEMBERS for each in contents),
-        **{field: statistics.median(taken[field] for taken in times) for field in times[0]},
-        "psnr": psnr(mean["error"]) if mean["error"] else None,  # JSON has no infinity
-        "difference": statistics.fmean(map(_mean_difference, films, back)),
-        "resized_psnr": psnr(mean["resized_error"]) if mean["resized_error"] else None,
-        "resized_difference": mean["resized_difference"],
-        "resized_difference_worst": max(each.resized_difference for each in losses),
+        "bytes": trial.size,
+        "tar_bytes": trial.size + _IN_TAR,
+        **{field: median(each[field] for each in times) for field in times[0]},
+        "psnr": None if lossless else trial.psnr,
+        "resized_psnr": None if lossless else psnr(resized),
+        "resized_difference": trial.difference,
+        "resized_difference_worst": trial.worst,
         "rounds": times,
     }
-
-
-def _mean_difference(before: Pixels, after: Pixels) -> float:
-    return float(np.abs(before.astype(np.int16) - after).mean())
 
 
 def main(argv: list[str] | None = None) -> None:

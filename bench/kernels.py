@@ -6,7 +6,6 @@ What a loader does beside this is overhead: reading, digests, order, crops, hand
 """
 
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -24,25 +23,20 @@ from pipeline.config import LoaderConfig, thread_count
 from pipeline.cpu import make_kernel, start_single_threaded, task_images
 from pipeline.kernels import ImageKernel
 from shards.manifest import read_manifest
-from shards.reader import ShardReader
+from shards.scan import read_image, read_samples
 from shards.schema import Manifest
 
 FILMS = 2048
 """Films held in memory, at most."""
+_STRETCH = 16
+"""Calls timed together."""
 
 
 def read_films(root: Path, manifest: Manifest, split: str) -> list[NDArray[np.uint8]]:
     """The first encoded films of a split."""
-    films: list[NDArray[np.uint8]] = []
-    for info in manifest.splits[split]:
-        with ShardReader(root, manifest, info) as reader:
-            for block in range(reader.blocks):
-                rows = reader.read_rows(block)
-                for offset, size in zip(rows.offset.tolist(), rows.size.tolist(), strict=True):
-                    films.append(np.frombuffer(os.pread(reader.fd, size, offset), dtype=np.uint8))
-                    if len(films) == FILMS:
-                        return films
-    return films
+    rows = np.arange(min(FILMS, manifest.rows(split)))
+    found = read_samples(root, manifest, split, rows, ("key", "offset", "size", "xxh3"))
+    return [np.frombuffer(read_image(reader, row), dtype=np.uint8) for reader, row in found]
 
 
 class Floor:
@@ -110,30 +104,33 @@ def parts(config: LoaderConfig, seconds: float = 1.0) -> dict[str, float]:
     kernel = floor.kernels[0]
     pixels, boxes, flipped = kernel.decode(floor.films[0]), floor.fate.boxes.tolist(), floor.fate.flipped.tolist()
 
-    def both(number: int) -> int:
-        first = number * floor.task
+    tasks = itertools.count(0, floor.task)
+
+    def both() -> int:
+        first = next(tasks)
         floor.run(kernel, first % (len(floor.films) - floor.task + 1), first % (len(floor.out) - floor.task + 1))
         return floor.task
 
-    def resize(number: int) -> int:
-        films = [each % len(boxes) for each in range(number * floor.task, (number + 1) * floor.task)]
+    def resize() -> int:
+        first = next(tasks)
+        films = [each % len(boxes) for each in range(first, first + floor.task)]
         kernel.resize([(pixels, boxes[film], flipped[film], floor.out[film % len(floor.out)]) for film in films])
         return floor.task
 
-    together, second = _cpu_us(both, seconds), _cpu_us(resize, seconds)
+    together, second = least_us(both, seconds), least_us(resize, seconds)
     return {"decode_us": together - second, "resize_normalise_us": second}
 
 
-def _cpu_us(work: Callable[[int], int], seconds: float) -> float:
+def least_us(work: Callable[[], int], seconds: float) -> float:
     """CPU microseconds a film, the least of several stretches: what else the machine does only adds to it.
 
-    `work(number)` says how many films it did.
+    `work` says how many films it did.
     """
     least, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < seconds or least == float("inf"):
         begin, films = time.thread_time(), 0
-        for number in range(25):
-            films += work(number)
+        for _ in range(_STRETCH):
+            films += work()
         least = min(least, (time.thread_time() - begin) / films * 1e6)
     return least
 

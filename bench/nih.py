@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.demo import run_commands, typed
+from bench.machine import environment, say_tables
 from shards.atomic import write_atomic
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
@@ -67,8 +68,6 @@ def nih_commands(config: NihConfig) -> list[list[str]]:
 
 def run_nih(config: NihConfig) -> dict[str, Any]:
     """Run every command, then the controls; the record that was written as JSON."""
-    from bench.machine import environment
-
     if config.out.exists() and any(config.out.iterdir()):
         raise InputError(f"{config.out} is not empty; choose another folder with --out")
     commands = nih_commands(config)
@@ -76,6 +75,7 @@ def run_nih(config: NihConfig) -> dict[str, Any]:
     manifest = read_manifest(config.out / "shards")
     rows = [json.loads(line) for line in (config.out / "run" / "metrics.jsonl").read_text().splitlines()]
     record = {
+        "bench": "nih",
         "environment": environment(),
         "commands": [typed(command) for command in commands],
         "seconds": seconds,
@@ -178,22 +178,10 @@ def _intervals(
     return [each.intervals["auroc"] for each in (*found.values(), mean)]
 
 
-def table(record: dict[str, Any]) -> list[str]:
-    """The test split's scores, a line a label."""
-    names = {"model": "model", "among_abnormal": "model_among_abnormal", "thumbnails": "thumbnails", "view": "view_ap"}
-    lines = [f"{'test AUROC':<20}" + "".join(f"{name:>16}" for name in (*names, "95 %", "films", "patients"))]
-    for label, found in record["test"].items():
-        values = ["-" if found[name] is None else f"{found[name]:.3f}" for name in names.values()]
-        values.append("{:.3f} - {:.3f}".format(*found["interval"]) if found["interval"] else "-")
-        values += [str(found.get(name, "")) for name in ("films", "patients")]
-        lines.append(f"{label:<20}" + "".join(f"{value:>16}" for value in values))
-    return lines
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Run it all and print the table."""
+    """Run it all and print the scores."""
     with main_guard("bench.nih"):
-        say("\n" + "\n".join(table(run_nih(parse(NihConfig, argv, prog="python -m bench.nih")))))
+        say_tables(run_nih(parse(NihConfig, argv, prog="python -m bench.nih")))
 
 
 if __name__ == "__main__":

@@ -1,89 +1,41 @@
-"""`python -m bench.order --json F`: how well the order of DESIGN.md shuffles. Reads no shards; `bench.scale` has costs.
+"""How far one epoch of the order of DESIGN.md is from random, each figure beside what a perfect shuffle would give."""
 
-How far one epoch of a simulated set is from random, each figure beside what a perfect shuffle would give.
-"""
-
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.machine import environment
-from pipeline.order import Layout, ShuffledOrder
-from shards.atomic import write_atomic
-from shards.cli import main_guard, parse, say
+from pipeline.order import ShuffledOrder
 from shards.counter import permutation
-from shards.errors import InputError
 
-SHARD_ROWS, BLOCK_ROWS, BATCH = 10_000, 190, 64
-"""Of CheXpert-Plus and ReXGradient at JPEG q95: 22 KB a film, blocks of 4 MiB."""
 LAGS = (1, 2, 3, 7, 16, 47, 48)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OrderBenchConfig:
-    """Measure how far the order of samples is from random."""
-
-    json: Path | None = None
-    """Where the results go, as JSON."""
-    samples: int = 460_000
-    """Size of the simulated set, a multiple of 10,000."""
-    streams: int = 48
-    """Streams of the order."""
-    seed: int = 0
-    """Seed of the order."""
-
-    def __post_init__(self) -> None:
-        if self.samples < SHARD_ROWS or self.samples % SHARD_ROWS or self.streams < 1:
-            wanted = f"a multiple of {SHARD_ROWS:,}, --streams at least 1"
-            raise InputError(f"--samples {self.samples} has to be {wanted}; --streams is {self.streams}")
-
-
-def run_bench(config: OrderBenchConfig) -> dict[str, Any]:
-    """Measure everything; the result is what `--json` writes."""
-    layout = Layout((SHARD_ROWS,) * (config.samples // SHARD_ROWS), BLOCK_ROWS)
-    order = ShuffledOrder(layout, seed=config.seed, streams=config.streams)
-    settings = {"samples": config.samples, "shard_rows": SHARD_ROWS, "block_rows": BLOCK_ROWS, "batch": BATCH}
-    return {
-        "bench": "order",
-        "environment": environment(),
-        "settings": settings | {"streams": config.streams},
-        "shuffle": shuffle(order),
-    }
-
-
-def shuffle(order: ShuffledOrder) -> dict[str, Any]:
-    """How far epoch 0 is from random order; each figure beside what a perfect shuffle would give."""
-    n = order.samples // BATCH * BATCH
-    rows = [_rows(order, epoch) for epoch in range(2)]
+def shuffle(order: ShuffledOrder, shard_rows: int, block_rows: int, batch: int) -> dict[str, Any]:
+    """Of epoch 0, and of what it shares with the next; shards are equal ones of so many rows."""
+    n = order.samples // batch * batch
+    rows = [_rows(order, epoch, shard_rows) for epoch in range(2)]
     # Ingest writes the shards in the order of a global shuffle: what a stored row was in the source.
     source = permutation(order.samples, 1)
-    batches = np.arange(n) // BATCH
-    same_block = _same_pairs(batches, rows[0][:n] // SHARD_ROWS * 1000 + rows[0][:n] % SHARD_ROWS // BLOCK_ROWS)
-    result = {
+    batches = np.arange(n) // batch
+    same_block = _same_pairs(batches, rows[0][:n] // shard_rows * shard_rows + rows[0][:n] % shard_rows // block_rows)
+    return {
         "distance": round(float(np.abs(rows[0] - np.arange(len(rows[0]))).mean()) / order.samples, 4),
         "distance_random": round(1 / 3, 4),
         "batch_pairs_of_a_block": round(same_block, 6),
-        "batch_pairs_of_a_block_random": round((BLOCK_ROWS - 1) / (order.samples - 1), 6),
-        "pairs_met_again": round(_same_pairs(_when(rows[0]) // BATCH, _when(rows[1]) // BATCH), 6),
-        "pairs_met_again_random": round((BATCH - 1) / (order.samples - 1), 6),
+        "batch_pairs_of_a_block_random": round((block_rows - 1) / (order.samples - 1), 6),
+        "pairs_met_again": round(_same_pairs(_when(rows[0]) // batch, _when(rows[1]) // batch), 6),
+        "pairs_met_again_random": round((batch - 1) / (order.samples - 1), 6),
         "autocorrelation_stored": {lag: _correlation(rows[0], lag) for lag in LAGS},
         "autocorrelation_source": {lag: _correlation(source[rows[0]], lag) for lag in LAGS},
         "autocorrelation_noise": round(order.samples**-0.5, 4),
     }
-    for name, value in result.items():
-        say(f"{name}: {value}")
-    return result
 
 
-def _rows(order: ShuffledOrder, epoch: int) -> NDArray[np.int64]:
+def _rows(order: ShuffledOrder, epoch: int, shard_rows: int) -> NDArray[np.int64]:
     """Stored rows, counted through the split, in the order of an epoch."""
     places = order.locate(np.arange(epoch * order.samples, (epoch + 1) * order.samples))
-    return places.shard * SHARD_ROWS + places.row
+    return places.shard * shard_rows + places.row
 
 
 def _when(rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -100,16 +52,3 @@ def _same_pairs(one: NDArray[np.int64], two: NDArray[np.int64]) -> float:
 
 def _correlation(values: NDArray[np.int64], lag: int) -> float:
     return round(float(np.corrcoef(values[:-lag], values[lag:])[0, 1]), 4)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure as the command line says. Exit code 2 for a user's mistake."""
-    with main_guard("bench.order"):
-        config = parse(OrderBenchConfig, argv, prog="bench.order")
-        result = run_bench(config)
-        if config.json:
-            write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,6 @@ and crops drawn as it likes, no digests, reports left aside. What it cannot do i
 """
 
 import importlib.util
-import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from bench.others import ASPECT, FilmTransform, Job, shard_paths
 from pipeline.config import LoaderConfig
 from pipeline.kernels import Normalise
 from shards.manifest import read_manifest
-from shards.reader import ShardReader
+from shards.scan import read_image, read_samples
 
 EPOCH = 10_000
 """Films an epoch has at least, by repeating them: at the end of an epoch some peers stop their workers' work."""
@@ -42,13 +41,11 @@ def missing(name: str) -> str | None:
 
 def films(job: Job) -> Iterator[tuple[bytes, str]]:
     """JPEG and report of every film of the split."""
-    manifest = read_manifest(job.settings.shards)
-    for info in manifest.splits[job.settings.split]:
-        with ShardReader(Path(job.settings.shards), manifest, info) as reader:
-            for block in range(reader.blocks):
-                rows, texts = reader.read_rows(block), reader.read_text(block)
-                for offset, size, text in zip(rows.offset.tolist(), rows.size.tolist(), texts, strict=True):
-                    yield os.pread(reader.fd, size, offset), text
+    root, split = Path(job.settings.shards), job.settings.split
+    manifest = read_manifest(root)
+    columns = ("key", "offset", "size", "xxh3", "text")
+    for reader, row in read_samples(root, manifest, split, np.arange(manifest.rows(split)), columns):
+        yield read_image(reader, row), row["text"]
 
 
 def repeated(job: Job) -> int:

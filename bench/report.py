@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from bench.compare import BETTER, LEVEL, PACED_LEVEL, RULE, SAME, Change, Comparison, compare_all
+from bench.compare import BETTER, LEVEL, MACHINE, PACED_LEVEL, RULE, SAME, WORSE, Change, Comparison, compare_all
 from bench.kinds import METRICS, Result, Table, text
 from bench.page import BAD, GOOD, UNKNOWN, Section, to_html, to_markdown
 from bench.processes import bench_guard
@@ -216,13 +216,14 @@ def _say_verdict(report: Report) -> None:
         sys.stderr.write(f"{PROG}: not read: {why}\n")
     for change in report.regressions:
         sys.stderr.write(f"{PROG}: worse: {_in_words(change)}\n")
-    better = sum(change.verdict == BETTER for pair in report.comparisons for change in pair.changes)
+    found = [change.verdict for pair in report.comparisons for change in pair.changes]
 
     def count(number: int, what: str) -> str:
         return f"{number} {what}{'s' * (number != 1)}"
 
     told = f"{count(len(report.results), 'result')}, {count(len(report.comparisons), 'pair')} compared"
-    say(f"{told}: {len(report.regressions)} figures worse, {better} better")
+    machine = f", {found.count(MACHINE)} worse as others are too, which is the machine" * (MACHINE in found)
+    say(f"{told}: {count(found.count(WORSE), 'figure')} worse, {found.count(BETTER)} better{machine}")
 
 
 if __name__ == "__main__":

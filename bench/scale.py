@@ -3,13 +3,14 @@
 Samples, shards: sets that exist as links to one real shard (`bench.simulate`): time from building the `cpu` loader to
 its first batch, in a fresh process, imports not counted; of it the manifest and the order; memory of the order; time to
 say where a batch lies, somewhere in the run. Ranks: block reads of an epoch, all ranks together. Threads: films/s.
+And what the order is worth at that price: how far an epoch is from random.
 """
 
 import statistics
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 from bench.case import Task, run_child
 from bench.kinds import speed
 from bench.machine import bench_main, check_positive, environment
+from bench.order import shuffle
 from bench.simulate import write_set
 from pipeline.batch import World
 from pipeline.config import LoaderConfig, available_cpus, stream_count
@@ -90,6 +92,7 @@ def run_bench(config: ScaleConfig) -> dict[str, Any]:
         "samples": rows[: len(config.samples)],
         "shards": rows[len(config.samples) :],
         "ranks": [measure_ranks(layout, ranks) for ranks in config.ranks],
+        "shuffle": shuffle(ShuffledOrder(layout, seed=0, streams=48), SHARD_ROWS, BLOCK_ROWS, BATCH),
         "cases": measure_threads(config),
     }
     return result | {"verdict": verdict(result)}
@@ -109,11 +112,7 @@ def measure_set(samples: int, shards: int, config: ScaleConfig) -> dict[str, Any
     row = {"samples": samples, "shards": shards, "block_rows": manifest.block_rows, "manifest_bytes": manifest_bytes}
     row |= {"first_batch_s": statistics.median(firsts), "first_batches_s": firsts, "manifest_s": manifest_s}
     row |= measure_order(lambda: Layout(tuple(shard.rows for shard in manifest.splits["train"]), manifest.block_rows))
-    say(
-        f"{samples:>11,} samples, {shards:>6,} shards: first batch {row['first_batch_s']:6.3f} s, of it manifest "
-        f"{manifest_s:6.3f} s, order {row['order_s']:6.3f} s; order {row['kept_bytes'] / 1e6:6.2f} MB, at most "
-        f"{row['peak_bytes'] / 1e6:6.2f} MB; a batch located in {row['locate_us']:4.0f} us"
-    )
+    say(f"{samples:>11,} samples, {shards:>6,} shards: first batch {row['first_batch_s']:6.3f} s")
     return row
 
 
@@ -163,7 +162,6 @@ def measure_ranks(layout: Layout, ranks: int) -> dict[str, Any]:
     reads = sum(1 for each in visits for _ in takewhile(lambda visit: visit.first < order.samples, each))
     taken, blocks = time.perf_counter() - started, layout.blocks
     row = {"ranks": ranks, "streams": streams, "reads": reads, "blocks": blocks, "bound": blocks + streams - 1}
-    say(f"{ranks:>3} ranks, {streams} streams: {reads:,} reads of {blocks:,} blocks, {row['bound']:,} is the bound")
     return {**row, "ratio": reads / blocks, "plan_us": taken / reads * 1e6}
 
 
@@ -207,13 +205,6 @@ def verdict(result: dict[str, Any]) -> str:
     return "; ".join(told)
 
 
-def table(result: dict[str, Any]) -> Iterator[str]:
-    """What was not said as it was measured, and what it means."""
-    for case in result["cases"]:
-        yield f"{case['name']}: {case['images_per_s']:,.0f} films/s"
-    yield result["verdict"]
-
-
 def run_and_draw(config: ScaleConfig) -> dict[str, Any]:
     """And the plots, where asked for."""
     from bench.plots import draw, scale_panels
@@ -230,7 +221,7 @@ def run_and_draw(config: ScaleConfig) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write JSON and plots."""
-    bench_main("bench.scale", ScaleConfig, argv, run_and_draw, table)
+    bench_main("bench.scale", ScaleConfig, argv, run_and_draw)
 
 
 if __name__ == "__main__":

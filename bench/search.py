@@ -48,22 +48,20 @@ class Space:
         return [name for name, value in choice.items() if value != self.values[name][0] and name not in unheeded]
 
 
-def make_space(base: LoaderConfig, sets: Sequence[Path], *, dali: bool, streams: tuple[int, ...]) -> Space:
-    """All that this machine and these sets leave open. `streams` are tried as well: they change the order."""
+def make_space(base: LoaderConfig, sets: Sequence[Path], *, dali: bool) -> Space:
+    """All that this machine and these sets leave open."""
     cpus = available_cpus()
     # Powers of two up to twice the CPUs, and their number itself: waiting for reads costs none.
     threads = sorted({cpus, *(2**power for power in range(cpus.bit_length() + 1) if 2**power <= 2 * cpus)})
     values: dict[str, tuple[Any, ...]] = {
         "backend": ("dali", "cpu") if dali else ("cpu",),
         "threads": _first(base.threads or cpus, threads),
-        "memory_mb": _first(base.memory_mb, [size for size in MEMORY_MB if _fits(base, sets, size, streams)]),
+        "memory_mb": _first(base.memory_mb, [size for size in MEMORY_MB if _fits(base, sets, size)]),
         "read_threads": _first(base.read_threads, READ_THREADS),
         "ahead": _first(base.ahead, AHEAD),
     }
     if read_manifest(sets[0]).image.codec == "jpeg":
         values["own_jpeg"] = (True, False)
-    if streams:
-        values["streams"] = (None, *streams)
     if len(sets) > 1:
         values["shards"] = tuple(sets)
     return Space(values=values)
@@ -73,9 +71,9 @@ def _first(value: Any, others: Sequence[Any]) -> tuple[Any, ...]:
     return (value, *(other for other in others if other != value))
 
 
-def _fits(base: LoaderConfig, sets: Sequence[Path], memory_mb: int, streams: tuple[int, ...]) -> bool:
+def _fits(base: LoaderConfig, sets: Sequence[Path], memory_mb: int) -> bool:
     """Whether a memory holds the live blocks of all sets, and is not too much for the machine."""
-    memory, live = memory_mb << 20, max(stream_count(base, World()), *streams, 1)
+    memory, live = memory_mb << 20, stream_count(base, World())
     if memory > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MEMORY_SHARE:
         return False
     try:

@@ -216,7 +216,7 @@ def encodings_tables(raw: Row) -> Iterator[Table]:
     """Bytes, times and losses of each codec."""
     sizes = [*cells("", name="encoding"), *cells("{:,.0f}", "bytes", tar_bytes="in the tar")]
     times = [*cells("{:.2f}", encode_ms="encode, ms", decode_ms="decode, ms"), *cells("{:.1f}", psnr="dB")]
-    lost = cells("{:.2f}", difference="grey levels", resized_difference="at 224", resized_difference_worst="worst film")
+    lost = cells("{:.2f}", resized_difference="grey levels at 224", resized_difference_worst="worst film")
     columns = [*sizes, *times, *cells("{:.1f}", resized_psnr="dB at 224"), *lost]
     for found in raw["inputs"]:
         yield rows_table(text(f"{found['name']}: {found['films']} films"), found["encodings"], columns)
@@ -247,9 +247,14 @@ def demo_tables(raw: Row) -> Iterator[Table]:
 
 def nih_tables(raw: Row) -> Iterator[Table]:
     """AUROC of the labels, beside what they are measured against."""
-    names = ("model", "thumbnails", "untrained_0", "view_ap", "model_among_abnormal")
-    rows = [{"label": name, **found} for name, found in raw["test"].items()]
-    yield rows_table("AUROC, test split", rows, [*cells("", "label"), *cells("{:.3f}", *names)])
+    shown = ("model", "thumbnails", "untrained_0", "view_ap", "model_among_abnormal")
+    rows = [
+        {"label": name, **found, "ends": _range(found.get("interval") or (), "{:.3f}")}
+        for name, found in raw["test"].items()
+    ]
+    counts = cells("{:.0f}", "films", "patients")
+    columns = [*cells("", "label"), *cells("{:.3f}", *shown), *cells("", ends="95 % of model"), *counts]
+    yield rows_table("AUROC, test split", rows, columns)
 
 
 def controls_tables(raw: Row) -> Iterator[Table]:

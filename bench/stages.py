@@ -10,15 +10,13 @@ two cores that share caches and memory lose to each other.
 
 import itertools
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from bench.kernels import parts, read_films, thread_times
+from bench.kernels import least_us, parts, read_films, thread_times
 from pipeline.augment import DECIDED, decide
 from pipeline.batch import World
 from pipeline.config import LoaderConfig, stream_count
@@ -26,9 +24,6 @@ from pipeline.loader import make_order
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
 from shards.schema import Manifest
-
-_STRETCH = 16
-"""Calls timed together."""
 
 
 def stages(config: LoaderConfig, seconds: float) -> dict[str, float]:
@@ -60,7 +55,7 @@ def _fetch(config: LoaderConfig, manifest: Manifest, seconds: float) -> float:
             os.preadv(reader.fd, [buffer.data[:size]], offset)
             return films
 
-        return _least(fetch, seconds)
+        return least_us(fetch, seconds)
 
 
 def _span(reader: ShardReader, block: int) -> tuple[int, int, int]:
@@ -78,7 +73,7 @@ def _verify(config: LoaderConfig, manifest: Manifest, seconds: float) -> float:
         xxh3_64_intdigest(next(turn).data)
         return 1
 
-    return _least(verify, seconds)
+    return least_us(verify, seconds)
 
 
 def _rows(config: LoaderConfig, manifest: Manifest, seconds: float) -> float:
@@ -86,7 +81,7 @@ def _rows(config: LoaderConfig, manifest: Manifest, seconds: float) -> float:
     info = manifest.splits[config.split][0]
     with ShardReader(Path(config.shards), manifest, info) as reader:
         turn = itertools.cycle(range(reader.blocks))
-        return _least(lambda: len(reader.read_rows(next(turn))), seconds)
+        return least_us(lambda: len(reader.read_rows(next(turn))), seconds)
 
 
 def _plan(config: LoaderConfig, manifest: Manifest, seconds: float) -> float:
@@ -100,18 +95,4 @@ def _plan(config: LoaderConfig, manifest: Manifest, seconds: float) -> float:
         decide(config, manifest, np.arange(films), np.zeros(films, dtype=bool))
         return films
 
-    return _least(plan, seconds)
-
-
-def _least(work: Callable[[], int], seconds: float) -> float:
-    """CPU microseconds a film, the least of several stretches: what else the machine does only adds to it.
-
-    `work` says how many films it did.
-    """
-    least, started = float("inf"), time.perf_counter()
-    while time.perf_counter() - started < seconds or least == float("inf"):
-        begin, films = time.thread_time(), 0
-        for _ in range(_STRETCH):
-            films += work()
-        least = min(least, (time.thread_time() - begin) / films * 1e6)
-    return least
+    return least_us(plan, seconds)

@@ -5,7 +5,7 @@
 
 A choice is kept where the rounds with it are faster than those without by the rule of `bench.compare`, and by 1 % or
 more: a search among noisy figures always finds a winner. What buys nothing stays at its default. Only settings that
-change no sample are tried; --streams, and several --shards, are tried if they are given.
+change no sample are tried, and several --shards if they are given.
 
 It measures a loader alone. Run it with the CPUs that one rank of the job will have (`srun -c 8`, `taskset`); on a GPU
 node decoding on the GPU wins here by what it takes from the training step, which `bench.together` shows.
@@ -57,8 +57,6 @@ class TuneConfig:
     """Films in a batch."""
     seconds: float = 2.0
     """Measured stretch of each trial."""
-    streams: tuple[int, ...] = ()
-    """Numbers of streams to try besides the default; they change the order of the samples."""
     cold: bool = False
     """Put the shards out of the page cache before each trial; see bench/storage.py."""
     seed: int = 0
@@ -67,7 +65,7 @@ class TuneConfig:
     """A slow file system under it, to see what would be chosen there."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "minutes", "seconds", "batch_size", "streams")
+        check_positive(self, "minutes", "seconds", "batch_size")
 
 
 def run_tune(config: TuneConfig) -> dict[str, Any]:
@@ -79,7 +77,7 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     backend = "dali" if cuda and has_dali() else "cpu"
     base = LoaderConfig(shards=config.shards[0], batch_size=config.batch_size, backend=backend)
-    space = make_space(base, config.shards, dali=backend == "dali", streams=config.streams)
+    space = make_space(base, config.shards, dali=backend == "dali")
     rate = _rater(config, base, "cuda" if cuda else "cpu")
     begin = time.monotonic()
     tried = search(space, rate, _enough(space, begin, config.minutes * 60), seed=config.seed)
@@ -92,7 +90,7 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
     if not is_faster(final[TUNED], final[DEFAULT]):
         chosen = space.default
     kept = _plain({name: chosen[name] for name in space.changed(chosen)})
-    names = ("batch_size", "seconds", "minutes", "cold", "streams")
+    names = ("batch_size", "seconds", "minutes", "cold")
     settings = {name: getattr(config, name) for name in names} | {"sets": len(config.shards)}
     return {
         "bench": "tune",

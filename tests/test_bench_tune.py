@@ -146,15 +146,15 @@ def test_what_was_faster_in_each_round_but_is_no_sure_gain_asks_for_more_time() 
 
 
 def test_what_may_be_chosen(shards_dir: Path) -> None:
-    """Streams only if asked for; the defaults are those of a loader; settings that a backend ignores are no choice."""
+    """The defaults are those of a loader; settings that a backend ignores are no choice."""
     base = LoaderConfig(shards=shards_dir, backend="cpu")
-    space = make_space(base, [shards_dir], dali=False, streams=())
+    space = make_space(base, [shards_dir], dali=False)
     assert "streams" not in space.values and space.values["backend"] == ("cpu",)
     assert space.default == {"backend": "cpu", "threads": available_cpus()} | {
         name: getattr(base, name) for name in ("memory_mb", "read_threads", "ahead", "own_jpeg")
     }
-    asked = make_space(base, [shards_dir, shards_dir], dali=True, streams=(24,))
-    assert asked.values["streams"] == (None, 24) and asked.values["backend"] == ("dali", "cpu")
+    asked = make_space(base, [shards_dir, shards_dir], dali=True)
+    assert asked.values["backend"] == ("dali", "cpu")
     assert asked.changed(asked.default | {"own_jpeg": False}) == []  # dali does not heed it
 
 
@@ -177,6 +177,4 @@ def test_the_command(shards_dir: Path, tmp_path: Path, capsys: pytest.CaptureFix
 def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--minutes 0"):
         TuneConfig(shards=(tmp_path,), minutes=0)
-    with pytest.raises(InputError, match="--streams 0"):
-        TuneConfig(shards=(tmp_path,), streams=(0,))
     assert_refused(run_module("bench.tune", "--shards", tmp_path / "nosuch", timeout=300), "no shards here", "nosuch")

@@ -131,8 +131,8 @@ def _decode(name: str, hint: Any, value: Any) -> Any:
 def tuned(config: TrainConfig, path: Path) -> TrainConfig:
     """The config with the settings of a --loader-config, `bench.loader --tune`'s: how to read and decode here.
 
-    Only what changes no sample may stand there, and `streams`, which the tuner tries if it is asked to: the same films
-    in another order. InputError, with its name, for another setting.
+    Only what changes no sample may stand there, and `streams`: the same films in another order. InputError, with its
+    name, for another setting.
     """
     fields = read_text(path, tomllib.loads, "--loader-config", "TOML; make it with bench.loader --tune")
     data = fields.pop("data", {})
