@@ -1,6 +1,7 @@
 """Everything that is read before the first film: tables of all sources, what their films look like, the plan."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from shards.schema import MAX_IMAGE_PIXELS, MAX_IMAGE_SIDE, MAX_LABELS
 
 _MOST_NAMED = 4
 """Files that a message names."""
+_NUMBER = re.compile(r"(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +140,23 @@ def _look(
             )
         next(films.read(0, 1))  # values that need --value-range are known before there is anything to go on with
         return (films.height, films.width), list(films.ranges(step)), films.file_rows
+
+
+def order_lines(sources: Sequence[SourceConfig]) -> Iterator[str]:
+    """Where a shell put `films-10.h5` before `films-2.h5`: with a CSV in the order of the numbers, every later film
+    would get another one's report.
+    """
+    for source in sources:
+        counted = sorted(source.h5, key=_by_number)
+        numbered = len({_NUMBER.sub("", str(path)) for path in source.h5}) == 1
+        found = [(path, other) for path, other in zip(source.h5, counted, strict=True) if path != other]
+        if numbered and found:
+            before, after = (path.name for path in found[0])
+            yield f"HDF5 files are read as given, {before} before {after}: see that the CSV's rows are in that order"
+
+
+def _by_number(path: Path) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in _NUMBER.split(str(path))]
 
 
 def _files(paths: Sequence[Path]) -> str:

@@ -26,7 +26,7 @@ from ingest.config import IngestConfig
 from ingest.encode import blank
 from ingest.films import Films, FolderFilms, H5Films
 from ingest.images import Fault
-from ingest.inputs import Inputs, read_inputs
+from ingest.inputs import Inputs, order_lines, read_inputs
 from ingest.plan import unnamed_lines
 from ingest.report import namesake_lines
 from ingest.table import graded_lines
@@ -50,6 +50,7 @@ _TIMED = 32
 def dry_run(config: IngestConfig) -> Iterator[str]:
     """Lines that say which rows would go where, and what time and disk they would take. InputError as the ingest's."""
     inputs = read_inputs(config)
+    yield from order_lines(inputs.sources)
     several = f" of {len(inputs.sources)} sources" if len(inputs.sources) > 1 else ""
     yield f"{inputs.rows:,} rows{several}, films of {inputs.height} x {inputs.width}"
     for reason, count in Counter(inputs.plan.reasons.values()).most_common():

@@ -95,6 +95,21 @@ def test_several_files_are_one_source(tmp_path: Path, images: np.ndarray, table:
     assert all((found[key(row)]["pixels"] == images[row]).all() for row in range(40))
 
 
+def test_files_in_the_order_of_a_shell_are_said_to_be(tmp_path: Path, images: np.ndarray, table: Path) -> None:
+    names = [f"films-{number}.h5" for number in (1, 10, 2, 3)]
+    for number, name in enumerate(names):
+        write_h5(tmp_path / name, images[number * 10 : number * 10 + 10])
+
+    def lines(order: list[str]) -> list[str]:
+        config = IngestConfig(to_shards=tmp_path / "out", h5=tuple(tmp_path / name for name in order), csv=(table,))
+        return [line for line in dry_run(config) if "read as given" in line]
+
+    assert len(said := lines(names)) == 1 and "films-10.h5 before films-2.h5" in said[0]
+    assert not lines([names[0], *names[2:], names[1]])
+    (tmp_path / "all.h5").symlink_to(tmp_path / names[1])
+    assert not lines(["films-1.h5", "all.h5", *names[2:]])  # no numbering
+
+
 def test_value_range_is_explicit(tmp_path: Path, table: Path) -> None:
     hounsfield = np.linspace(-1024, 3071, 40 * 320 * 320).reshape(40, 320, 320)
     h5 = write_h5(tmp_path / "ct.h5", hounsfield.astype(np.float32))
