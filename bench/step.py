@@ -42,6 +42,7 @@ def run_step(config: StepBenchConfig) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as scratch:
         settings = train_config(config, Path(scratch) / "run", compiled=False)  # the loop is timed on the eager step
+        say(f"building {settings.preset}, reading a batch")
         setup, batch = prepare(settings)
         from bench.limits import best_batch, peak, search_batch, sized
         from bench.trainers import Ours
