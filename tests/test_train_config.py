@@ -34,6 +34,8 @@ def test_a_resolved_config_reads_back(tmp_path: Path) -> None:
     assert read_config(tmp_path / "config.json") == config
     again = parse_config("x", ["--config", str(tmp_path / "config.json"), "--seed", "4"])
     assert again == dataclasses.replace(config, seed=4)
+    (tmp_path / "forced.json").write_text(config_json(dataclasses.replace(config, force=True)))
+    assert parse_config("x", ["--config", str(tmp_path / "forced.json")]) == config, "it was said to one start alone"
 
 
 @pytest.mark.parametrize(
