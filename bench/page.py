@@ -133,7 +133,7 @@ def _lines(section: Section) -> Iterator[str]:
 
 def to_text(table: Table) -> Iterator[str]:
     """A table for a terminal."""
-    yield from filter(None, [table.title])
+    yield from ("", table.title) if table.title else ()
     columns = list(zip(table.header, *table.rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     right = [_is_numbers(table, column) for column in range(len(columns))]

@@ -175,7 +175,7 @@ def toml_of(result: dict[str, Any]) -> str:
     shards = chosen.pop("shards", None)
     environment = result["environment"]
     comments = [f"by {PROG}, {environment['time']}", f"on {one_line(environment)}", result["verdict"]]
-    comments += [line for table in tune_tables(result) if table.rows for line in to_text(table)]
+    comments += [line for table in tune_tables(result) if table.rows for line in to_text(table) if line]
     if shards is not None:
         comments.append(f"the fastest set was {shards}: give it as --shards")
     return to_toml(chosen.pop("backend", "auto"), chosen, comments)
