@@ -268,7 +268,7 @@ def tune_tables(raw: Row) -> Iterator[Table]:
     """What each choice bought."""
     rows = [row | {"so": _kept(row, raw["chosen"])} for row in raw["choices"]]
     bought = cells("{:.2f}", ratio="x as fast", lowest="lowest", highest="highest")
-    columns = [*cells("", "setting", "default", chosen="tried"), *bought, *cells("", so="so")]
+    columns = [*cells("", "setting", "default", chosen="tried"), *bought, *cells("", so="verdict")]
     yield rows_table("What each choice bought", rows, columns)
 
 
