@@ -37,7 +37,7 @@ class _Slot:
         self.visit = visit
         self.estimate = estimate
         self.claimed = False
-        self.result: Loaded | BaseException | None = None
+        self.result: list[Loaded] | BaseException | None = None
 
 
 class BlockReader:
@@ -83,8 +83,9 @@ class BlockReader:
             self._plan_until(1)
             return self._slots[0].visit.first if self._slots else None
 
-    def get(self) -> Loaded:
-        """The next visit, waited for. Raises what its reading raised; InputError where it hangs beyond the limit."""
+    def get(self) -> list[Loaded]:
+        """The next visit, in parts, waited for. Raises what its reading raised; InputError where it hangs beyond the
+        limit."""
         with self._lock:
             self._plan_until(1)
             slot = self._slots[0]
@@ -100,12 +101,12 @@ class BlockReader:
             self._slots.popleft()
             return slot.result
 
-    def load_one(self, visit: Visit) -> Loaded:
+    def load_one(self, visit: Visit) -> list[Loaded]:
         """A visit out of turn, loaded by the caller's thread; release it too."""
         return self.loader.load(visit, _Pool(self, _Slot(visit, 0)))
 
     def release(self, loaded: Sequence[Loaded]) -> None:
-        """Give the buffers of visits back; their images are no longer valid."""
+        """Give the buffers of parts of visits back; their images are no longer valid."""
         if loaded:
             self._give([each.buffer for each in loaded])
 
@@ -150,7 +151,7 @@ class BlockReader:
     def _work(self) -> None:
         while (slot := self._claim()) is not None:
             try:
-                result: Loaded | BaseException = self._load(slot)
+                result: list[Loaded] | BaseException = self._load(slot)
             except BaseException as error:  # handed to the consumer, who raises it
                 result = error
             with self._lock:
@@ -209,18 +210,20 @@ class BlockReader:
         while len(self._slots) < count and self._plan() is not None:
             pass
 
-    def _load(self, slot: _Slot) -> Loaded:
+    def _load(self, slot: _Slot) -> list[Loaded]:
         try:
             return self.loader.load(slot.visit, _Pool(self, slot))
-        except BaseException:
-            self._forget_estimate(slot)
-            raise
+        finally:
+            with self._lock:
+                self._pending -= slot.estimate
+                slot.estimate = 0
 
     def _take(self, slot: _Slot, size: int) -> NDArray[np.uint8]:
-        """A buffer for a visit, whose true size now stands for the estimate."""
+        """A buffer for a visit, whose true size now stands for as much of the estimate."""
         with self._lock:
-            self._pending -= slot.estimate
-            slot.estimate = 0
+            planned = min(slot.estimate, size)
+            self._pending -= planned
+            slot.estimate -= planned
             return self._buffers.take(size)
 
     def _give(self, buffers: Sequence[NDArray[np.uint8]]) -> None:
@@ -228,12 +231,6 @@ class BlockReader:
             for buffer in buffers:
                 self._buffers.give(buffer)
             self._wake_another()
-
-    def _forget_estimate(self, slot: _Slot) -> None:
-        """Where reading failed before it took a buffer."""
-        with self._lock:
-            self._pending -= slot.estimate
-            slot.estimate = 0
 
 
 class _Pool:

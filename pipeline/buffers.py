@@ -18,6 +18,8 @@ PAGE = 4096
 """Buffers are whole pages."""
 MOST_MEMORY = 256 << 20
 """Bytes that are read ahead unless more is asked for."""
+PART_BYTES = 512 << 10
+"""Of the images of a visit about as many lie in one buffer, which is free again as soon as they are used."""
 AHEAD_BYTES = 12 << 20
 """Of those, for visits that nobody needs yet, unless threads need more to be at work all the time."""
 
@@ -74,17 +76,20 @@ def block_bytes(manifest: Manifest, shard: ShardInfo) -> int:
 
 
 def read_ahead(sets: Sequence[ShardSet], live: Sequence[int], threads: int) -> int:
-    """Bytes that reading needs not to wait for memory: each stream's visit, its next, and four for each thread.
+    """Bytes that reading needs not to wait for memory: what is left of each stream's visit, its next, and four for each
+    thread.
 
-    `live`: streams that each set has on this rank. A visit is a block but where streams meet in one; then those that
-    are live at a time are the longer ones, by a third where all lengths are as frequent. Reading on would only take
-    memory from others.
+    `live`: streams that each set has on this rank. Half a visit is left, as a mean over the streams, which are at all
+    points of theirs, and half a part that is used in part. A visit is a block but where streams meet in one; then those
+    that are live at a time are the longer ones, by a third where all lengths are as frequent. Reading on would only
+    take memory from others.
     """
     visits = most = 0.0
     for each, streams in zip(sets, live, strict=True):
         row, layout = max(shard.tar.bytes / shard.rows for shard in each.shards), each.layout
         mean = layout.samples / (layout.blocks + max(streams, 1) - 1)
-        visits += streams * min(layout.block_rows, 4 / 3 * mean) * row
+        visit = min(layout.block_rows, 4 / 3 * mean) * row
+        visits += streams * (visit + min(visit, PART_BYTES)) / 2
         most = max(most, layout.block_rows * row)
     ahead = max(AHEAD_BYTES, 2 * threads * most)
     return min(int(visits + min((sum(live) + 4 * threads) * most, ahead)), MOST_MEMORY)

@@ -113,7 +113,7 @@ class EncodedBatches:
         position = encoded.position + self._world.rank + index * self._world.size
         block, within = divmod(int(record["planned"]), self._reader.loader.shards.block_rows(shard))
         visit = Visit(first=position, step=1, shard=shard, block=block, rows=np.array([within]))
-        loaded = self._reader.load_one(visit)
+        [loaded] = self._reader.load_one(visit)
         image, records = loaded.images[0].copy(), loaded.records
         self._reader.release([loaded])
         records["shard"], records["address"] = shard, image.ctypes.data
@@ -126,13 +126,13 @@ class EncodedBatches:
     def _gather(self, begin: int, end: int) -> None:
         """Take the visits that start before `end` and lay them out. None of them starts before `begin`."""
         while (first := self._reader.next_first()) is not None and first < end:
-            loaded = self._reader.get()
-            last = loaded.visit.last
-            heapq.heappush(self._live, (last, first, loaded))  # no two have the same positions
-            if (last - begin) // self._world.size >= len(self._window):
-                self._widen(last - begin)
-            else:
-                self._lay_out(loaded)
+            for loaded in self._reader.get():
+                last = loaded.visit.last
+                heapq.heappush(self._live, (last, loaded.visit.first, loaded))  # no two have the same positions
+                if (last - begin) // self._world.size >= len(self._window):
+                    self._widen(last - begin)
+                else:
+                    self._lay_out(loaded)
 
     def _widen(self, span: int) -> None:
         """A window for so many positions at least, with all that is under way in it."""

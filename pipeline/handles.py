@@ -1,4 +1,4 @@
-"""Open shards, shared by the reading threads: a bounded number of files, and the rows of short blocks kept.
+"""Open shards, shared by the reading threads: a bounded number of files, and the rows of small sets kept.
 
 A shard is opened outside the common lock, so that one that hangs holds up its own readers alone. Copies on the node are
 taken as soon as they are there; one that proves damaged is not trusted again. Where several data sets are mixed, shards
@@ -31,8 +31,9 @@ Records = NDArray[np.void]
 MAX_OPEN_SHARDS = 256
 """Kept open at once, two file descriptors each."""
 ROWS_KEPT = 65_536
-"""Rows (without images, about 250 bytes each) kept for the next visit to their block: a row group costs 0.55 ms to
-read, a tenth of all work in a small set of short blocks. A large set does not come back to a block this soon."""
+"""Rows (without images, about 250 bytes each) of a set that are all kept for the next visits to their blocks: a row
+group costs 0.55 ms to read, a tenth of all work in a small set of short blocks. A larger set has longer ones, and does
+not come back to a block before it is forgotten."""
 
 
 def record_type(manifest: Manifest) -> np.dtype:
@@ -85,6 +86,11 @@ class ShardSet:
     copies: Stage | None = None
     """Copies on the node."""
 
+    @property
+    def rows(self) -> int:
+        """Of all shards."""
+        return sum(shard.rows for shard in self.shards)
+
 
 class _Entry:
     """A shard that is open or being opened, and how many are at it."""
@@ -103,9 +109,7 @@ class OpenShards:
         self.first = (0, *itertools.accumulate(len(each.shards) for each in sets[:-1]))
         """Number of each set's first shard."""
         self._open: OrderedDict[tuple[int, bool], _Entry] = OrderedDict()
-        self._rows: OrderedDict[tuple[int, int], Records] = OrderedDict()
-        self._kept = 0
-        """Rows of them: sets differ in those of a block."""
+        self._rows: dict[tuple[int, int], Records] = {}
         self._lock = threading.Lock()
 
     def find(self, number: int) -> tuple[ShardSet, int]:
@@ -158,24 +162,12 @@ class OpenShards:
 
     def records(self, shard: OpenShard, number: int, block: int) -> Records:
         """The records of a block of a shard in use, from those kept if they are there."""
-        with self._lock:
-            records = self._rows.get((number, block))
-            if records is not None:
-                self._rows.move_to_end((number, block))
-                return records
-        manifest = self.find(number)[0].manifest
-        records = block_records(shard.read_rows(block), manifest, block * manifest.block_rows)
-        with self._lock:
-            self._forget((number, block))  # another thread's
-            self._rows[number, block] = records
-            self._kept += len(records)
-            while self._kept > ROWS_KEPT:
-                self._forget(next(iter(self._rows)))
-        return records
-
-    def _forget(self, place: tuple[int, int]) -> Records | None:
-        records = self._rows.pop(place, None)
-        self._kept -= 0 if records is None else len(records)
+        records = self._rows.get((number, block))
+        if records is None:
+            own, _ = self.find(number)
+            records = block_records(shard.read_rows(block), own.manifest, block * own.manifest.block_rows)
+            if own.rows <= ROWS_KEPT:
+                self._rows[number, block] = records
         return records
 
     def distrust(self, number: int, why: InputError) -> None:
@@ -183,9 +175,8 @@ class OpenShards:
         own, local = self.find(number)
         assert own.copies is not None
         own.copies.distrust(local, str(why))
-        with self._lock:
-            for key in [key for key in self._rows if key[0] == number]:
-                self._forget(key)
+        for key in [key for key in tuple(self._rows) if key[0] == number]:
+            self._rows.pop(key, None)
 
     def close(self) -> None:
         """Close all files."""

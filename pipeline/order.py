@@ -69,6 +69,11 @@ class Visit:
         """Position of the last row."""
         return self.first + (len(self.rows) - 1) * self.step
 
+    def part(self, first: int, end: int) -> "Visit":
+        """Its rows number first .. end - 1."""
+        rows, begin = self.rows[first:end], self.first + first * self.step
+        return Visit(first=begin, step=self.step, shard=self.shard, block=self.block, rows=rows)
+
 
 class Order(Protocol):
     """What the loader needs to know of an order."""

@@ -73,6 +73,10 @@ def _transient(error: BaseException) -> int | None:
     return cause.errno if isinstance(cause, OSError) and cause.errno in TRANSIENT else None
 
 
+Piece = tuple[int, NDArray[np.uint8]]
+"""Offset in the tar, and the memory for what begins there. Several are in the order of the tar and do not overlap."""
+
+
 class OpenShard:
     """One shard in use: its table rows and its image bytes, both retried. Shared by the reading threads."""
 
@@ -101,11 +105,11 @@ class OpenShard:
         with self._busy.doing(f"at {self.name}.parquet, block {block},"):
             return retried(attempt, self._stats, self._mend)
 
-    def read_into(self, buffer: NDArray[np.uint8], offset: int, gaps: Sequence[tuple[int, int]] = ()) -> None:
-        """Fill a buffer from the tar's bytes at an offset, in one request. InputError, with the reason, where that
-        cannot be done. `gaps`: places in the buffer behind which so many bytes of the tar are left out.
-        """
-        parts, size, done = _parts(buffer.data, gaps), len(buffer) + sum(gap for _, gap in gaps), 0
+    def read_into(self, pieces: Sequence[Piece]) -> None:
+        """Fill pieces of memory with the tar's bytes, in one request. InputError, with the reason, where that cannot
+        be done."""
+        parts, offset, done = _parts(pieces), pieces[0][0], 0
+        size = pieces[-1][0] + len(pieces[-1][1]) - offset
 
         def attempt() -> None:
             nonlocal done
@@ -127,7 +131,7 @@ class OpenShard:
         """Read an image's bytes once more, from the disk rather than the page cache where the system allows it."""
         os.posix_fadvise(self._reader.fd, offset, len(image), os.POSIX_FADV_DONTNEED)
         self._stats.add(retries=1)
-        self.read_into(image, offset)
+        self.read_into([(offset, image)])
 
     def close_stale(self) -> None:
         """Close the files that were opened anew. Nobody may be reading."""
@@ -177,15 +181,17 @@ _UNWANTED = memoryview(bytearray(256 << 10))
 """Where bytes go that nobody looks at: small, so that it stays in the core's cache."""
 
 
-def _parts(buffer: memoryview, gaps: Sequence[tuple[int, int]]) -> list[memoryview]:
+def _parts(pieces: Sequence[Piece]) -> list[memoryview]:
     """Where the bytes of a request go, one after the other."""
-    parts, begin = [], 0
-    for place, size in gaps:
-        parts.append(buffer[begin:place])
-        whole, rest = divmod(size, len(_UNWANTED))
-        parts += [_UNWANTED] * whole + [_UNWANTED[:rest]]
-        begin = place
-    return [*parts, buffer[begin:]]
+    parts: list[memoryview] = []
+    end = pieces[0][0]
+    for begin, memory in pieces:
+        while end < begin:
+            parts.append(_UNWANTED[: begin - end])
+            end += len(parts[-1])
+        parts.append(memory.data)
+        end = begin + len(memory)
+    return parts
 
 
 def _behind(parts: list[memoryview], done: int) -> list[memoryview]:

@@ -4,7 +4,8 @@ What a copy on the node gets wrong is read again from the shared folder before a
 are bad must not depend on the node.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
+from pipeline.buffers import PART_BYTES
 from pipeline.handles import OpenShards, Records, key_of
 from pipeline.order import Visit
 from pipeline.quarantine import BadSample, Quarantine
@@ -35,7 +37,8 @@ class Pool(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loaded:
-    """A visit with its data, all in its order of use. The images are views of a buffer: release it after use."""
+    """A visit, or a part of one, with its data, all in its order of use. The images are views of a buffer: release it
+    after use."""
 
     visit: Visit
     images: list[NDArray[np.uint8]]
@@ -51,8 +54,9 @@ class VisitLoader:
     def __init__(self, shards: OpenShards, quarantine: Quarantine) -> None:
         self.shards, self.quarantine = shards, quarantine
 
-    def load(self, visit: Visit, pool: Pool) -> Loaded:
-        """A visit's data. InputError for what cannot be read, and for bad samples where none are tolerated."""
+    def load(self, visit: Visit, pool: Pool) -> list[Loaded]:
+        """A visit's data, in parts that have a buffer each. InputError for what cannot be read, and for bad samples
+        where none are tolerated."""
         return self._at(visit.shard, lambda shard: self._load(visit, shard, pool))
 
     def retire(self, number: int, row: int, why: str) -> None:
@@ -72,7 +76,7 @@ class VisitLoader:
         with self.shards.use(number) as shard:
             return action(shard)
 
-    def _load(self, visit: Visit, shard: OpenShard, pool: Pool) -> Loaded:
+    def _load(self, visit: Visit, shard: OpenShard, pool: Pool) -> list[Loaded]:
         block = self.shards.records(shard, visit.shard, visit.block)
         first = visit.block * self.shards.block_rows(visit.shard)
         while True:
@@ -81,20 +85,25 @@ class VisitLoader:
             )
             records = block.take(places)  # with [] numpy looks at each field: five times the work
             records["planned"] = visit.rows + first
-            buffer, images = read_images(shard, records, pool)
+            buffers, images = read_images(shard, records, pool)
             try:
                 damaged = find_damaged(shard, images, records)
             except BaseException:  # its second reading failed; the shared folder may stand in for it
-                pool.give(buffer)
+                give_all(buffers, pool)
                 raise
             if not damaged:
                 break
-            pool.give(buffer)
+            give_all(buffers, pool)
             if shard.staged:  # of no weight: the shared folder is asked next
                 raise InputError("an image of it is damaged")
             self._condemn(visit.shard, records, damaged, "is damaged: its xxh3 differs")
         self.shards.stats.add(blocks=1)
-        return Loaded(visit=visit, images=images, records=records, buffer=buffer)
+        if len(buffers) == 1:
+            return [Loaded(visit=visit, images=images, records=records, buffer=buffers[0])]
+        return [
+            Loaded(visit=visit.part(*span), images=images[slice(*span)], records=records[slice(*span)], buffer=buffer)
+            for span, buffer in zip(spans(len(images), len(buffers)), buffers, strict=True)
+        ]
 
     def _condemn(self, number: int, records: Records, wrong: list[int], why: str) -> None:
         """Note samples as bad, the one of the lowest row first, which is the one that an error names."""
@@ -103,41 +112,66 @@ class VisitLoader:
             self.quarantine.condemn(BadSample(shard=number, row=row, key=key_of(record), offset=offset, why=why))
 
 
-def read_images(shard: OpenShard, records: Records, pool: Pool) -> tuple[NDArray[np.uint8], list[NDArray[np.uint8]]]:
-    """A buffer from the pool and the images of records as views of it, read in one go; they get their addresses."""
+UNWANTED_BYTES = 64 << 10
+"""Between the images of a small visit, up to which they are read as they lie, which is the least work."""
+
+
+def spans(count: int, parts: int) -> list[tuple[int, int]]:
+    """So many things in parts that are equal, or nearly: the first of each, and the first behind it."""
+    return [(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
+
+
+Read = tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]]
+"""Buffers from the pool, one for each of the `spans` of some records, and the images as views of them."""
+
+
+def read_images(shard: OpenShard, records: Records, pool: Pool) -> Read:
+    """The images of records, read in one go; the records get their addresses."""
     starts, sizes = records["offset"].tolist(), records["size"].tolist()
     begin, end = min(starts), max(map(int.__add__, starts, sizes))
-    places = [start - begin for start in starts]
-    gaps: list[tuple[int, int]] = []
-    if end - begin - sum(sizes) > UNWANTED_BYTES:
-        places, gaps = _close_up(places, sizes)
-    size = end - begin - sum(gap for _, gap in gaps)
-    buffer = pool.take(size)
+    if end - begin > min(PART_BYTES, sum(sizes) + UNWANTED_BYTES):
+        return _read_parts(shard, records, pool, starts, sizes)
+    buffer = pool.take(end - begin)
     try:
-        shard.read_into(buffer[:size], begin, gaps)
+        shard.read_into([(begin, buffer[: end - begin])])
     except BaseException:
         pool.give(buffer)
         raise
-    records["address"] = buffer.ctypes.data + np.array(places)
-    return buffer, [buffer[at : at + size] for at, size in zip(places, sizes, strict=True)]
+    records["address"] = buffer.ctypes.data + (records["offset"] - begin)
+    return [buffer], [buffer[start - begin : start - begin + size] for start, size in zip(starts, sizes, strict=True)]
 
 
-UNWANTED_BYTES = 64 << 10
-"""Bytes between two images from which on they take no memory: films of a visit lie scattered where it is a part of a
-block, and bare pixels of those between would be most of what it holds."""
+def _read_parts(shard: OpenShard, records: Records, pool: Pool, starts: list[int], sizes: list[int]) -> Read:
+    """As `read_images`, without what lies between, in several buffers in their order of use, so that the first can be
+    given back before the last. An image that is used more than once lies where it is used last.
+    """
+    last_use = dict(zip(starts, range(len(starts)), strict=True))
+    use = [last_use[start] for start in starts]
+    if repeated := len(last_use) < len(starts):
+        records["size"] = [sizes[number] for number in use]
+        sizes = [size if use[number] == number else 0 for number, size in enumerate(sizes)]
+    buffers, images, addresses = list[NDArray[np.uint8]](), list[NDArray[np.uint8]](), list[int]()
+    try:
+        for first, end in spans(len(sizes), min(len(sizes), max(1, round(sum(sizes) / PART_BYTES)))):
+            edges = list(itertools.accumulate(sizes[first:end], initial=0))
+            buffers.append(buffer := pool.take(max(1, edges[-1])))
+            images += [buffer[begin:stop] for begin, stop in itertools.pairwise(edges)]
+            address = buffer.ctypes.data
+            addresses += [address + begin for begin in edges[:-1]]
+        shard.read_into([(start, images[number]) for start, number in sorted(last_use.items())])
+    except BaseException:
+        give_all(buffers, pool)
+        raise
+    if repeated:
+        images, addresses = [images[number] for number in use], [addresses[number] for number in use]
+    records["address"] = addresses
+    return buffers, images
 
 
-def _close_up(places: list[int], sizes: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-    """The places of images (n,) when what lies between them is left out where that is much, and these gaps: behind
-    which place, so counted, how many bytes."""
-    gaps, moved, end, closed = [], 0, 0, dict[int, int]()
-    for place, size in sorted(zip(places, sizes, strict=True)):
-        if place - end > UNWANTED_BYTES:
-            gaps.append((end - moved, place - end))
-            moved += place - end
-        closed[place] = place - moved
-        end = max(end, place + size)
-    return [closed[place] for place in places], gaps
+def give_all(buffers: Sequence[NDArray[np.uint8]], pool: Pool) -> None:
+    """Give buffers back."""
+    for buffer in buffers:
+        pool.give(buffer)
 
 
 def find_damaged(shard: OpenShard, images: list[NDArray[np.uint8]], records: Records) -> list[int]:

@@ -30,13 +30,13 @@ class Loader:
         self.threads: list[int] = []
         self.hangs, self.released = -1, threading.Event()
 
-    def load(self, visit: Visit, pool: Pool) -> Loaded:
+    def load(self, visit: Visit, pool: Pool) -> list[Loaded]:
         self.threads.append(threading.get_ident())
         if visit.first == self.hangs:
             assert self.released.wait(20)
         elif visit.first == self.hangs + 1 and self.hangs >= 0:
             self.released.set()
-        return Loaded(visit=visit, images=[], records=np.empty(0), buffer=pool.take(SIZE))
+        return [Loaded(visit=visit, images=[], records=np.empty(0), buffer=pool.take(SIZE))]
 
 
 @pytest.fixture
@@ -77,10 +77,10 @@ def loads(reader: BlockReader) -> list[int]:
 def test_threads_sleep_until_an_eighth_of_the_memory_is_free_and_then_one_wakes(reader: BlockReader) -> None:
     assert len(loads(reader)) == ROOM
     for _ in range(6):
-        reader.release([reader.get()])
+        reader.release(reader.get())
     with reader._lock:
         assert asleep(reader) == 2 and len(loads(reader)) == ROOM
-    reader.release([reader.get()])
+    reader.release(reader.get())
     until_asleep(reader)
     assert len(loads(reader)) == ROOM + 7 and len(set(loads(reader)[ROOM:])) == 1
 
@@ -88,7 +88,7 @@ def test_threads_sleep_until_an_eighth_of_the_memory_is_free_and_then_one_wakes(
 def test_one_that_wakes_wakes_another_where_a_quarter_is_free(reader: BlockReader) -> None:
     """The first hangs at its visit until the other reads the one behind."""
     reader.loader.hangs = ROOM  # type: ignore[attr-defined]
-    held = [reader.get() for _ in range(ROOM)]
+    held = [part for _ in range(ROOM) for part in reader.get()]
     reader.release(held[:20])
     until_asleep(reader)
     assert len(set(loads(reader)[ROOM:])) == 2
@@ -101,14 +101,14 @@ def test_whoever_holds_most_of_the_memory_never_waits_with_all_threads_asleep(
     monkeypatch.setattr(blocks, "STARVES_S", 60)
     held: deque[Loaded] = deque()
     for number in range(600):
-        held.append(reader.get())
+        held += reader.get()
         assert held[-1].visit.first == number
         if len(held) == ROOM - 6:
             reader.release([held.popleft()])
 
 
 def test_whoever_holds_all_of_it_gets_one_visit_after_the_other(reader: BlockReader) -> None:
-    held = [reader.get() for _ in range(ROOM + 9)]
+    held = [part for _ in range(ROOM + 9) for part in reader.get()]
     assert [each.visit.first for each in held] == list(range(ROOM + 9))
     until_asleep(reader)
     assert len(loads(reader)) == ROOM + 9
@@ -120,20 +120,20 @@ def test_all_threads_wake_for_a_visit_that_is_waited_for_too_long(
     """The first thread hangs at it until the other reads the one behind, for which there is room for long."""
     monkeypatch.setattr(blocks, "STARVES_S", 0.01)
     reader.loader.hangs = ROOM  # type: ignore[attr-defined]
-    held = [reader.get() for _ in range(ROOM)]
+    held = [part for _ in range(ROOM) for part in reader.get()]
     reader.release(held[:7])
-    assert reader.get().visit.first == ROOM
+    assert reader.get()[0].visit.first == ROOM
     assert len(set(loads(reader)[ROOM:])) == 2
 
 
 def test_memory_that_was_planned_for_is_free_again_where_reading_fails(
     reader: BlockReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> Loaded:
+    def fail(*_: object) -> list[Loaded]:
         raise OSError("no")
 
     monkeypatch.setattr(reader.loader, "load", fail)
-    held = [reader.get() for _ in range(ROOM)]
+    held = [part for _ in range(ROOM) for part in reader.get()]
     reader.release(held)
     with pytest.raises(OSError, match="no"):
         reader.get()

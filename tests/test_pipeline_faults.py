@@ -509,7 +509,7 @@ def test_a_read_that_was_damaged_on_its_way_is_no_bad_sample(shards_dir: Path, m
         count = preadv(descriptor, buffers, offset)
         calls[0] += 1
         if calls[0] % 5 == 0:
-            buffers[0][count // 2] ^= 1
+            buffers[0][len(buffers[0]) // 2] ^= 1
         return count
 
     monkeypatch.setattr(read.os, "preadv", flaky)

@@ -248,26 +248,24 @@ def test_blocks_are_counted_by_the_rows_of_their_own_set() -> None:
     assert [len(shards.candidates(*place)) for place in ((0, 0), (2, 12), (3, 0), (9, 1))] == [16, 8, 190, 10]
 
 
-def test_long_blocks_of_one_set_do_not_put_out_the_short_ones_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept is counted in rows, whichever set was read last."""
+def test_rows_of_small_sets_are_kept_and_those_of_large_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a set is mixed with."""
     read: Counter = Counter()
 
     def make(_: object, manifest: SimpleNamespace, first: int) -> np.ndarray:
         read[manifest.block_rows, first] += 1
         return np.zeros(manifest.block_rows)
 
-    monkeypatch.setattr(handles, "ROWS_KEPT", 400)
+    monkeypatch.setattr(handles, "ROWS_KEPT", 200)
     monkeypatch.setattr(handles, "block_records", make)
-    sets = [SimpleNamespace(shards="a", manifest=SimpleNamespace(block_rows=rows)) for rows in (2, 100)]
+    sets = [SimpleNamespace(shards="a", rows=200, manifest=SimpleNamespace(block_rows=rows)) for rows in (2, 100)]
+    sets[1].rows = 201
     shards, shard = OpenShards(sets), SimpleNamespace(read_rows=lambda _: None)  # type: ignore[arg-type]
     for _ in range(3):
-        for block in range(100):
-            shards.records(shard, 0, block)  # type: ignore[arg-type]
-        shards.records(shard, 1, 0)  # type: ignore[arg-type]
-    assert set(read.values()) == {1} and len(read) == 101
-    for block in range(4):
-        shards.records(shard, 1, block)  # type: ignore[arg-type]
-    assert sum(map(len, shards._rows.values())) == 400
+        for number, block in [(0, block) for block in range(100)] + [(1, 0), (1, 1)]:
+            assert len(shards.records(shard, number, block)) == (2, 100)[number]  # type: ignore[arg-type]
+    assert {key: count for key, count in read.items() if count != 1} == {(100, 0): 3, (100, 100): 3}
+    assert sum(map(len, shards._rows.values())) == 200
 
 
 def test_sets_that_lie_alike_are_shuffled_differently(shards_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -15,16 +16,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeline import read, visits
-from pipeline.batch import World
+from pipeline.batch import DIGEST_MODULUS, World, digest_batch
 from pipeline.blocks import BlockReader
-from pipeline.buffers import Buffers
+from pipeline.buffers import PAGE, Buffers
 from pipeline.config import LoaderConfig
 from pipeline.handles import OpenShards, ShardSet
 from pipeline.loader import build_loader
 from pipeline.order import Layout, ShuffledOrder
 from pipeline.quarantine import Quarantine, ShardNames
 from pipeline.stall import Busy
-from pipeline.visits import VisitLoader, read_images
+from pipeline.visits import VisitLoader, give_all, read_images
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import Rows, ShardReader
@@ -117,10 +118,10 @@ def test_a_tar_that_changes_size_while_open_is_named(copy: Path, change: Callabl
     shard = read.OpenShard(lambda: ShardReader(copy, manifest, manifest.splits["train"][0]), read.ReadStats(), Busy())
     path = copy / "train-000000.tar"
     buffer = np.empty(path.stat().st_size - 4096, dtype=np.uint8)
-    shard.read_into(buffer, 4096)
+    shard.read_into([(4096, buffer)])
     os.truncate(path, change(path.stat().st_size))
     with pytest.raises(InputError, match=r"train-000000.*changed while in use"):
-        shard.read_into(buffer, 4096)
+        shard.read_into([(4096, buffer)])
     shard.close()
 
 
@@ -209,7 +210,7 @@ def test_more_memory_than_there_is_is_refused() -> None:
 
 
 def test_what_lies_between_scattered_images_takes_no_memory(tmp_path: Path) -> None:
-    """Bytes are where they belong, also over many short reads, and where images overlap or come twice."""
+    """Bytes are where they belong, also over many short reads, and where images come twice."""
     content = np.random.default_rng(0).integers(0, 256, 3 << 20, dtype=np.uint8)
     path = tmp_path / "train-000000.tar"
     path.write_bytes(content.tobytes())
@@ -218,21 +219,25 @@ def test_what_lies_between_scattered_images_takes_no_memory(tmp_path: Path) -> N
         source = SimpleNamespace(fd=file.fileno(), info=info)
         shard = read.OpenShard(lambda: source, read.ReadStats(), Busy())  # type: ignore[arg-type,return-value]
         records = np.zeros(6, dtype=[("offset", np.int64), ("size", np.int64), ("address", np.int64)])
-        records["offset"] = 2_900_000, 1_000, 900_000, 905_000, 1_000, 400_000
+        records["offset"] = 2_900_000, 1_000, 900_000, 910_000, 1_000, 400_000
         records["size"] = 100_000, 90_000, 10_000, 120_000, 90_000, 1
         buffers = Buffers(1 << 20)
-        for most in (None, 7_777, 90_000):  # the last ends where an image does
+        for most, part in itertools.product((None, 7_777, 90_000), (1_000, 200_000)):  # 90,000: where an image ends
             with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(visits, "PART_BYTES", part)
                 if most:
                     patch.setattr(read, "MOST_PARTS", 2)
                     patch.setattr(read.os, "preadv", short_reads(most))
-                buffer, images = read_images(shard, records, buffers)
-            assert buffer.nbytes < 400_000
+                taken, images = read_images(shard, records, buffers)
+            # 6 images in 2 parts, or in 6, at most one for each; what comes twice is in the last of its parts.
+            sizes = (110_000, 210_001) if part == 200_000 else (100_000, 1, 10_000, 120_000, 90_000, 1)
+            assert [each.nbytes for each in taken] == [-(-size // PAGE) * PAGE for size in sizes]
             for record, image in zip(records, images, strict=True):
                 begin, size = int(record["offset"]), int(record["size"])
                 assert np.array_equal(image, content[begin : begin + size])
                 assert ctypes.string_at(int(record["address"]), size) == image.tobytes()
-            buffers.give(buffer)
+            give_all(taken, buffers)
+            assert not buffers.used
 
 
 def short_reads(most: int) -> Callable[[int, list[memoryview], int], int]:
@@ -262,10 +267,34 @@ def test_read_ahead_stays_within_its_memory(shards_dir: Path) -> None:
     for expected, _ in zip(order.visits(0, World()), range(40), strict=False):
         assert reader.next_first() == expected.first
         loaded = reader.get()
-        assert loaded.visit.rows.tolist() == expected.rows.tolist()
+        assert np.concatenate([part.visit.rows for part in loaded]).tolist() == expected.rows.tolist()
         assert reader.buffer_bytes <= limit
-        reader.release([loaded])
+        reader.release(loaded)
     reader.close()
+
+
+def test_memory_of_films_that_were_used_is_free_before_all_of_their_block_are(
+    shards_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One stream, and nothing read ahead: what is out falls by parts; samples and pixels stay what they are."""
+    monkeypatch.setattr(BlockReader, "_has_room", lambda *_: False)
+    config = LoaderConfig(shards=shards_dir, backend="cpu", batch_size=2, threads=1, ahead=1, streams=1)
+
+    def look() -> tuple[int, float, set[int]]:
+        digest, pixels, used = 0, 0.0, set()
+        with build_loader(config, World()) as loader:
+            for _ in range(48):
+                batch = next(loader)
+                digest, pixels = digest + digest_batch(batch, World()), pixels + float(batch.images.double().sum())
+                assert loader._reader is not None
+                used.add(loader._reader._buffers.used)
+        return digest % DIGEST_MODULUS, pixels, used
+
+    whole = look()
+    monkeypatch.setattr(visits, "PART_BYTES", 20_000)
+    parts = look()
+    assert parts[:2] == whole[:2] and max(parts[2]) <= max(whole[2]) + 16 * PAGE
+    assert min(parts[2] - {0}) < 0.4 * min(whole[2] - {0})
 
 
 def test_a_second_reading_that_fails_gives_its_buffer_back(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
