@@ -172,7 +172,7 @@ def test_signals_save_and_ask_for_the_rest(
         while not list(out.rglob(".tmp-step-*")):
             assert life.running()
             time.sleep(0.0005)
-        life.send(life.ranks(), signal.SIGUSR2)
+        life.send(life.ranks(), signal.SIGUSR1)
     asked_at = rows(out)[-1]["step"]
     codes, errors = life.join()
     assert codes == [0, 0], errors

@@ -31,6 +31,7 @@ from train.rundir import RunFolder, versions
 from train.tracking import WatchConfig, check_installed, harmless, lasting_output
 
 CANARY = "CANARY4711"
+ALL_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 
 
 def config(out: Path, **more) -> TrainConfig:
@@ -400,7 +401,7 @@ def hear(number: signal.Signals) -> StopRequest:
         return stop
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", ALL_SIGNALS)
 def test_signals_ask_for_an_end(number: signal.Signals) -> None:
     assert hear(number).asked
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -166,7 +166,7 @@ def together(ranks: Ranks, prog: str, build: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 
 
 class StopRequest:
