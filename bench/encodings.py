@@ -18,9 +18,8 @@ from shards.errors import InputError
 from shards.schema import CODEC_EXTENSIONS
 from shards.tar import BLOCK
 
-_IN_TAR = 5.5 * BLOCK
-"""Bytes a film takes in the tar beside its own: three headers, report and labels where they take up to a block each,
-and, on average, half a block of padding."""
+_IN_TAR = 5 * BLOCK
+"""Bytes a film takes in the tar beside its own and padding: three headers, report and labels up to a block each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +99,9 @@ def summary(rounds: Sequence[Trial]) -> dict[str, Any]:
     lossless = not any(each.error for each in trial.losses)  # JSON has no infinity
     return {
         "bytes": trial.size,
-        "tar_bytes": trial.size + _IN_TAR,
+        "tar_bytes": trial.size
+        + _IN_TAR
+        + (BLOCK / 2 if trial.size % BLOCK else 0),  # half a block of padding, on average
         **{field: median(each[field] for each in times) for field in times[0]},
         "psnr": None if lossless else trial.psnr,
         "resized_psnr": None if lossless else psnr(resized),
