@@ -10,7 +10,6 @@ Then memory: the ingest of made-up films of several sizes, all its processes tog
 """
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -23,13 +22,12 @@ from typing import Any
 from unittest.mock import patch
 
 from bench.floor import Floor, measure_floor
-from bench.machine import environment, one_line
-from bench.processes import Run, bench_guard, pinned, run_watched
-from bench.sizes import measure_sizes, repeat_csv, size_table, store_repeated
+from bench.machine import bench_main, environment
+from bench.processes import Run, pinned, run_watched
+from bench.sizes import measure_sizes, repeat_csv, store_repeated
 from bench.storage import SlowFileSystem, SlowSettings, evict
 from ingest.config import SourceConfig
-from shards.atomic import check_writable, write_atomic
-from shards.cli import parse, say
+from shards.cli import say
 from shards.errors import InputError
 
 PHASES = ("start", "encode", "assemble", "finish")
@@ -94,7 +92,7 @@ Rounds = list[tuple[Floor, Run]]
 def run_bench(config: IngestBenchConfig) -> dict[str, Any]:
     """Measure everything; the result is what `--json` writes."""
     settings = {name: getattr(config, name) for name in ("repeat", "rounds", "cold", "latency_ms", "bandwidth_mb")}
-    result: dict[str, Any] = {"environment": environment(), "settings": settings}
+    result: dict[str, Any] = {"bench": "ingest", "environment": environment(), "settings": settings}
     with tempfile.TemporaryDirectory(prefix="bench-ingest-", dir=config.out) as name:
         folder = Path(name)
         if config.csv:
@@ -105,7 +103,7 @@ def run_bench(config: IngestBenchConfig) -> dict[str, Any]:
             result["scaling"] = list(_scaling(taken))
         if config.memory_gb:
             result["memory"] = measure_sizes(config.memory_gb, folder, max(config.workers))
-    return result
+    return result | {"verdict": verdict(result)}
 
 
 @contextlib.contextmanager
@@ -205,48 +203,21 @@ def _scaling(taken: list[tuple[Case, Rounds]]) -> Iterator[dict[str, Any]]:
         }
 
 
-def table(result: dict[str, Any]) -> Iterator[str]:
-    """The results as lines of text."""
-    if "cases" in result:
-        yield from _speed_table(result)
+def verdict(result: dict[str, Any]) -> str:
+    """What the figures mean, in one sentence."""
+    told = [
+        f"{case['layout']}, {case['workers']} worker{'s' * (case['workers'] > 1)}: {case['ingest_films_per_s']:,.0f} "
+        f"films/s, {case['of_floor']:.2f} of reading and encoding alone"
+        for case in result.get("cases", [])
+    ]
     if "memory" in result:
-        yield from size_table(result["memory"])
-
-
-def _speed_table(result: dict[str, Any]) -> Iterator[str]:
-    phases = " ".join(f"{phase + ', s':>11}" for phase in PHASES)
-    yield f"{'films':<26} {'workers':>7} {'floor':>9} {'ingest':>9} {'of floor':>8} {'of CPU':>6} {phases}"
-    for case in result["cases"]:
-        yield (
-            f"{case['layout']:<26} {case['workers']:7} {case['floor_films_per_s']:7,.0f}/s "
-            f"{case['ingest_films_per_s']:7,.0f}/s {case['of_floor']:8.2f} {case['of_floor_cpu']:6.2f} "
-            + " ".join(f"{seconds:11.2f}" for seconds in case["phases_s"].values())
-        )
-    for scaling in result["scaling"]:
-        if scaling["from"] != scaling["to"]:
-            yield (
-                f"{scaling['layout']}: from {scaling['from']} to {scaling['to']} workers the ingest is "
-                f"{scaling['ingest']:.2f}x as fast, the floor {scaling['floor']:.2f}x"
-            )
-    settings = result["settings"]
-    slow = f"{settings['latency_ms']:g} ms a request, bandwidth {settings['bandwidth_mb'] or 'any'} MB/s, "
-    where = "from the disk, " * settings["cold"] + slow * bool(settings["latency_ms"] or settings["bandwidth_mb"])
-    yield f"{where}median of {settings['rounds']} rounds, {result['cases'][0]['films']:,} films"
+        told.append(f"at most {max(run['peak'] for run in result['memory']['runs']) / 2**20:,.0f} MiB in memory")
+    return f"Ingest: {'; '.join(told)}."
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print tables, write JSON."""
-    with bench_guard("bench.ingest"):
-        config = parse(IngestBenchConfig, argv, prog="python -m bench.ingest")
-        if config.json:
-            check_writable(config.json)
-        result = run_bench(config)
-        for line in table(result):
-            say(line)
-        say(f"on {one_line(result['environment'])}")
-        if config.json:
-            write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
-            say(f"written to {config.json}")
+    bench_main("bench.ingest", IngestBenchConfig, argv, run_bench)
 
 
 if __name__ == "__main__":

@@ -148,8 +148,8 @@ def bench_main(
     run: Callable[[Any], dict[str, Any]],
     told: Callable[[dict[str, Any]], Iterable[str]] = lambda result: filter(None, [result.get("verdict")]),
 ) -> None:
-    """Parse a configuration of this kind, which has `json` and `rounds`; measure, print tables, write JSON, and end in
-    what the figures mean.
+    """Parse a configuration of this kind, which has `json`; measure, print tables, write JSON, and end in what the
+    figures mean.
 
     Exit code 2 for a user's mistake, also where the JSON cannot be written, which is seen before anything is measured.
     """
@@ -161,7 +161,7 @@ def bench_main(
             check_writable(config.json)
         result = run(config)
         say_tables(result)
-        say(f"median of {config.rounds} round{'s' * (config.rounds != 1)}, on {one_line(result['environment'])}")
+        say(f"on {one_line(result['environment'])}")
         if config.json:
             write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
             say(f"written to {config.json}")

@@ -173,7 +173,11 @@ def cases_table(cases: Sequence[Case]) -> Table:
         for case in cases
     ]
     first, *rest = [(name, METRICS[name].title, METRICS[name].form) for name in (main, *others) if name] or [_NONE]
-    table = rows_table("", rows, [*cells("", "case"), first, *cells("", "range"), *rest, *SHOWN, *cells("", "rounds")])
+    table = rows_table(
+        "Medians over the rounds",
+        rows,
+        [*cells("", "case"), first, *cells("", "range"), *rest, *SHOWN, *cells("", "rounds")],
+    )
     return replace(table, notes=tuple(dict.fromkeys(f"{case.name}: {case.note}" for case in cases if case.note)))
 
 
@@ -207,9 +211,21 @@ def ingest_tables(raw: Row) -> Iterator[Table]:
     scaled = [*cells("", layout="films"), *cells("{:.0f}", "from", to="to workers")]
     speeds = cells("{:.2f}", ingest="ingest, x", floor="floor, x")
     yield rows_table("More workers", raw.get("scaling", []), [*scaled, *speeds])
-    memory = [{**run, "mib": run["peak"] / 2**20} for run in raw.get("memory", {}).get("runs", [])]
-    columns = cells("{:,.1f}", gigabytes="float32, GB", seconds="s") + cells("{:,.0f}", "films", mib="peak, MiB")
-    yield rows_table("Memory of an ingest, all processes together", memory, columns)
+    found = raw.get("memory", {})
+    memory = [
+        run | {name: size / 2**20 for name, size in zip(("all", "first", "worker"), _sizes(run), strict=True)}
+        for run in found.get("runs", [])
+    ]
+    columns = cells("{:,.1f}", gigabytes="float32, GB", seconds="s") + cells("{:,.0f}", "films")
+    parts = cells("{:,.0f}", all="peak, MiB", first="of the parent", worker="of the largest worker")
+    yield rows_table("Memory of an ingest, all processes together", memory, [*columns, *parts])
+    slopes = {name.replace("_", " "): found[name] for name in ("bytes_a_film", "parent_bytes_a_film") if name in found}
+    yield pairs_table("A straight line through them", slopes, ("slope", "bytes"), "{:,.0f}")
+
+
+def _sizes(run: Row) -> tuple[float, float, float]:
+    """Bytes of all processes, of the parent and of the largest worker."""
+    return run["peak"], run["parent"], max(run["children"], default=0)
 
 
 def encodings_tables(raw: Row) -> Iterator[Table]:

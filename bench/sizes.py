@@ -10,7 +10,6 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,20 +60,6 @@ def measure_sizes(sizes: tuple[float, ...], folder: Path, workers: int) -> dict[
         result["bytes_a_film"] = float(np.polyfit(films, [run.peak for run in runs], 1)[0])
         result["parent_bytes_a_film"] = float(np.polyfit(films, [run.parent for run in runs], 1)[0])
     return result
-
-
-def size_table(result: dict[str, Any]) -> Iterator[str]:
-    """The results as lines of text."""
-    yield f"{'float32':>9} {'films':>9} {'file':>9} {'took':>8} {'peak PSS':>9}  parent + workers, MiB"
-    for run in result["runs"]:
-        parts = " + ".join(f"{size / 2**20:.0f}" for size in (run["parent"], *run["children"]))
-        yield (
-            f"{run['gigabytes']:6.1f} GB {run['films']:9,} {run['file_bytes'] / 1e6:6,.0f} MB {run['seconds']:6.1f} s "
-            f"{run['peak'] / 2**20:5.0f} MiB  {parts}"
-        )
-    if "bytes_a_film" in result:
-        slopes = result["bytes_a_film"], result["parent_bytes_a_film"]
-        yield "a straight line through them: {:,.0f} bytes a film, of the parent {:,.0f}".format(*slopes)
 
 
 def _measure(gigabytes: float, folder: Path, workers: int) -> SizeRun:
