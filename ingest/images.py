@@ -119,7 +119,8 @@ def _is_dark(image: Image.Image) -> bool:
 
     The upper 8 are nearly black then: 16 grey levels of 256. What they should be the file does not say.
     """
-    return image.mode.startswith("I") and 0 < image.getextrema()[1] < 4096  # type: ignore[operator]
+    # by numpy: Pillow has no extrema of big-endian 16 bits, as TIFF may have them
+    return image.mode.startswith("I") and 0 < np.asarray(image).max() < 4096
 
 
 def to_colour(image: Image.Image) -> Image.Image:

@@ -253,6 +253,8 @@ class TestImageFolder:
         for scale, expected in ((16, Fault.FEW_BITS), (1, Fault.FEW_BITS), (17, None), (0, None)):
             for name in ("a.png", "a.tif"):
                 Image.fromarray(film * scale).save(tmp_path / name)
+            Image.frombytes("I;16B", film.shape[::-1], (film * scale).astype(">u2").tobytes()).save(tmp_path / "b.tif")
+            for name in ("a.png", "a.tif", "b.tif"):
                 found = read_film(tmp_path / name, 320)
                 assert found is expected if expected else not isinstance(found, Fault), (scale, name)
 
