@@ -14,7 +14,7 @@ from xxhash import xxh3_128_hexdigest
 
 from ingest.config import SourceConfig
 from ingest.images import Fault, read_film
-from ingest.source import H5Source
+from ingest.source import MAX_PIECES, H5Source
 from shards.errors import InputError
 
 Film = NDArray[np.uint8] | Fault
@@ -90,7 +90,8 @@ class H5Films:
         """
         number = self._number(first)
         part, start = self._part(number), int(self._starts[number])
-        step = max(min(READ_ROWS, _READ_BYTES // part.row_bytes) // part.chunk_rows, 1) * part.chunk_rows
+        most = min(READ_ROWS, _READ_BYTES // part.row_bytes, MAX_PIECES * part.chunk_rows // part.pieces)
+        step = max(most // part.chunk_rows, 1) * part.chunk_rows
         spans = [(row, min(row + step, end - start)) for row in range(first - start, end - start, step)]
         small = step * part.row_bytes <= _MOST_AHEAD
         chunks = _read_spans(part, spans, ahead) if small else (part.read(*span) for span in spans)

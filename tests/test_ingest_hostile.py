@@ -17,6 +17,7 @@ from conftest import REPOSITORY, assert_refused, made_up_images, run_module, wri
 from PIL import Image
 
 from ingest.config import IngestConfig, SourceConfig
+from ingest.films import H5Films
 from ingest.inputs import read_inputs
 from ingest.reports import MAX_FIELD
 from ingest.source import H5Source
@@ -194,6 +195,25 @@ def test_chunks_that_cut_films(
     with pytest.raises(InputError, match=words) as error:
         H5Source(tmp_path / "a.h5", "films")
     assert "h5repack -l films:CHUNK=32x" in str(error.value)
+
+
+def test_films_in_many_pieces_are_read_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HDF5 takes 7 KB for each chunk that a read touches: 32 films of 1,024 pieces took a worker 250 MB."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 64, 64), dtype=np.uint8)
+    reads, read = [], H5Source.read
+
+    def note(self: H5Source, first: int, end: int) -> np.ndarray:
+        reads.append(end - first)
+        return read(self, first, end)
+
+    monkeypatch.setattr(H5Source, "read", note)
+    for chunks, most in ((1, 2, 2), 1), ((1, 4, 4), 4), ((3, 4, 4), 12), ((7, 2, 2), 7), ((1, 16, 16), 32):
+        reads.clear()
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            file.create_dataset("cxr", data=images, chunks=chunks)
+        with H5Films(SourceConfig(h5=(tmp_path / "a.h5",))) as films:
+            assert (np.stack(list(films.read(0, 40))) == images).all()  # type: ignore[arg-type]
+        assert max(reads) == most, chunks
 
 
 def test_pixels_that_are_no_numbers_are_no_grey_levels(tmp_path: Path) -> None:
