@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,6 +204,14 @@ def test_several_checkpoints_are_one_model(run: Path, shards_dir: Path, capsys: 
     capsys.readouterr()
     assert find_checkpoints([run / "best.pt", *files]) == [run / "best.pt", *files[1:]]
     assert capsys.readouterr().out == f"{files[0]} holds what {run / 'best.pt'} does, and counts once\n"
+    # In a copy of the folder they are two files; where one is damaged it is the other.
+    copy = Path(shutil.copytree(run, run.with_name("copy")))
+    content = bytearray((copy / "best.pt").read_bytes())
+    content[-9] ^= 1
+    (copy / "best.pt").write_bytes(content)
+    copies = [copy / "checkpoints" / file.name for file in files]
+    assert find_checkpoints([copy], every=True) == [copies[0], *reversed(copies[1:])]
+    assert f"the digest in its header; {copies[0]} is taken for it\n" in capsys.readouterr().out
     # The top k of a run are those with the lowest loss on val; best.pt, which is step 0 again, counts once.
     losses = {
         file: predict(model_of(read_member(file), manifest), rows(config, "val"), manifest=manifest).loss

@@ -19,7 +19,14 @@ from pipeline.config import LoaderConfig
 from shards.cli import say
 from shards.errors import InputError
 from shards.schema import Manifest
-from train.checkpoint import DamagedCheckpoint, header_digest, list_checkpoints, newest_good, read_checkpoint
+from train.checkpoint import (
+    DamagedCheckpoint,
+    header_digest,
+    list_checkpoints,
+    newest_good,
+    read_checkpoint,
+    verify_checkpoint,
+)
 from train.commandline import from_fields
 from train.config import TrainConfig, loader_config
 from train.model import ClipModel, build_model
@@ -60,10 +67,26 @@ def find_checkpoints(paths: Sequence[Path], *, every: bool = False) -> list[Path
         known.add(file.resolve())
     distinct: dict[str, Path] = {}
     for file in files:
-        first = distinct.setdefault(header_digest(file) or str(file), file)
-        if first is not file and not every:
+        content = header_digest(file) or str(file)
+        first = distinct.setdefault(content, file)
+        if first is not file and _is_damaged_beside(first, file):
+            distinct[content] = file
+        elif first is not file and not every:
             say(f"{file} holds what {first} does, and counts once")
     return list(distinct.values())
+
+
+def _is_damaged_beside(first: Path, file: Path) -> bool:
+    """Whether the first of two files with one digest in their headers is damaged, and the other may not be: a run's
+    best checkpoint and one of its newest are one file, but two in a copy of its folder."""
+    if first.samefile(file):
+        return False
+    try:
+        verify_checkpoint(first)
+    except DamagedCheckpoint as error:
+        say(f"warning: {error}; {file} is taken for it")
+        return True
+    return False
 
 
 def _of_run(root: Path, every: bool) -> list[Path]:
