@@ -152,6 +152,8 @@ def order_lines(sources: Sequence[SourceConfig]) -> Iterator[str]:
         found = [(path, other) for path, other in zip(source.h5, counted, strict=True) if path != other]
         if numbered and found:
             before, after = (path.name for path in found[0])
+            if before == after:  # they lie in folders with numbers
+                before, after = map(str, found[0])
             yield f"HDF5 files are read as given, {before} before {after}: see that the CSV's rows are in that order"
 
 

@@ -40,8 +40,8 @@ _FILE_NAME, _LOOKED_AT = re.compile(r".+\.(?:txt|xml|png|jpe?g|webp|tiff?|dcm)\s
 _NUMBER = re.compile(r"[0-9eE.+-]+")
 """Of what Python takes for a number, what a label is: no `1_0`, no digits of other scripts."""
 _TOO_LARGE, _MOST_VALUES = 10_000, 200
-"""A number from which on, and different ones (or different listed findings) from which on, a column is no label: it is
-ids or dates, and whoever gets the shards would read them.
+"""A number from which on, and different whole ones (or different listed findings) from which on, a column is no label:
+it is ids or dates, and whoever gets the shards would read them.
 """
 _FIELD = re.compile(r"\{([^{}]+)\}")
 
@@ -170,11 +170,12 @@ def _numbers(name: str, column: pa.ChunkedArray) -> NDArray[np.float32]:
     values = np.empty(len(column), dtype=np.float32)
     for row, text in enumerate(strings(column)):
         values[row] = _label(text, name, row)
-    different = len(np.unique(values[np.abs(values) > 1]))
+    # Fractions are measured: scores, logits, ages with a decimal. Ids and dates are whole, be it as `7.0`.
+    different = len(np.unique(values[(np.abs(values) > 1) & (values == np.rint(values))]))
     if different > _MOST_VALUES:
         raise InputError(
-            f"label column {name!r} has {different:,} different numbers beyond -1 to 1, as ids have and labels do not; "
-            "leave it out of --label-columns"
+            f"label column {name!r} has {different:,} different whole numbers beyond -1 to 1, as ids have and labels "
+            "do not; leave it out of --label-columns"
         )
     return values
 

@@ -251,9 +251,9 @@ def test_a_label_of_very_many_numbers_is_an_id_and_of_some_a_warning(tmp_path: P
         h5 = write_h5(tmp_path / "a.h5", np.zeros((len(numbers), 3, 3), np.uint8))
         return IngestConfig(to_shards=tmp_path / "out", h5=(h5,), csv=(table,), label_columns=("L", "Edema"))
 
-    with pytest.raises(InputError, match="label column 'L' has 201 different numbers beyond -1 to 1"):
+    with pytest.raises(InputError, match="label column 'L' has 201 different whole numbers beyond -1 to 1"):
         read_inputs(config(list(range(2, 203))))
-    for numbers in ([each / 1000 for each in range(500)], list(range(2, 202))):
+    for numbers in ([each / 1000 for each in range(500)], list(range(2, 202)), [each / 10 for each in range(950)]):
         line = next(line for line in dry_run(config(numbers)) if line.startswith("labels with numbers"))
         assert line.endswith(": L")
     assert not any("labels with" in line for line in dry_run(config([1, 0, -1])))

@@ -19,7 +19,7 @@ from ingest.config import IngestConfig, SourceConfig, read_sources
 from ingest.encode import blank
 from ingest.films import H5Films
 from ingest.images import Fault, read_film
-from ingest.inputs import read_inputs
+from ingest.inputs import order_lines, read_inputs
 from ingest.plan import Plan
 from ingest.reports import cut_section
 from ingest.run import ingest
@@ -93,6 +93,11 @@ def test_several_files_are_one_source(tmp_path: Path, images: np.ndarray, table:
     parts = [write_h5(tmp_path / f"{n}.h5", images[a:b]) for n, (a, b) in enumerate([(0, 3), (3, 17), (17, 40)])]
     found = run(tmp_path / "out", h5=tuple(parts), csv=(table,), encoding="png")
     assert all((found[key(row)]["pixels"] == images[row]).all() for row in range(40))
+
+
+def test_folders_in_the_order_of_a_shell_are_told_apart() -> None:
+    files = tuple(Path("films", str(number), "cxr.h5") for number in (1, 10, 2))
+    assert any("films/10/cxr.h5 before films/2/cxr.h5" in line for line in order_lines([SourceConfig(h5=files)]))
 
 
 def test_files_in_the_order_of_a_shell_are_said_to_be(tmp_path: Path, images: np.ndarray, table: Path) -> None:
