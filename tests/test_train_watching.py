@@ -233,7 +233,7 @@ def test_the_time_left_forgets_what_only_the_first_steps_took(capsys, monkeypatc
     assert ninth.endswith(f"{clock((416 - 402) / 5 * 91)} left")
 
 
-@pytest.mark.parametrize("size", [(40, 80), (0, 0)])
+@pytest.mark.parametrize("size", [(40, 80), (0, 0), (0, 80)])
 def test_a_terminal_gets_a_bar(size: tuple[int, int], tmp_path: Path) -> None:
     """On the narrowest that are common all of it is seen; one that a container makes says that it has no size."""
     script = (
@@ -257,6 +257,7 @@ def test_a_terminal_gets_a_bar(size: tuple[int, int], tmp_path: Path) -> None:
     assert process.returncode == 0 and printed == b"", shown
     whole = r"\rstep 100/100 \|\S+\s*\| loss 3\.0000  640 films/s  2\.5 % wait  0:00 left  val 3\.2500"
     assert re.search(whole, shown), shown
+    assert max(map(len, re.split("[\r\n]", shown))) <= (size[1] or 100)
 
 
 def test_clock() -> None:

@@ -223,11 +223,12 @@ class ProgressDisplay:
 
 
 def _terminal_size() -> dict[str, Any]:
-    """tqdm's settings of the terminal's size: as it is at any moment; 100 x 24 where it says that it has none, as one
-    that a container, a batch job or `script` makes does: tqdm would draw nothing there."""
+    """tqdm's settings of the terminal's size: as it is at any moment; what it does not say of 100 x 24, as one that a
+    container, a batch job or `script` makes does not: tqdm would draw nothing there."""
     with contextlib.suppress(OSError, ValueError):
-        if 0 in os.get_terminal_size(sys.stderr.fileno()):
-            return {"ncols": 100, "nrows": 24}
+        columns, lines = os.get_terminal_size(sys.stderr.fileno())
+        if not (columns and lines):
+            return {"ncols": columns - 1 if columns > 1 else 100, "nrows": lines or 24}
     return {"dynamic_ncols": True}
 
 
