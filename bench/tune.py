@@ -29,8 +29,8 @@ from bench.machine import check_positive, say_tables
 from bench.page import to_text
 from bench.processes import bench_guard
 from bench.search import LEAST_ROUNDS, Choice, Space, ablate, in_turn, is_faster, make_space, search
-from bench.shapes import tune_tables
 from bench.storage import SlowFileSystem, SlowSettings, counts_here
+from bench.tables import tune_tables
 from pipeline.config import LoaderConfig
 from shards.cli import parse, say
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from conftest import REAL_DATA, assert_refused, run_module
 
 from bench.nih import NihConfig, nih_commands, read_test_rows
-from bench.shapes import nih_tables
+from bench.tables import nih_tables
 from shards.manifest import read_manifest
 
 

@@ -13,8 +13,9 @@ from conftest import assert_refused, run_module
 
 from bench import tune
 from bench.search import Choice, make_space
-from bench.shapes import read_results, tune_tables
+from bench.shapes import read_results
 from bench.storage import Counts, SlowSettings
+from bench.tables import tune_tables
 from bench.tune import TuneConfig, run_tune, toml_of
 from pipeline.batch import World
 from pipeline.config import DataConfig, LoaderConfig, available_cpus
