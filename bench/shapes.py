@@ -146,7 +146,6 @@ KINDS = {
     "scale": Kind(title="Scale", cases=measured_cases, tables=scale_tables),
     "ingest": Kind(title="Ingest", keys=("scaling", "memory"), cases=ingest_cases, tables=ingest_tables),
     "encodings": Kind(title="Encodings", keys=("inputs",), tables=encodings_tables),
-    "order": Kind(title="Order of samples", keys=("shuffle",), tables=scale_tables),
     "recipe": Kind(title="Recipe", keys=("wall_s",), tables=lambda raw: iter([pairs_table("The recipe", raw)])),
     "gpu tests": Kind(title="Tests on the GPU", keys=("exit_code",), tables=said_tables),
     "failed": Kind(title="Not measured", keys=("failed",), tables=said_tables),

@@ -396,7 +396,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         },
         {"bench": "bundle", "results": [1]},
         {"inputs": {"a": 1}},
-        {"shuffle": None, "start": [{}]},
+        {"bench": "scale", "shuffle": None, "start": [{}]},
         {"environment": {"file_system": 3, "memory_gib": 10**400}, "bench": "loader", "cases": [{"name": "a"}]},
     ],
 )
