@@ -6,10 +6,14 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from typing import TYPE_CHECKING
 
 from ingest.config import SourceConfig
 from shards.processes import start_worker
 from shards.schema import ImageSpec
+
+if TYPE_CHECKING:
+    from ingest.films import H5File
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +32,7 @@ def measure_floor(source: SourceConfig, workers: int, prepare: Callable[[], obje
 
     with H5Films(source) as films:
         spec = ImageSpec(height=films.height, width=films.width)
-        tasks = [(source, films.file_rows, spec, *span) for span in films.ranges(range_rows(films.rows))]
+        tasks = [(source, films.files, spec, *span) for span in films.ranges(range_rows(films.rows))]
         count = films.rows
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(os.getpid(),)
@@ -41,15 +45,15 @@ def measure_floor(source: SourceConfig, workers: int, prepare: Callable[[], obje
         return Floor(seconds=time.perf_counter() - started, cpu_s=cpu_s, films=count)
 
 
-def read_and_encode(task: tuple[SourceConfig, tuple[int, ...], ImageSpec, int, int]) -> float:
+def read_and_encode(task: tuple[SourceConfig, tuple["H5File", ...], ImageSpec, int, int]) -> float:
     """The floor of one range of rows: CPU seconds."""
     from ingest.films import H5Films
     from ingest.images import Fault
     from shards.encodings import encode
 
-    source, file_rows, spec, first, end = task
+    source, files, spec, first, end = task
     started = time.process_time()
-    with H5Films(source, file_rows) as films:
+    with H5Films(source, files) as films:
         for film in films.read(first, end, ahead=False):  # one after the other is what the two cost alone
             if not isinstance(film, Fault):
                 encode(film, spec)

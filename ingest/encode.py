@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from ingest.config import SourceConfig
-from ingest.films import Film, Films, FolderFilms, H5Films
+from ingest.films import Film, Films, FolderFilms, H5File, H5Films
 from ingest.images import Fault
 from ingest.spill import SpillWriter, open_spill, whole_spill
 from shards.encodings import decode, encode, loss
@@ -29,8 +29,8 @@ class EncodeTask:
     first: int
     end: int
     """Rows of the source."""
-    file_rows: tuple[int, ...]
-    """Rows of each HDF5 file of the source."""
+    files: tuple[H5File, ...]
+    """The HDF5 files of the source."""
     names: tuple[str, ...]
     """Image files of these rows; empty for HDF5."""
     places: NDArray[np.int64]
@@ -49,7 +49,7 @@ def encode_range(task: EncodeTask) -> int:
     source = task.source
     if source.images is None:
         if not _is_whole(task, _NO_STAMP):
-            with H5Films(source, task.file_rows) as films:
+            with H5Films(source, task.files) as films:
                 _write_spill(films, task, _NO_STAMP)
         return task.end - task.first
     folder = FolderFilms(source.images, source.image_size, task.names, task.first)

@@ -6,15 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128_hexdigest
 
 from ingest.config import SourceConfig
+from ingest.h5 import MAX_PIECES
 from ingest.images import Fault, read_film
-from ingest.source import MAX_PIECES, H5Source
+from ingest.source import H5Source
 from shards.errors import InputError
 
 Film = NDArray[np.uint8] | Fault
@@ -44,44 +45,57 @@ class Films(Protocol):
         ...
 
 
+class H5File(NamedTuple):
+    """What a look at an HDF5 file told, which workers need not find out again."""
+
+    rows: int
+    film_bytes: int
+    """Bytes that a film takes in it on average, compressed or not."""
+
+
 class H5Films:
     """HDF5 files with one dataset each, seen as one. Height and width are known where they were looked at."""
 
     height: int
     width: int
 
-    def __init__(self, config: SourceConfig, file_rows: Sequence[int] = ()) -> None:
-        """`file_rows`: rows of each file, from an earlier look; files are then opened where they are read, and only
-        then: 0.3 ms each, for each range of rows.
+    def __init__(self, config: SourceConfig, files: Sequence[H5File] = ()) -> None:
+        """`files`: what an earlier look at each told; they are then opened where they are read, and only then: 0.3 ms
+        each, for each range of rows.
         """
         self._stack = ExitStack()
         self._config, self._opened = config, dict[int, H5Source]()
-        self.file_rows = tuple(file_rows) or self._look()
-        self._starts = np.concatenate([[0], np.cumsum(self.file_rows)])
+        self.files = tuple(files) or self._look()
+        self._starts = np.concatenate([[0], np.cumsum([file.rows for file in self.files])])
         self.rows = int(self._starts[-1])
 
-    def _look(self) -> tuple[int, ...]:
-        """Rows of each file, opened one after the other. InputError where their films differ in size."""
-        rows, shapes, self._chunks = [], set(), []
+    def _look(self) -> tuple[H5File, ...]:
+        """At each file, opened one after the other. InputError where their films differ in size."""
+        self._chunks: list[int] = []
+        files: list[H5File] = []
         for path in self._config.h5:
             with H5Source(path, self._config.dataset) as part:
-                rows.append(part.rows)
-                shapes.add((part.height, part.width))
+                size = part.height, part.width
+                if not files:
+                    self.height, self.width = size
+                if size != (self.height, self.width):
+                    raise InputError(
+                        f"{path} holds films of {part.height} x {part.width}, {self._config.h5[0]} of {self.height} x "
+                        f"{self.width}; all films of a set need one size, so resize some of them first"
+                    )
+                files.append(H5File(part.rows, part.stored_bytes // part.rows))
                 self._chunks.append(part.chunk_rows)
-        if len(shapes) > 1:
-            raise InputError(f"the HDF5 files hold films of different sizes: {', '.join(map(str, sorted(shapes)))}")
-        ((self.height, self.width),) = shapes
-        return tuple(rows)
+        return tuple(files)
 
     def ranges(self, rows: int) -> Iterator[tuple[int, int]]:
         """Cut the rows into ranges of about `rows` that never cut a chunk or span two files: each is read once.
 
         Only where the files were looked at.
         """
-        for start, file_rows, chunk in zip(self._starts.tolist(), self.file_rows, self._chunks, strict=False):
+        for start, file, chunk in zip(self._starts.tolist(), self.files, self._chunks, strict=False):
             step = -(-rows // chunk) * chunk
-            for first in range(0, file_rows, step):
-                yield start + first, start + min(first + step, file_rows)
+            for first in range(0, file.rows, step):
+                yield start + first, start + min(first + step, file.rows)
 
     def read(self, first: int, end: int, *, ahead: bool = True) -> Iterator[Film]:
         """Films first..end, which lie in one file; each is good until the next is asked for.
@@ -101,8 +115,7 @@ class H5Films:
 
     def stored(self, first: int, end: int) -> NDArray[np.int64]:
         """(end - first,) bytes of films first..end, which lie in one file: compressed or not, its mean."""
-        part = self._part(self._number(first))
-        return np.full(end - first, part.stored_bytes // part.rows, dtype=np.int64)
+        return np.full(end - first, self.files[self._number(first)].film_bytes, dtype=np.int64)
 
     def _number(self, row: int) -> int:
         """Of the file that holds a row."""
@@ -110,12 +123,12 @@ class H5Films:
 
     def _part(self, number: int) -> H5Source:
         if number not in self._opened:
-            source = H5Source(self._config.h5[number], self._config.dataset)
+            source = H5Source(self._config.h5[number], self._config.dataset, counted=True)
             self._opened[number] = self._stack.enter_context(source)
-            if source.rows != self.file_rows[number]:
+            if source.rows != self.files[number].rows:
                 raise InputError(
-                    f"HDF5 file {number + 1} of {len(self.file_rows)} has {source.rows:,} films, "
-                    f"{self.file_rows[number]:,} when it was looked at; leave the files alone and ingest again"
+                    f"HDF5 file {number + 1} of {len(self.files)} has {source.rows:,} films, "
+                    f"{self.files[number].rows:,} when it was looked at; leave the files alone and ingest again"
                 )
         return self._opened[number]
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ingest.config import IngestConfig, SourceConfig
-from ingest.films import H5Films
+from ingest.films import H5File, H5Films
 from ingest.plan import Plan, make_plan
 from ingest.table import SourceTable, read_table
 from shards.errors import InputError
@@ -43,8 +43,8 @@ class Inputs:
     height: int
     width: int
     ranges: tuple[Range, ...]
-    file_rows: tuple[tuple[int, ...], ...]
-    """Rows of each HDF5 file of each source; none for image files."""
+    files: tuple[tuple[H5File, ...], ...]
+    """The HDF5 files of each source; none for image files."""
     texts: pa.ChunkedArray
     """(rows,) of all sources."""
     label_names: tuple[str, ...]
@@ -78,11 +78,11 @@ def read_inputs(config: IngestConfig) -> Inputs:
     """Read the CSV files, look at the films, refuse what does not fit, and plan."""
     sources = config.source_list()
     tables = tuple(read_table(source) for source in sources)
-    sizes, ranges, file_rows = set(), [], []
+    sizes, ranges, files = set(), [], []
     for number, (source, table) in enumerate(zip(sources, tables, strict=True)):
-        size, spans, rows = _look(source, table, range_rows(table.rows))
+        size, spans, found = _look(source, table, range_rows(table.rows))
         sizes.add(size)
-        file_rows.append(rows)
+        files.append(found)
         start = sum(each.rows for each in tables[:number])
         ranges += [Range(source=number, first=first, end=end, start=start + first) for first, end in spans]
     if len(sizes) > 1:
@@ -102,7 +102,7 @@ def read_inputs(config: IngestConfig) -> Inputs:
         height=height,
         width=width,
         ranges=tuple(ranges),
-        file_rows=tuple(file_rows),
+        files=tuple(files),
         texts=pa.chunked_array([chunk for table in tables for chunk in table.texts.chunks], pa.large_string()),
         label_names=label_names,
         labels=_stack_labels(tables, label_names),
@@ -120,8 +120,8 @@ def range_rows(rows: int) -> int:
 
 def _look(
     source: SourceConfig, table: SourceTable, step: int
-) -> tuple[tuple[int, int], list[tuple[int, int]], tuple[int, ...]]:
-    """Height and width of a source's films, its rows in ranges, and rows of each HDF5 file.
+) -> tuple[tuple[int, int], list[tuple[int, int]], tuple[H5File, ...]]:
+    """Height and width of a source's films, its rows in ranges, and its HDF5 files.
 
     InputError where films and rows do not match.
     """
@@ -139,7 +139,7 @@ def _look(
                 "row i must describe film i"
             )
         next(films.read(0, 1))  # values that need --value-range are known before there is anything to go on with
-        return (films.height, films.width), list(films.ranges(step)), films.file_rows
+        return (films.height, films.width), list(films.ranges(step)), films.files
 
 
 def order_lines(sources: Sequence[SourceConfig]) -> Iterator[str]:

@@ -92,7 +92,7 @@ def _encode(config: IngestConfig, inputs: Inputs, work: Path, pool: Pool) -> Tok
             source=inputs.sources[each.source],
             first=each.first,
             end=each.end,
-            file_rows=inputs.file_rows[each.source],
+            files=inputs.files[each.source],
             names=tuple(inputs.tables[each.source].names[each.first : each.end]),
             places=places[each.start : each.start + each.end - each.first],
             image=_image_spec(config, inputs),

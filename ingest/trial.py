@@ -92,7 +92,7 @@ def _try_films(config: IngestConfig, inputs: Inputs) -> tuple[float, float, int]
     sizes: list[int] = []
     for number, table in enumerate(inputs.tables):
         with _open(inputs, number) as films:
-            read = films.read(0, min(_TIMED, table.rows, *inputs.file_rows[number][:1]))
+            read = films.read(0, min(_TIMED, table.rows, *(file.rows for file in inputs.files[number][:1])))
             sizes += [len(encode(film, spec)) for film in read if not isinstance(film, Fault)]
     count = len(sizes)
     return (time.perf_counter() - started) / max(count, 1), sum(sizes) / max(count, 1), count
@@ -105,7 +105,7 @@ def _open(inputs: Inputs, number: int) -> Iterator[Films]:
     if source.images is not None:
         yield FolderFilms(source.images, source.image_size, inputs.tables[number].names, 0)
         return
-    with H5Films(source, inputs.file_rows[number]) as films:
+    with H5Films(source, inputs.files[number]) as films:
         yield films
 
 

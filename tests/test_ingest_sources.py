@@ -17,7 +17,7 @@ from PIL import Image
 
 from ingest.config import IngestConfig, SourceConfig, read_sources
 from ingest.encode import blank
-from ingest.films import H5Films
+from ingest.films import H5File, H5Films
 from ingest.images import Fault, read_film
 from ingest.inputs import order_lines, read_inputs
 from ingest.plan import Plan
@@ -158,12 +158,43 @@ def test_of_many_files_only_those_are_opened_that_are_read(
     files = tuple(write_h5(tmp_path / f"{number}.h5", cut) for number, cut in enumerate(cuts))
     source = SourceConfig(h5=files)
     with H5Films(source) as films:
-        known, ranges = films.file_rows, list(films.ranges(1000))
+        known, ranges = films.files, list(films.ranges(1000))
     opened: list[Path] = []
-    monkeypatch.setattr("ingest.films.H5Source", lambda path, name: opened.append(path) or H5Source(path, name))
+
+    def noted(path: Path, name: str, *, counted: bool) -> H5Source:
+        assert counted
+        opened.append(path)
+        return H5Source(path, name, counted=counted)
+
+    monkeypatch.setattr("ingest.films.H5Source", noted)
     with H5Films(source, known) as films:
         assert np.array_equal(list(films.read(*ranges[1])), cuts[1])
-    assert known == tuple(map(len, cuts)) and opened == [files[1]]
+        assert set(films.stored(*ranges[2])) == {320 * 320 * 4}
+    assert [file.rows for file in known] == list(map(len, cuts)) and opened == [files[1]]
+
+
+def test_rows_that_were_never_written_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HDF5 would give them as black; who opens a file again does not look at half a million chunks for them again."""
+    source = SourceConfig(h5=(tmp_path / "a.h5",))
+    for chunks in ((10, 8, 8), (10, 4, 8)):
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            films = file.create_dataset("cxr", (100, 8, 8), "u1", chunks=chunks)
+            films[:30], films[40:, 4:] = 7, 7
+        with pytest.raises(
+            InputError,
+            match=r"10 chunks but stores 9; the others, from row 30 on"
+            if chunks == (10, 8, 8)
+            else r"20 chunks but stores 12; the others, from row 30 on",
+        ):
+            H5Films(source)
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        file["cxr"][:] = 7
+    with H5Films(source) as films:
+        known = films.files
+    monkeypatch.setattr("ingest.h5._count_chunks", lambda *_: pytest.fail("counted again"))
+    monkeypatch.setattr(H5Source, "stored_bytes", property(lambda _: pytest.fail("counted again")))
+    with H5Films(source, known) as films:
+        assert len(list(films.read(0, 100))) == 100 and films.stored(0, 9).tolist() == [64] * 9
 
 
 def test_more_hdf5_files_than_a_process_may_open(tmp_path: Path, images: np.ndarray) -> None:
@@ -180,7 +211,8 @@ def test_more_hdf5_files_than_a_process_may_open(tmp_path: Path, images: np.ndar
 def test_a_file_that_grew_since_it_was_looked_at_is_refused(tmp_path: Path, images: np.ndarray) -> None:
     """Its rows would be taken for those of the next file."""
     source = SourceConfig(h5=(write_h5(tmp_path / "a.h5", images.astype(np.float32)),))
-    with H5Films(source, (len(images) - 1,)) as films, pytest.raises(InputError, match=r"1 of 1 has 40 films, 39 when"):
+    files = (H5File(len(images) - 1, 1),)
+    with H5Films(source, files) as films, pytest.raises(InputError, match=r"1 of 1 has 40 films, 39 when"):
         next(films.read(0, 1))
 
 
