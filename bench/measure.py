@@ -20,6 +20,9 @@ from shards.cli import main_guard
 from shards.processes import die_with_parent
 
 _SAMPLE_EVERY_S = 0.1
+_LEVEL, _MOST_STRETCHES = 0.1, 10
+"""Share of a stretch's films by which the read-ahead may change where the rate is a steady one; the stretch that is taken
+whatever it shows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,12 +68,14 @@ def measure(
     device: str,
     memory_s: float = 0.0,
     most_images: int | None = None,
+    held: Callable[[Any], float] | None = None,
 ) -> Round:
     """Build a loader, drop its first batches (queues were filled while nobody looked), then count for `seconds`.
 
     With `most_images`, for a cold run: nothing is dropped, the clock runs from the call that builds the loader, and
-    stops after so many images. `memory_s` is how long memory is sampled afterwards. `build` gives a context with an
-    iterator over batches whose length is their number of images.
+    stops after so many images. With `held`, how many films a loader has read ahead, stretches that filled its
+    read-ahead or lived on it are dropped too. `memory_s` is how long memory is sampled afterwards. `build` gives a
+    context with an iterator over batches whose length is their number of images.
     """
     begin = _Mark.now()
     with build() as loader:
@@ -81,13 +86,18 @@ def measure(
             for _ in range(warmup_batches):
                 next(loader)
             _finish(device)
-            begin, images = _Mark.now(), 0
-        while time.perf_counter() - begin.at < seconds or not images:
-            images += len(next(loader))
-            if most_images is not None and images >= most_images:
+        for _ in range(_MOST_STRETCHES):
+            if most_images is None:
+                begin, images = _Mark.now(), 0
+            before = held(loader) if held else 0.0
+            while time.perf_counter() - begin.at < seconds or not images:
+                images += len(next(loader))
+                if most_images is not None and images >= most_images:
+                    break
+            _finish(device)
+            end = _Mark.now()
+            if held is None or abs(held(loader) - before) <= _LEVEL * images:
                 break
-        _finish(device)
-        end = _Mark.now()
         pss = _peak_memory(loader, memory_s) if memory_s else None
     return _round(begin, end, images, first_batch_s, pss)
 

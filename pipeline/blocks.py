@@ -77,6 +77,11 @@ class BlockReader:
         """Bytes of memory that buffers took, free ones between them included."""
         return self._buffers.total
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of it that hold visits now, read ahead or in use."""
+        return self._buffers.used
+
     def next_first(self) -> int | None:
         """First position of the visit that `get` hands out next; None after the last."""
         with self._lock:

@@ -92,14 +92,15 @@ class Loader(Iterator[Batch]):
         return [] if self._reader is None else self._reader.loader.quarantine.listed()
 
     def stats(self) -> dict[str, float]:
-        """Counts so far: batches, images, seconds the trainer waited here; blocks and bytes read, reads retried, bad
-        samples replaced, shards that are on this node."""
+        """Counts so far: batches, images, seconds the trainer waited here; blocks and bytes read, bytes of memory
+        that buffers took and that hold films now, reads retried, bad samples replaced, shards that are on this node."""
         stats: dict[str, float] = {"batches": self._batches, "images": self._images, "wait_s": self._wait_s}
         if self._reader is not None:
             shards = self._reader.loader.shards
             read = shards.stats
             stats |= {"blocks": read.blocks, "bytes": read.bytes, "retries": read.retries}
-            stats |= {"buffer_bytes": self._reader.buffer_bytes, "bad_samples": len(self.bad_samples())}
+            stats |= {"buffer_bytes": self._reader.buffer_bytes, "held_bytes": self._reader.held_bytes}
+            stats["bad_samples"] = len(self.bad_samples())
             stats["staged"] = shards.staged
         return stats
 

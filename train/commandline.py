@@ -26,10 +26,7 @@ Config = TypeVar("Config")
 MAX_BYTES = 1 << 20
 """Of a file of settings; configs that runs write have some 5,000."""
 BACKENDS = ("auto", "cpu", "dali")
-SETTINGS: dict[str, type] = {
-    **{"threads": int, "memory_mb": int, "read_threads": int, "ahead": int, "streams": int},
-    **{"own_jpeg": bool},
-}
+SETTINGS = {"threads": int, "memory_mb": int, "read_threads": int, "ahead": int, "own_jpeg": bool}
 """What a --loader-config may set of `pipeline.config.DataConfig`: name -> type. A whole number is at least 1."""
 
 
@@ -132,8 +129,7 @@ def _decode(name: str, hint: Any, value: Any) -> Any:
 def tuned(config: TrainConfig, path: Path) -> TrainConfig:
     """The config with the settings of a --loader-config, `bench.loader --tune`'s: how to read and decode here.
 
-    Only what changes no sample may stand there, and `streams`: the same films in another order. InputError, with its
-    name, for another setting.
+    Only what changes no sample may stand there. InputError, with its name, for another setting.
     """
     fields = read_text(path, tomllib.loads, "--loader-config", "TOML; make it with bench.loader --tune")
     data = fields.pop("data", {})
