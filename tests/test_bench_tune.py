@@ -24,7 +24,7 @@ from pipeline.loader import build_loader
 from shards.errors import InputError
 from train.commandline import SETTINGS, parse_config, to_toml
 from train.config import loader_config
-from train.state import READING
+from train.fingerprint import READING
 
 PATHS = ("--shards", "a", "--out", "b")
 

@@ -9,8 +9,8 @@ import pytest
 from shards.errors import InputError
 from train.commandline import config_json, parse_config, read_config
 from train.config import TrainConfig, loader_config
-from train.metrics import read_rows, trim
 from train.presets import PRESETS
+from train.rows import read_rows, trim
 
 PATHS = ("--shards", "a", "--out", "b")
 
@@ -34,7 +34,7 @@ def test_a_resolved_config_reads_back(tmp_path: Path) -> None:
     assert read_config(tmp_path / "config.json") == config
     again = parse_config("x", ["--config", str(tmp_path / "config.json"), "--seed", "4"])
     assert again == dataclasses.replace(config, seed=4)
-    (tmp_path / "forced.json").write_text(config_json(dataclasses.replace(config, force=True)))
+    (tmp_path / "forced.json").write_text(config_json(dataclasses.replace(config, force=True, stop_at=5)))
     assert parse_config("x", ["--config", str(tmp_path / "forced.json")]) == config, "it was said to one start alone"
 
 

@@ -23,7 +23,7 @@ from xxhash import xxh3_128_hexdigest
 
 from train.checkpoint import MAGIC, VERSION, encode, list_checkpoints, newest_good, read_checkpoint, verify_checkpoint
 from train.commandline import read_config
-from train.metrics import read_rows
+from train.rows import read_rows
 
 STEPS = ("--steps", "10")
 
@@ -317,10 +317,12 @@ def test_force_onto_other_films_judges_anew(server: Server, shards_dir: Path, wh
         payload["fingerprint"]["shards"] = "0123"
         payload["bad_samples"] = [{"shard": 99, "row": 0, "key": "00-0000000000", "offset": 0, "why": "damaged"}]
         path.write_bytes(encode(payload))
-    (run / "best.pt").unlink()
+    best = (run / "best.pt").read_bytes()
     more = ("--steps", "15", "--force", "--patience", "2", "--data.max-bad", "1")
     codes, errors = server.run(arguments(shards_dir, run, *STEPS, *more))
     assert codes == [0], errors
+    assert "--steps 15 counts the 10 on other films, too: 5 are left for these" in errors
+    assert (run / "best-until-10.pt").read_bytes() == best, "it would be the best until the first validation"
     payload = read_checkpoint(run / "best.pt")
     assert payload["step"] == 15 and payload["best_loss"] > 0.001
     assert payload["schedule"]["plateau"]["cuts"] == 2 and payload["bad_samples"] == []

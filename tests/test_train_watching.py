@@ -25,8 +25,9 @@ from train.compare import main as lay_out
 from train.config import TrainConfig
 from train.curves import draw_loss, new_figure, trend
 from train.curves import main as draw
-from train.metrics import MetricsLog, ProgressDisplay, clock, read_rows, trim
+from train.metrics import MetricsLog, ProgressDisplay, clock
 from train.ranks import StopRequest
+from train.rows import read_rows, trim
 from train.rundir import RunFolder, versions
 from train.tracking import WatchConfig, check_installed, harmless, lasting_output
 
@@ -234,12 +235,20 @@ def test_the_time_left_forgets_what_only_the_first_steps_took(capsys, monkeypatc
 
 
 @pytest.mark.parametrize("size", [(40, 80), (0, 0), (0, 80)])
-def test_a_terminal_gets_a_bar(size: tuple[int, int], tmp_path: Path) -> None:
-    """On the narrowest that are common all of it is seen; one that a container makes says that it has no size."""
-    script = (
-        "from pathlib import Path; from test_train_watching import *; "
-        f"log_rows(Path({str(tmp_path / 'run')!r}), [row(step, val_loss=3.25) for step in range(1, 101)])"
-    )
+def test_a_terminal_gets_a_bar(size: tuple[int, int]) -> None:
+    """On the narrowest that are common all of it is seen; one that a container makes says that it has no size. What is
+    said meanwhile has a line of its own."""
+    script = """
+from test_train_watching import *
+display = ProgressDisplay(steps=100, done=0, line_every=1)
+for step in range(1, 101):
+    display.advance()
+    display.show(row(step, val_loss=3.25))
+    if step == 50:
+        sys.stderr.write("warning: a disk is full\\n")
+display.close()
+sys.stderr.write("the end\\n")
+"""
     primary, secondary = pty.openpty()
     termios.tcsetwinsize(secondary, size)
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
@@ -257,6 +266,9 @@ def test_a_terminal_gets_a_bar(size: tuple[int, int], tmp_path: Path) -> None:
     assert process.returncode == 0 and printed == b"", shown
     whole = r"\rstep 100/100 \|\S+\s*\| loss 3\.0000  640 films/s  2\.5 % wait  0:00 left  val 3\.2500"
     assert re.search(whole, shown), shown
+    assert re.search(r"\r +\rwarning: a disk is full\r\n", shown), "behind the bar"
+    assert re.search(r"warning: a disk is full\r\n\rstep 50/100 \|", shown), "no bar after it"
+    assert shown.endswith("\r\nthe end\r\n") and "the end" not in shown[:-9]
     assert max(map(len, re.split("[\r\n]", shown))) <= (size[1] or 100)
 
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from xxhash import xxh3_128
 
-from shards.atomic import TEMPORARY_PREFIX, atomic_file
+from shards.atomic import atomic_file
 from shards.errors import InputError
 
 MAGIC = "shardclip-checkpoint"
@@ -197,9 +197,3 @@ def newest_good(
             "or start again in another --out"
         )
     return None
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that a killed process left."""
-    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        path.unlink()

@@ -43,7 +43,7 @@ def parse_config(prog: str, argv: Sequence[str] | None = None) -> TrainConfig:
     if known.preset and known.config:
         raise InputError("--preset and --config both give every value; name one of them")
     default = read_config(known.config) if known.config else preset(known.preset or "tiny")
-    default = replace(default, force=False)  # which was said to one start of the run that wrote the file
+    default = replace(default, force=False, stop_at=None)  # said to one start of the run that wrote the file
     if known.loader_config:
         default = tuned(default, known.loader_config)
     captured = io.StringIO()

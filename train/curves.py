@@ -17,7 +17,7 @@ import tyro
 from shards.atomic import check_writable, write_atomic
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
-from train.metrics import Row, films_since, is_number, read_rows
+from train.rows import Row, films_since, is_number, read_rows
 from train.rundir import RunFolder
 from train.scorecard import LabelScores
 from train.scores import Floats

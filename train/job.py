@@ -13,12 +13,13 @@ from shards.manifest import read_manifest
 from shards.schema import MANIFEST_NAME, Manifest
 from train.config import TrainConfig, loader_config
 from train.device import Precision, choose_device, choose_precision, pin_threads
+from train.fingerprint import JUDGED_ON, SETS, alike, differences, fingerprint
 from train.model import build_model
 from train.optim import build_average, build_optimizer
 from train.ranks import Ranks, tell
 from train.resume import check_optimizer, check_weights
 from train.rundir import RunFolder, check_lease
-from train.state import SETS, Learner, alike, differences, fingerprint
+from train.state import Learner
 from train.step import check_parts
 from train.tracking import check_installed
 from train.weights import load_pretrained
@@ -57,6 +58,11 @@ class Job(Setting):
     def done(self) -> int:
         """Steps already done when this process starts."""
         return self.checkpoint["step"] if self.checkpoint else 0
+
+    @property
+    def on_other_films(self) -> bool:
+        """Whether the losses so far are of other films than those to come, which --force alone allows."""
+        return self.checkpoint is not None and not alike(self.checkpoint["fingerprint"], self.fingerprint, JUDGED_ON)
 
     def warn(self, text: str) -> None:
         """A line for people, from rank 0."""
@@ -112,15 +118,22 @@ def build_job(setting: Setting, checkpoint: dict[str, Any] | None, lease: Lease 
 
 
 def prepare_folder(job: Job) -> None:
-    """Make the run's folder, which rank 0 alone does, and note what --force went over. InputError where it cannot be
-    written."""
+    """Make the run's folder, which rank 0 alone does, and note what --force went over: the best model on other films is
+    the best one no more. InputError where it cannot be written."""
     if not job.ranks.first:
         return
     forced = differences(job.checkpoint["fingerprint"], job.fingerprint) if job.checkpoint else []
     for line in forced:
         job.warn(f"going on by --force although {line}")
+    if job.on_other_films:
+        left = max(0, job.config.steps - job.done)
+        job.warn(f"--steps {job.config.steps} counts the {job.done} on other films, too: {left} are left for these")
     shards = [job.fingerprint["shards"], *job.fingerprint.get("data.more_shards", [])]
     job.folder.prepare(job.config, shards, [f"after step {job.done}: {line}" for line in forced])
+    if job.on_other_films and job.folder.best.exists():
+        aside = job.folder.best.with_name(f"best-until-{job.done}.pt")
+        job.folder.best.replace(aside)
+        job.warn(f"the best model on the other films is {aside} from now on")
 
 
 def _build_learner(

@@ -4,8 +4,6 @@ A signal that comes at the worst moment finds a validation just begun and a save
 validation, and two saves, as RUN/metrics.jsonl has measured them lately, twice over. Used by slurm/train.sbatch.
 """
 
-import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from shards.cli import main_guard, parse, say
+from train.rows import Row, is_number, read_rows
 
 PROG = "train.lead_time"
 UNKNOWN_S = 120.0
@@ -30,7 +29,7 @@ class LeadConfig:
     """Folder of the run; it need not be there yet."""
 
 
-def lead_time(rows: Sequence[dict]) -> float:
+def lead_time(rows: Sequence[Row]) -> float:
     """Seconds, from rows of metrics; UNKNOWN_S where no save was measured."""
     if not any("save_s" in row for row in rows):
         return UNKNOWN_S
@@ -38,24 +37,15 @@ def lead_time(rows: Sequence[dict]) -> float:
     return 2 * (2 * save + validation + step / 1000) + LEAST_S
 
 
-def _worst(rows: Sequence[dict], name: str) -> float:
-    return max([row[name] for row in rows if isinstance(row.get(name), int | float)][-_RECENT:], default=0.0)
+def _worst(rows: Sequence[Row], name: str) -> float:
+    return max([row[name] for row in rows if is_number(row.get(name))][-_RECENT:], default=0.0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a whole number of seconds."""
     with main_guard(PROG):
-        path = parse(LeadConfig, argv, prog=PROG).run / "metrics.jsonl"
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        say(str(round(lead_time([row for line in lines for row in _row(line)]))))
-
-
-def _row(line: bytes) -> list[dict]:
-    """The row of a line, none where it is none; without train.metrics, which takes seconds to load torch."""
-    with contextlib.suppress(ValueError, RecursionError):
-        row = json.loads(line)
-        return [row] if isinstance(row, dict) else []
-    return []
+        run = parse(LeadConfig, argv, prog=PROG).run
+        say(str(round(lead_time(read_rows(run / "metrics.jsonl")))))
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ from shards.errors import InputError
 from train.config import loader_config
 from train.curves import draw_curves
 from train.job import Job
-from train.metrics import Meter, MetricsLog, Row, memory_mb
+from train.metrics import Meter, MetricsLog, memory_mb
 from train.nonfinite import REPORT, Recorder, all_finite, complain
 from train.objective import OtherRankFailed, Output
 from train.optim import learning_rate, momentum, update_average
 from train.ranks import StopRequest, together
+from train.rows import Row
 from train.saving import CheckpointWriter, Shelf
-from train.state import JUDGED_ON, Progress, alike, capture, gather_bad, order_digest, restore
+from train.state import Progress, capture, gather_bad, order_digest, restore
 from train.step import build_step, compiled_graphs, nothing_batch
 
 
@@ -88,7 +89,7 @@ class Loop:
             return Progress()
         payload, learner = job.checkpoint, job.learner
         progress = together(self._ranks, "train.main", lambda: restore(payload, learner, self._ranks))
-        if not alike(payload["fingerprint"], job.fingerprint, JUDGED_ON):
+        if job.on_other_films:
             progress.judge_anew()
         return progress
 

@@ -3,25 +3,22 @@ it is: a bar on a terminal, a line now and then elsewhere.
 """
 
 import contextlib
-import json
-import math
 import os
 import resource
 import sys
 import time
 from array import array
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
 
-from shards.atomic import write_atomic
 from shards.cli import say
 from train.config import TrainConfig
+from train.rows import JsonLines, Row
 from train.rundir import RunFolder
-from train.tracking import Board, Guarded, Row, Wandb
+from train.tracking import Board, Guarded, Wandb
 
 
 class Meter:
@@ -89,79 +86,11 @@ class MetricsLog:
             sink.close()
 
 
-class JsonLines:
-    """metrics.jsonl, one object a line. A number that is none (NaN, infinite) is written as null, as JSON wants it.
-
-    A full disk ends nothing: rows are kept until one can be written, and it is said once.
-    """
-
-    def __init__(self, path: Path, done: int) -> None:
-        trim(path, done)
-        self._file = open(path, "r+b", buffering=0)
-        self._end = path.stat().st_size
-        self._pending = b""
-        self._warned = False
-
-    def write(self, row: Row) -> None:
-        """Append a row, and those that could not be written before it."""
-        self._pending += _encode(row).encode()
-        try:
-            # At a place of its own: what a write that failed half-way left there is overwritten by the next.
-            while self._pending:
-                written = os.pwrite(self._file.fileno(), self._pending, self._end)
-                self._end, self._pending = self._end + written, self._pending[written:]
-        except OSError as error:
-            if not self._warned:
-                sys.stderr.write(f"warning: cannot write metrics.jsonl ({error.strerror}); rows are kept for later\n")
-            self._warned = True
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short, and what is no row, is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
-    return rows
-
-
-def films_since(rows: list[Row]) -> int:
-    """The step after which a run went on with the films of its last row (--force); 0 where it never changed them."""
-    since = rows[-1].get("films_since") if rows else None
-    return since if isinstance(since, int) else 0
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a figure of a row, which anybody may have written, is a finite number."""
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def trim(path: Path, step: int) -> None:
-    """Leave the rows up to a step only, atomically."""
-    rows = [row for row in read_rows(path) if row["step"] <= step]
-    write_atomic(path, "".join(_encode(row) for row in rows).encode())
-
-
 def memory_mb(device: torch.device) -> float:
     """Peak memory of this process so far, MiB: the GPU's where the device is one, else the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def _encode(row: Row) -> str:
-    known = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
-    }
-    return json.dumps(known, allow_nan=False) + "\n"
 
 
 class ProgressDisplay:
@@ -179,8 +108,12 @@ class ProgressDisplay:
             initial=done,
             disable=not sys.stderr.isatty(),
             bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc}",
+            file=sys.stderr,
             **_terminal_size(),
         )
+        self._stderr = sys.stderr
+        if not self._bar.disable:
+            sys.stderr = AboveBar(sys.stderr)
 
     def advance(self) -> None:
         """One more step is done."""
@@ -212,6 +145,7 @@ class ProgressDisplay:
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._bar.close()
+        sys.stderr = self._stderr
 
     def _left(self) -> list[str]:
         seconds = self.seconds_left()
@@ -220,6 +154,20 @@ class ProgressDisplay:
     def _is_due(self, row: Row) -> bool:
         first, last = self._said == self._done, row["step"] >= self._steps
         return first or last or "val_loss" in row or row["step"] - self._said >= self._line_every
+
+
+class AboveBar:
+    """stderr while a bar is drawn there: what anybody else writes stands above the bar, not behind it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with tqdm.external_write_mode(file=self._stream):
+            return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _terminal_size() -> dict[str, Any]:

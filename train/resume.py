@@ -13,9 +13,9 @@ from pipeline.quarantine import BadSample
 from shards.errors import InputError
 from train.checkpoint import DamagedCheckpoint, checkpoint_name, newest_good, read_checkpoint
 from train.config import TrainConfig
+from train.fingerprint import differences
 from train.ranks import Ranks, tell, together
 from train.rundir import RunFolder
-from train.state import differences
 
 SHOWN_AFTER_S = 90.0
 """Longer than NFS believes by default that a file is not there, or is what it was."""

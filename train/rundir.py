@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from shards import lock
-from shards.atomic import write_atomic
+from shards.atomic import remove_temporary, write_atomic
 from shards.errors import InputError
-from train.checkpoint import remove_leftovers
 from train.commandline import config_json
 from train.config import TrainConfig
 from train.saving import LeaseLost
@@ -108,8 +107,7 @@ class RunFolder:
         over; clears what a stopped or killed run left."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            for folder in (self.root, self.checkpoints):
-                remove_leftovers(folder)
+            remove_temporary(self.root, self.checkpoints)
             write_atomic(self.config, config_json(config).encode())
             found = versions() | {"shards": " ".join(shards)}
             write_atomic(self.root / "versions.json", (json.dumps(found, indent=1) + "\n").encode())

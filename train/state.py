@@ -1,48 +1,24 @@
 """What a run is at a step boundary, to a checkpoint's payload and back."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.batch import DIGEST_MODULUS, World
-from pipeline.config import stream_count
-from pipeline.loader import Loader, resolve_backend
+from pipeline.batch import DIGEST_MODULUS
+from pipeline.loader import Loader
 from pipeline.quarantine import check_count
-from pipeline.selection import Selection
 from shards.errors import InputError
-from shards.manifest import read_manifest
-from shards.schema import Manifest
 from train.commandline import to_fields
-from train.config import TrainConfig, loader_config
-from train.device import Precision
+from train.config import TrainConfig
 from train.optim import Patience, Plateau
 from train.ranks import Ranks
-from train.rundir import package_version
 
 LEFT_OUT = (*("shards", "out", "h5", "dataset", "vision_weights", "text_weights"), *("resume", "stop_at", "force"))
 """Settings that stay out of checkpoints: where files lie is nobody's business elsewhere, and how often a run was
 started makes it no other."""
-
-VERSIONS = ("torch", "open_clip_torch", "timm")
-DALI_PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
-"""A newer one of these gives other last digits, or other pixels. Not so the others: order, crops and the backend `cpu`
-are this program's own, and libjpeg-turbo's pixels are fixed."""
-
-SETS = ("shards", "data.more_shards")
-"""What shard numbers are of."""
-JUDGED_ON = ("shards", "tokenizer", *(f"data.{name}" for name in ("where", "exclude", "image_size", "mean", "std")))
-"""What makes the films of a validation, and so its loss, others."""
-
-READING = (
-    *("threads", "memory_mb", "read_threads", "ahead", "own_jpeg"),
-    *("max_bad", "stage_dir", "stage_gb", "stall_abort_s"),
-)
-"""Settings of `data` that a run may change on its way: they change no sample."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,56 +66,6 @@ class Learner:
     def judged(self) -> nn.Module:
         """What is validated: the average where there is one."""
         return self.model if self.ema is None else self.ema
-
-
-def fingerprint(config: TrainConfig, manifest: Manifest, ranks: Ranks, precision: Precision) -> dict[str, Any]:
-    """What has to be the same for a checkpoint to go on as if nothing had been, by the names of the settings.
-
-    Not in it: the number of ranks, the backend and the threads, which change no sample; how often to log, validate,
-    save; where things lie.
-    """
-    prints: dict[str, Any] = {"shards": manifest.digest, "tokenizer": manifest.tokenizer.digest}
-    prints |= {
-        name: getattr(config, name)
-        for name in ("seed", "batch_size", "steps", "shuffle_reports", "label_smoothing", "ema", "min_delta")
-    } | {"precision": precision.name}
-    for group in ("data", "model", "optim"):
-        fields = to_fields(getattr(config, group))
-        prints |= {f"{group}.{name}": value for name, value in fields.items()}
-    prints["data.streams"] = stream_count(
-        loader_config(config, split="train", mode="train"), ranks.world(precision.device)
-    )
-    # Which samples are left out, not where the list of them lies.
-    prints["data.exclude"] = Selection(exclude=config.data.exclude).keys_digest()
-    prints["data.more_shards"] = [read_manifest(Path(root)).digest for root in config.data.more_shards]
-    for name in ("effects", "more_shards", "mix"):
-        if not getattr(config.data, name):
-            del prints[f"data.{name}"]  # as in checkpoints from before there were any
-    for name in READING:
-        del prints[f"data.{name}"]
-    return prints | _versions(config, ranks.world(precision.device))
-
-
-def _versions(config: TrainConfig, world: World) -> dict[str, str]:
-    """Versions of what makes the numbers: arithmetic, towers, and the decoder where it is DALI's."""
-    dali = resolve_backend(loader_config(config, split="train", mode="train"), world) == "dali"
-    packages = VERSIONS + DALI_PACKAGES if dali else VERSIONS
-    return {f"versions.{name}": version for name in packages if (version := package_version(name))}
-
-
-def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Each setting in which two fingerprints differ, in words. A version that only one of them has is none."""
-    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    return [
-        f"{name} was {then.get(name)}, is now {now.get(name)}"
-        for name in names
-        if not name.startswith("versions.") or (name in then and name in now)
-    ]
-
-
-def alike(then: dict[str, Any], now: dict[str, Any], names: Sequence[str]) -> bool:
-    """Whether two fingerprints say the same of these names."""
-    return all(then.get(name) == now.get(name) for name in names)
 
 
 def order_digest(progress: Progress, ranks: Ranks) -> str:

@@ -7,7 +7,6 @@ machine: a run may be watched from outside the hospital.
 
 import contextlib
 import importlib.util
-import math
 import os
 import sys
 import threading
@@ -19,8 +18,7 @@ from typing import Any, Literal, TextIO
 
 from shards.atomic import write_atomic
 from shards.errors import InputError
-
-Row = dict[str, Any]
+from train.rows import Row, is_number
 
 _NAMES = ("preset", "tower")
 """Settings that are text and harmless: names out of lists of ours."""
@@ -148,7 +146,7 @@ def check_installed(watch: WatchConfig) -> None:
 def numbers(row: Row) -> Iterator[tuple[str, float]]:
     """The finite numbers of a row, without its step."""
     for name, value in row.items():
-        if isinstance(value, int | float) and name != "step" and math.isfinite(value):
+        if name != "step" and is_number(value):
             yield name, value
 
 
