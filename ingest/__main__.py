@@ -52,9 +52,7 @@ def _say_finished(config: IngestConfig, manifest: "Manifest") -> None:
 
 
 def _say(config: IngestConfig, report: "Report", seconds: float) -> None:
-    from ingest.plan import unnamed_lines
-    from ingest.report import encoding_lines, namesake_lines
-    from ingest.table import graded_lines
+    from ingest.report import encoding_lines, warnings
     from shards.stats import leak_lines
 
     sizes = ", ".join(f"{split} {stats.samples:,}" for split, stats in report.stats.splits.items())
@@ -64,10 +62,8 @@ def _say(config: IngestConfig, report: "Report", seconds: float) -> None:
     rows = report.rows - report.samples
     several = " (some have several reasons)" if report.rejected.total() > rows else ""
     say(f"rejected {rows:,} rows{several}{rejected}")
-    counts = [split.labels for split in report.stats.splits.values()]
-    graded = graded_lines([name for name in counts[0] if any(each[name]["other"] for each in counts)])
-    patients = (*namesake_lines(report.namesakes), *unnamed_lines(config), *leak_lines(report.stats))
-    for line in (*encoding_lines(report.encoded), *graded, *patients):
+    known = warnings(report.namesakes, report.unnamed, report.graded)
+    for line in (*encoding_lines(report.encoded), *known, *leak_lines(report.stats)):
         say(line)
 
 

@@ -24,7 +24,8 @@ class SourceConfig:
     dataset: str = "cxr"
     """Path of the dataset in the HDF5 files."""
     value_range: tuple[float, float] | None = None
-    """Values that become black and white, for pixels that are not whole grey levels 0..255; clipped outside."""
+    """Values that become black and white, for pixels that are not whole grey levels 0..255; clipped outside. Of image
+    files those of 16 bits or more (0 4095 where 12 bits are used); without it they must use the upper half of 16."""
     images: Path | None = None
     """Folder of image files, instead of HDF5."""
     path_column: str = "Path"
@@ -47,6 +48,8 @@ class SourceConfig:
     """A report that says only this counts as missing."""
     label_columns: tuple[str, ...] = ()
     """Columns of labels: numbers (1, 0, -1) or blank, kept as they are."""
+    allow_label_numbers: bool = False
+    """Take labels of five digits, or of hundreds of numbers or findings, as ages in days have; refused as ids else."""
     label_list_column: str | None = None
     """Column of findings joined by `|`: a label column for each, 1 where it is named and 0 elsewhere."""
     label_list_separator: str = "|"
@@ -91,7 +94,7 @@ class SourceConfig:
     def _check_kind(self) -> None:
         """A setting that says nothing about this kind of films was meant to do something."""
         default = SourceConfig()
-        others = ("dataset", "value_range") if self.images else ("path_column", "image_size")
+        others = ("dataset",) if self.images else ("path_column", "image_size")
         given = next((name for name in others if getattr(self, name) != getattr(default, name)), None)
         if given is not None:
             kinds = ("--images", "--h5") if self.images else ("--h5", "--images")

@@ -52,7 +52,7 @@ def encode_range(task: EncodeTask) -> int:
             with H5Films(source, task.files) as films:
                 _write_spill(films, task, _NO_STAMP)
         return task.end - task.first
-    folder = FolderFilms(source.images, source.image_size, task.names, task.first)
+    folder = FolderFilms(source, task.names, task.first)
     stamp = folder.stamp()
     if not _is_whole(task, stamp):
         _write_spill(folder, task, stamp)

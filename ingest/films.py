@@ -81,7 +81,7 @@ class H5Films:
                 if size != (self.height, self.width):
                     raise InputError(
                         f"{path} holds films of {part.height} x {part.width}, {self._config.h5[0]} of {self.height} x "
-                        f"{self.width}; all films of a set need one size, so resize some of them first"
+                        f"{self.width}; a set needs one size, so resize some of them first"
                     )
                 files.append(H5File(part.rows, part.stored_bytes // part.rows))
                 self._chunks.append(part.chunk_rows)
@@ -192,9 +192,10 @@ def _ahead(items: Generator[Item]) -> Generator[Item]:
 class FolderFilms:
     """Image files in a folder; `names` are those of the rows from `first` on."""
 
-    def __init__(self, folder: Path, size: int, names: Sequence[str], first: int) -> None:
-        self.height = self.width = size
-        self._folder, self._size, self._names, self._first = folder.resolve(), size, names, first
+    def __init__(self, config: SourceConfig, names: Sequence[str], first: int) -> None:
+        assert config.images is not None
+        self._folder, self._size, self._range = config.images.resolve(), config.image_size, config.value_range
+        self._names, self._first = names, first
 
     def read(self, first: int, end: int) -> Iterator[Film]:
         """Films first..end. InputError, naming the row, where the storage fails and not the film."""
@@ -218,7 +219,7 @@ class FolderFilms:
 
     def _read(self, name: str) -> Film:
         path = self._path(name)
-        return Fault.MISSING if path is None else read_film(path, self._size)
+        return Fault.MISSING if path is None else read_film(path, self._size, self._range)
 
     def _path(self, name: str) -> Path | None:
         # A name from a CSV may say anything; it may not lead out of the folder, by `..` or by a link.

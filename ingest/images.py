@@ -39,7 +39,7 @@ class Fault(enum.IntEnum):
     FRAMES = 6
     NO_PIXELS = 7
     UNSUPPORTED = 8
-    FEW_BITS = 9
+    NO_RANGE = 9
 
     @property
     def reason(self) -> str:
@@ -54,19 +54,22 @@ class Fault(enum.IntEnum):
             Fault.FRAMES: "film file holds several frames",
             Fault.NO_PIXELS: "film file holds no pixels",
             Fault.UNSUPPORTED: "film file is DICOM of a kind that is not read",
-            Fault.FEW_BITS: "film file has 16 bits and uses the lowest 12 at most",
+            Fault.NO_RANGE: "film file has more than 8 bits and does not fill 16: --value-range says what is white",
         }[self]
 
 
-def read_film(path: Path, size: int) -> NDArray[np.uint8] | Fault:
-    """(size, size) grey levels of an image file, or why there are none. OSError where the fault is not the film's."""
+def read_film(path: Path, size: int, value_range: tuple[float, float] | None = None) -> NDArray[np.uint8] | Fault:
+    """(size, size) grey levels of an image file, or why there are none. OSError where the fault is not the film's.
+
+    `value_range` is for films of more than 8 bits; DICOM's say themselves what is black and white.
+    """
     try:
         if not path.is_file():  # a pipe would never end
             return Fault.MISSING
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with open(path, "rb") as file:
-                image = _open_dicom(file) if _is_dicom(file) else _open_image(file)
+                image = _open_dicom(file) if _is_dicom(file) else _open_image(file, value_range)
                 return image if isinstance(image, Fault) else fit(image, size)
     except InputError:  # a ValueError, but not about the film
         raise
@@ -93,14 +96,17 @@ def _open_dicom(file: BinaryIO) -> Image.Image | Fault:
     return read_dicom(file)
 
 
-def _open_image(file: BinaryIO) -> Image.Image | Fault:
+def _open_image(file: BinaryIO, value_range: tuple[float, float] | None) -> Image.Image | Fault:
     with Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             return Fault.TOO_LARGE
         if _has_frames(image):
             return Fault.FRAMES
         upright = ImageOps.exif_transpose(image)
-        return Fault.FEW_BITS if _is_dark(upright) else to_colour(upright)
+        if upright.mode.startswith(("I", "F")):
+            return _from_wide(np.asarray(upright), value_range)
+        # Alpha is dropped, not blended, as OpenCV's reader does.
+        return upright if upright.mode == "L" else upright.convert("RGB")
 
 
 def _has_frames(image: Image.Image) -> bool:
@@ -114,23 +120,26 @@ def _has_frames(image: Image.Image) -> bool:
     return True
 
 
-def _is_dark(image: Image.Image) -> bool:
-    """Whether 16 bits hold 12 or fewer, as from a DICOM film that was not brought to the full scale.
+def _from_wide(wide: NDArray, value_range: tuple[float, float] | None) -> Image.Image | Fault:
+    """Grey levels of a film of more than 8 bits: from `value_range`, else the upper 8 of 16, as OpenCV's reader gives.
 
-    The upper 8 are nearly black then: 16 grey levels of 256. What they should be the file does not say.
+    Without a range 16 bits must be full. They may hold 12 or 14, as from a DICOM film that was not brought to the full
+    scale; which ones, the file does not say, and the upper 8 of them are nearly black.
     """
-    # by numpy: Pillow has no extrema of big-endian 16 bits, as TIFF may have them
-    return image.mode.startswith("I") and 0 < np.asarray(image).max() < 4096
-
-
-def to_colour(image: Image.Image) -> Image.Image:
-    """8-bit RGB or grey: alpha is dropped, not blended, and 16 bits keep their upper 8, as OpenCV's reader does."""
-    if image.mode.startswith(("I", "F")):
-        wide = np.asarray(image)
-        if not np.issubdtype(wide.dtype, np.integer) or wide.min() < 0 or wide.max() > 65535:
-            raise ValueError("not 16-bit grey levels")
+    if value_range is not None:
+        return Image.fromarray(scaled(wide, value_range)) if np.isfinite(wide).all() else Fault.UNREADABLE
+    whole = np.issubdtype(wide.dtype, np.integer) and wide.min() >= 0
+    if whole and (32768 <= wide.max() <= 65535 or not wide.any()):
         return Image.fromarray((wide >> 8).astype(np.uint8))
-    return image if image.mode == "L" else image.convert("RGB")
+    return Fault.NO_RANGE
+
+
+def scaled(film: NDArray, value_range: tuple[float, float]) -> NDArray[np.uint8]:
+    """Grey levels: LO becomes 0, HI 255, rounded, clipped."""
+    low, high = value_range
+    with np.errstate(over="ignore"):
+        levels = (film.astype(np.float64) - low) * (255 / (high - low))
+    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
 
 
 def fit(image: Image.Image, size: int) -> NDArray[np.uint8]:

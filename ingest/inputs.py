@@ -78,16 +78,20 @@ def read_inputs(config: IngestConfig) -> Inputs:
     """Read the CSV files, look at the films, refuse what does not fit, and plan."""
     sources = config.source_list()
     tables = tuple(read_table(source) for source in sources)
-    sizes, ranges, files = set(), [], []
+    sizes, ranges, files = [], [], []
     for number, (source, table) in enumerate(zip(sources, tables, strict=True)):
         size, spans, found = _look(source, table, range_rows(table.rows))
-        sizes.add(size)
+        sizes.append(size)
         files.append(found)
         start = sum(each.rows for each in tables[:number])
         ranges += [Range(source=number, first=first, end=end, start=start + first) for first, end in spans]
-    if len(sizes) > 1:
-        raise InputError(f"the sources hold films of different sizes: {', '.join(map(str, sorted(sizes)))}")
-    ((height, width),) = sizes
+    height, width = sizes[0]
+    for number, (high, wide) in enumerate(sizes):
+        if (high, wide) != sizes[0]:
+            raise InputError(
+                f"films of source {number} have {high} x {wide} pixels, those of source 0 {height} x {width}; a set "
+                "needs one size (image_size says which one image files get)"
+            )
     if height * width > MAX_IMAGE_PIXELS:
         raise InputError(f"films of {height} x {width}; {MAX_IMAGE_PIXELS:,} pixels are the most a shard takes")
     if max(height, width) > MAX_IMAGE_SIDE:

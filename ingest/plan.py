@@ -36,6 +36,8 @@ class Plan:
     """Split -> its half-open range of patient numbers; empty without a group column."""
     namesakes: int
     """Patient ids that several sources have although they do not say that their patients are the same."""
+    unnamed: tuple[int, ...]
+    """Sources in several splits that name no patients although others do: a film of theirs counts as a patient."""
 
     @property
     def all_rows(self) -> NDArray[np.int64]:
@@ -73,22 +75,16 @@ def make_plan(config: IngestConfig, tables: Sequence[SourceTable]) -> Plan:
         if len(splits[split])
     }
     if not known.any():
-        return Plan(reasons=reasons, order=order, groups=np.full(len(kept), NO_GROUP), ranges={}, namesakes=0)
+        groups = np.full(len(kept), NO_GROUP)
+        return Plan(reasons=reasons, order=order, groups=groups, ranges={}, namesakes=0, unnamed=())
     groups, ranges = _number_groups(codes, splits)
-    return Plan(reasons=reasons, order=order, groups=groups, ranges=ranges, namesakes=_namesakes(tables))
-
-
-def unnamed_lines(config: IngestConfig) -> Iterator[str]:
-    """What to know of a list of sources some of which name no patients: a film of theirs counts as a patient."""
-    sources = config.source_list()
-    spread = config.val_fraction + config.test_fraction > 0
-    unnamed = [str(number) for number, source in enumerate(sources)
-               if not source.group_column and not source.split and (spread or source.split_column)]  # fmt: skip
-    if unnamed and any(source.group_column for source in sources):
-        yield (
-            f"source {', '.join(unnamed)}: patients are not named, so each film counts as one, and films of one may be "
-            "in two splits; see group_column"
-        )
+    unnamed = tuple(
+        number
+        for number, (table, first, end) in enumerate(zip(tables, starts, starts[1:], strict=False))
+        if table.patients is None and sum(((first <= rows) & (rows < end)).any() for rows in splits.values()) > 1
+    )
+    namesakes = _namesakes(tables)
+    return Plan(reasons=reasons, order=order, groups=groups, ranges=ranges, namesakes=namesakes, unnamed=unnamed)
 
 
 def _codes(tables: Sequence[SourceTable]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

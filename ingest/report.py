@@ -5,7 +5,7 @@ Numbers and opaque keys only: no path, no patient, no report. The same input giv
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -79,6 +79,8 @@ class Report:
     sources: tuple[SourceReport, ...]
     namesakes: int
     """Patient ids that several sources have, and that are taken for different people."""
+    unnamed: tuple[int, ...]
+    """Sources in several splits that name no patients although others do."""
     films: Films
     encoded: Encoded
     stats: Stats
@@ -102,6 +104,12 @@ class Report:
             total.update(source.rejected)
         return total
 
+    @property
+    def graded(self) -> list[str]:
+        """Labels with numbers beside 1, 0, -1 and blank."""
+        counts = [split.labels for split in self.stats.splits.values()]
+        return [name for name in counts[0] if any(each[name]["other"] for each in counts)]
+
 
 def make_report(
     manifest: Manifest, inputs: Inputs, records: NDArray[np.void], rejects: dict[int, str], stats: Stats
@@ -110,6 +118,7 @@ def make_report(
     return Report(
         sources=tuple(_sources(manifest, inputs, rejects)),
         namesakes=inputs.plan.namesakes,
+        unnamed=inputs.plan.unnamed,
         films=_films(inputs, records, rejects),
         encoded=_encoded(manifest, records),
         stats=stats,
@@ -182,7 +191,7 @@ def page(report: Report) -> Iterator[str]:
     for number, source in enumerate(report.sources):
         yield f"  source {number} ({source.kind}): {source.samples:,} of {source.rows:,}"
         yield from (f"    rejected {count:,}: {why}" for why, count in source.rejected.items())
-    yield from namesake_lines(report.namesakes)
+    yield from warnings(report.namesakes, report.unnamed, report.graded)
     yield ""
     yield from _film_lines(report.films)
     yield from encoding_lines(report.encoded)
@@ -190,13 +199,21 @@ def page(report: Report) -> Iterator[str]:
     yield from stats_page(report.stats)
 
 
-def namesake_lines(namesakes: int) -> Iterator[str]:
-    """What the user has to know who has the same patients in two sources."""
+def warnings(namesakes: int, unnamed: Sequence[int], graded: Sequence[str]) -> Iterator[str]:
+    """What the user has to know who has the same patients in two sources, or some without; and of graded labels."""
     if namesakes:
         yield (
             f"{namesakes:,} patient ids are in several sources and taken for different people; if they are not, "
             "give these sources one group_namespace"
         )
+    if unnamed:
+        yield (
+            f"source {', '.join(map(str, unnamed))}: patients are not named, so each film counts as one, and films of "
+            "one may be in two splits; see group_column"
+        )
+    if graded:  # ages, wanted or not, and ids
+        yield f"labels with numbers that are not 1, 0, -1 or blank: {', '.join(graded)}"
+        yield "  they are kept as they are, for whoever gets the shards; leave out a column that tells who a patient is"
 
 
 def _film_lines(films: Films) -> Iterator[str]:
@@ -213,7 +230,9 @@ def encoding_lines(encoded: Encoded) -> Iterator[str]:
         + (f"{factor:.1f} times less" if factor >= 1 else f"{1 / factor:.1f} times more")
     )
     name = encoded.codec if encoded.quality is None else f"{encoded.codec} quality {encoded.quality}"
-    if encoded.psnr is None:
+    if not encoded.measured:
+        yield f"{name}: none of the films looked at for its loss became a sample"
+    elif encoded.psnr is None:
         yield f"{name}: no loss in {encoded.measured:,} films measured"
     else:
         yield (

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ingest.h5 import is_plain, open_dataset, pieces, reason
+from ingest.images import scaled
 from shards.errors import InputError
 from shards.stream import ALIGNMENT, new_buffer, open_direct, read_at
 
@@ -93,11 +94,11 @@ class H5Source:
         One by one, for each stays in the CPU's cache then. InputError names the first bad row.
         """
         for row, film in enumerate(images, first):
-            yield (
-                to_uint8(film, row, self._name)
-                if value_range is None
-                else scale_to_uint8(film, value_range, row, self._name)
-            )
+            if value_range is None:
+                yield to_uint8(film, row, self._name)
+            else:
+                _check_numbers(film, row, self._name)
+                yield scaled(film, value_range)
 
     def read_uint8(self, first: int, end: int, value_range: tuple[float, float] | None = None) -> NDArray[np.uint8]:
         """Rows first..end as `films` gives them, (end - first, H, W)."""
@@ -127,15 +128,6 @@ def to_uint8(film: NDArray, row: int, name: str) -> NDArray[np.uint8]:
             "say with --value-range LO HI which values are black and white"
         )
     return exact
-
-
-def scale_to_uint8(film: NDArray, value_range: tuple[float, float], row: int, name: str) -> NDArray[np.uint8]:
-    """(H, W) to uint8: LO becomes 0, HI 255, rounded, clipped. InputError for NaN and infinity."""
-    low, high = value_range
-    _check_numbers(film, row, name)
-    with np.errstate(over="ignore"):
-        scaled = (film.astype(np.float64) - low) * (255 / (high - low))
-    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
 def _check_numbers(film: NDArray, row: int, name: str) -> None:

@@ -1,10 +1,9 @@
 """What the CSV files of one source say about its rows: reports, labels, patients, splits, image files."""
 
-import math
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import regex
 from numpy.typing import NDArray
 
 from ingest.config import SourceConfig
+from ingest.labels import read_labels
 from ingest.reports import cut_section, is_xml, read_columns, read_report, strings
 from shards.errors import InputError
 from shards.schema import SPLITS
@@ -37,12 +37,6 @@ _REGEX_S, _REGEX_ROW_S = 5.0, 0.001
 """CPU seconds that --group-regex may take: for a source, and for each row besides."""
 _FILE_NAME, _LOOKED_AT = re.compile(r".+\.(?:txt|xml|png|jpe?g|webp|tiff?|dcm)\s*", re.IGNORECASE), 64
 """What no report reads like, and how many rows tell."""
-_NUMBER = re.compile(r"[0-9eE.+-]+")
-"""Of what Python takes for a number, what a label is: no `1_0`, no digits of other scripts."""
-_TOO_LARGE, _MOST_VALUES = 10_000, 200
-"""A number from which on, and different whole ones (or different listed findings) from which on, a column is no label:
-it is ids or dates, and whoever gets the shards would read them.
-"""
 _FIELD = re.compile(r"\{([^{}]+)\}")
 
 
@@ -87,7 +81,7 @@ def read_table(config: SourceConfig) -> SourceTable:
         rows=rows,
         texts=texts,
         reasons=reasons,
-        labels=_labels(config, columns, rows),
+        labels=read_labels(config, columns),
         patients=patients.indices.to_numpy().astype(np.int64) if patients else None,
         patient_ids=patients.dictionary if patients else pa.array([], pa.large_string()),
         namespace=config.group_namespace,
@@ -150,78 +144,6 @@ def _extract(config: SourceConfig, texts: pa.ChunkedArray, reasons: dict[int, st
                 reasons[row] = NO_SECTION
         found.append(report or "")
     return pa.chunked_array([pa.array(found, pa.large_string())])
-
-
-def _labels(config: SourceConfig, columns: dict[str, pa.ChunkedArray], rows: int) -> dict[str, NDArray[np.float32]]:
-    labels = {name: _numbers(name, columns[name]) for name in config.label_columns}
-    if config.label_list_column:
-        listed = _listed_labels(columns[config.label_list_column], config.label_list_separator, rows)
-        twice = sorted(set(listed) & set(labels))
-        if twice:
-            raise InputError(
-                f"label {twice[0]!r} is a column and stands in {config.label_list_column!r} too; leave out one"
-            )
-        labels |= listed
-    return labels
-
-
-def _numbers(name: str, column: pa.ChunkedArray) -> NDArray[np.float32]:
-    """A label column to float32 (rows,), blank to NaN. InputError names column and row of what is no label."""
-    values = np.empty(len(column), dtype=np.float32)
-    for row, text in enumerate(strings(column)):
-        values[row] = _label(text, name, row)
-    # Fractions are measured: scores, logits, ages with a decimal. Ids and dates are whole, be it as `7.0`.
-    different = len(np.unique(values[(np.abs(values) > 1) & (values == np.rint(values))]))
-    if different > _MOST_VALUES:
-        raise InputError(
-            f"label column {name!r} has {different:,} different whole numbers beyond -1 to 1, as ids have and labels "
-            "do not; leave it out of --label-columns"
-        )
-    return values
-
-
-def _label(text: str, name: str, row: int) -> float:
-    if not text.strip():
-        return math.nan
-    try:
-        value = float(text) if _NUMBER.fullmatch(text.strip()) else math.nan
-    except ValueError:
-        value = math.nan
-    if math.isnan(value):
-        raise InputError(f"row {row} of label column {name!r} is neither a number nor blank; correct the CSV")
-    if abs(value) >= _TOO_LARGE:
-        raise InputError(
-            f"row {row} of label column {name!r} has a number of five digits or more, as ids and dates have and labels "
-            "do not; leave it out of --label-columns"
-        )
-    return value
-
-
-def graded_lines(names: Sequence[str]) -> Iterator[str]:
-    """What to know of labels with numbers beside 1, 0, -1 and blank: of ages, wanted or not, and of ids."""
-    if names:
-        yield f"labels with numbers that are not 1, 0, -1 or blank: {', '.join(names)}"
-        yield "  they are kept as they are, for whoever gets the shards; leave out a column that tells who a patient is"
-
-
-def _listed_labels(column: pa.ChunkedArray, separator: str, rows: int) -> dict[str, NDArray[np.float32]]:
-    """`a|b` to a column for each finding. A blank field says nothing: NaN in all of them."""
-    found: dict[str, list[int]] = {}
-    blank = []
-    for row, text in enumerate(strings(column)):
-        items = [item.strip() for item in text.split(separator) if item.strip()]
-        if not items:
-            blank.append(row)
-        for item in items:
-            found.setdefault(item, []).append(row)
-    if len(found) > _MOST_VALUES:
-        raise InputError(f"the label list names {len(found):,} different findings; is it the right column?")
-    labels = {}
-    for name in sorted(found):
-        labels[name] = np.zeros(rows, dtype=np.float32)
-        labels[name][found[name]] = 1
-        labels[name][blank] = np.nan
-    return labels
 
 
 def _patients(config: SourceConfig, columns: dict[str, pa.ChunkedArray]) -> pa.DictionaryArray:

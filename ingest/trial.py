@@ -27,9 +27,7 @@ from ingest.encode import blank
 from ingest.films import Films, FolderFilms, H5Films
 from ingest.images import Fault
 from ingest.inputs import Inputs, order_lines, read_inputs
-from ingest.plan import unnamed_lines
-from ingest.report import namesake_lines
-from ingest.table import graded_lines
+from ingest.report import warnings
 from shards.encodings import Loss, Pixels, decode, encode, loss, psnr
 from shards.errors import InputError
 from shards.schema import NO_GROUP, SAMPLE_OVERHEAD, ImageSpec
@@ -60,12 +58,9 @@ def dry_run(config: IngestConfig) -> Iterator[str]:
         yield f"{split:<6} {len(rows):,} rows" + (f" of {end - first:,} patients" if inputs.plan.ranges else "")
     ungrouped = {split: int((inputs.plan.groups[rows] == NO_GROUP).sum()) for split, rows in inputs.plan.order.items()}
     yield from ungrouped_lines(ungrouped)
-    yield from unnamed_lines(config)
-    yield from namesake_lines(inputs.plan.namesakes)
     usual = np.isnan(inputs.labels) | np.isin(inputs.labels, (1, 0, -1))
-    yield from graded_lines(
-        [name for name, column in zip(inputs.label_names, usual.T, strict=True) if not column.all()]
-    )
+    graded = [name for name, column in zip(inputs.label_names, usual.T, strict=True) if not column.all()]
+    yield from warnings(inputs.plan.namesakes, inputs.plan.unnamed, graded)
     config, lines = settle(config, inputs)
     yield from lines
     seconds, size, measured = _try_films(config, inputs)
@@ -103,7 +98,7 @@ def _open(inputs: Inputs, number: int) -> Iterator[Films]:
     """The films of one source."""
     source = inputs.sources[number]
     if source.images is not None:
-        yield FolderFilms(source.images, source.image_size, inputs.tables[number].names, 0)
+        yield FolderFilms(source, inputs.tables[number].names, 0)
         return
     with H5Films(source, inputs.files[number]) as films:
         yield films

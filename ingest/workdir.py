@@ -11,6 +11,7 @@ import errno
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +32,12 @@ _LOCK = "lock"
 _VERSIONS = ("shardclip", "numpy", "pillow", "simplejpeg", "pyarrow", "ftfy", "regex")
 """Packages that decide the bytes of the result."""
 _NOT_INPUTS = ("to_shards", "workers", "scheduler", "scheduler_wait", "dry_run", "max_rejects", "sources")
-_PATHS = ("h5", "csv", "images", "text_folder")
+_NOT_SETTINGS = ("h5", "csv", "images", "text_folder", "allow_label_numbers")
+"""Of a source: paths, of which the files count, and what only says whether to refuse."""
 _FOLDER = "(which folder)"
 """Looked at after the end only: on another node an ingest may go on with the same folder under another number."""
-_H5_FILE, _STAMP = "h5 file", "(its size or time of change)"
+_SETTING = re.compile(r"(?:source (\d+) )?([a-z]\w*)(?: file (\d+)| \(which folder\))?")
+"""A name in a fingerprint; those of versions are none."""
 _REMOVERS = 16
 """Threads that remove work files."""
 
@@ -68,9 +71,9 @@ def _version(name: str) -> str:
 
 def _source_inputs(source: SourceConfig) -> dict[str, Any]:
     fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
-    inputs = {name: value for name, value in fields.items() if name not in _PATHS}
+    inputs = {name: value for name, value in fields.items() if name not in _NOT_SETTINGS}
     inputs |= {f"csv file {number}": _digest(path) for number, path in enumerate(source.csv)}
-    inputs |= {f"{_H5_FILE} {number}": _stamp(path) for number, path in enumerate(source.h5)}
+    inputs |= {f"h5 file {number}": _stamp(path) for number, path in enumerate(source.h5)}
     folders = {"images": source.images, "text_folder": source.text_folder}
     return inputs | {f"{name} {_FOLDER}": _inode(path) for name, path in folders.items() if path is not None}
 
@@ -127,11 +130,12 @@ def finished_set(config: IngestConfig) -> Manifest | None:
         raise InputError(
             f"{another}, and no {INPUTS_NAME} that says of what; use it as it is, or choose another folder"
         ) from None
-    changed = [name for name in _differing(before, fingerprint(config)) if not name.startswith("version of ")]
+    now = fingerprint(config)
+    changed = [name for name in _differing(before, now) if not name.startswith("version of ")]
     if config.encoding == "auto" and "encoding" in changed:  # the same inputs make the same pick
         changed.remove("encoding")
     if changed:
-        raise InputError(f"{another}, made with another {', '.join(changed)}; choose another folder")
+        raise InputError(f"{another}, made with another {_shown(changed, now)}; choose another folder")
     return manifest
 
 
@@ -148,13 +152,28 @@ def _check_folder(out: Path, inputs: dict[str, Any]) -> None:
 def _differing(before: Any, now: dict[str, Any]) -> list[str]:
     """Names of what is another in one of two fingerprints; of all where the first is none."""
     before = before if isinstance(before, dict) else {}
-    names = [name for name in now | before if before.get(name) != now.get(name)]
-    return [f"{name} {_STAMP}" if _H5_FILE in name else name for name in names]
+    return [name for name in now | before if before.get(name) != now.get(name)]
 
 
-def _changed(before: Any, now: dict[str, Any]) -> list[str]:
-    """The same for an ingest under way."""
-    return [name for name in _differing(before, now) if not name.endswith(_FOLDER)]
+def _changed(before: Any, now: dict[str, Any]) -> str:
+    """The same for an ingest under way, for a message; nothing where all is as it was."""
+    return _shown([name for name in _differing(before, now) if not name.endswith(_FOLDER)], now)
+
+
+def _shown(names: list[str], inputs: dict[str, Any]) -> str:
+    """Names in fingerprints as the flags that a user gave."""
+    several = any(name.startswith("source 1 ") for name in inputs)
+    shown = []
+    for name in names:
+        found = _SETTING.fullmatch(name)
+        if found:
+            source, setting, file = found.groups()
+            what = "its content" if setting == "csv" else "its size or time of change"
+            name = f"--{setting.replace('_', '-')}"
+            name += f" (file {int(file) + 1}, {what})" if file else f" {_FOLDER}" * found[0].endswith(_FOLDER)
+            name += f" of source {source}" if source and several else ""
+        shown.append(name)
+    return ", ".join(shown)
 
 
 def _cannot_write(out: Path, error: OSError) -> InputError:
@@ -178,7 +197,7 @@ def _check_same(out: Path, work: Path, inputs: dict[str, Any]) -> None:
         before = {}
     if changed := _changed(before, inputs):
         raise InputError(
-            f"{out} holds an interrupted ingest with another {', '.join(changed)}; "
+            f"{out} holds an interrupted ingest with another {changed}; "
             f"run it with what it was started with, or remove the folder ({WORK_NAME} is in it) to begin anew"
         )
 
@@ -187,7 +206,7 @@ def check_unchanged(config: IngestConfig, work: Path) -> None:
     """InputError where a CSV or HDF5 file is no longer what it was when the ingest was begun."""
     before, now = json.loads((work / _INPUTS).read_bytes()), fingerprint(config)
     if changed := _changed(before, now):
-        raise InputError(f"{', '.join(changed)} changed while it was read; empty {work.parent} and ingest again")
+        raise InputError(f"{changed} changed while it was read; empty {work.parent} and ingest again")
 
 
 def remove_work(out: Path) -> None:

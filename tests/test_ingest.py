@@ -122,10 +122,10 @@ def test_the_same_command_after_the_end_has_nothing_to_do(source: tuple[Path, Pa
     assert done.returncode == 0 and "its tokens are since those of clip-bpe, 32 a report" in done.stdout, done.stderr
     assert_refused(
         run_module(*command, "--seed", "1", "--group-column", "patient"),
-        "finished data set of 96 samples, made with another seed, source 0 group_column; choose another folder",
+        "finished data set of 96 samples, made with another --seed, --group-column; choose another folder",
     )
     os.utime(h5, (1, 1))
-    assert_refused(run_module(*command), "made with another source 0 h5 file 0 (its size or time of change);")
+    assert_refused(run_module(*command), "made with another --h5 (file 1, its size or time of change);")
     (out / "ingest.json").unlink()
     assert_refused(run_module(*command), "no ingest.json")
 
@@ -328,7 +328,7 @@ class TestMistakes:
         shutil.rmtree(out)
         (out / ".ingest").mkdir(parents=True)
         (out / ".ingest" / "inputs.json").write_text(json.dumps({"seed": 1}))
-        assert_refused(run_module(*arguments(out, source)), "interrupted ingest with another", "seed")
+        assert_refused(run_module(*arguments(out, source)), "interrupted ingest with another", "--seed")
 
     def test_impossible_splits(self, refused, tmp_path: Path) -> None:
         refused("split 'val' stays empty", "96 rows", more=("--val-fraction", "0.001"))

@@ -3,6 +3,7 @@
 The numbers are the rows of the fault table: I5, I9, I10, I11, I13.
 """
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -240,7 +241,7 @@ def test_labels_that_are_no_labels(small: tuple[Path, Path], tmp_path: Path, val
     """No numbers, or such as ids and dates have: they would stand in the shards, for whoever gets them."""
     rows = [["x", label] for label in ("1", " -1 ", "", "2.5e-1", "+1.", value)]
     table = write_csv(tmp_path / "a.csv", ["impression", "L"], rows)
-    with pytest.raises(InputError, match=r"row 5 of label column 'L' (is neither|has a number of five)") as error:
+    with pytest.raises(InputError, match=r"row 5 of label column 'L' (is neither|has a number of)") as error:
         read_table(SourceConfig(h5=(small[0],), csv=(table,), label_columns=("L",)))
     assert value not in str(error.value)
 
@@ -253,6 +254,13 @@ def test_a_label_of_very_many_numbers_is_an_id_and_of_some_a_warning(tmp_path: P
 
     with pytest.raises(InputError, match="label column 'L' has 201 different whole numbers beyond -1 to 1"):
         read_inputs(config(list(range(2, 203))))
+    days = [float(31 * each) for each in range(1200)]  # 0 to 101 years
+    with pytest.raises(InputError, match="row 323 of label column 'L' has a number of five digits or more"):
+        read_inputs(config(days))
+    taken = dataclasses.replace(config(days), allow_label_numbers=True)
+    assert read_inputs(taken).labels[:, 0].tolist() == days
+    with pytest.raises(InputError, match="row 1 of label column 'L' has a number of 16,777,216 or more"):
+        read_inputs(dataclasses.replace(config([0, -20170125]), allow_label_numbers=True))
     for numbers in ([each / 1000 for each in range(500)], list(range(2, 202)), [each / 10 for each in range(950)]):
         line = next(line for line in dry_run(config(numbers)) if line.startswith("labels with numbers"))
         assert line.endswith(": L")
@@ -364,7 +372,7 @@ class TestI9:
         (folder / "loop").symlink_to("loop")
         (folder / "null").symlink_to("/dev/zero")
         names = ["pipe", "folder", "loop", "null", "x\0y", "n" * 5000, "a/" * 3000, "/etc/hostname", "..", ".", ""]
-        films = FolderFilms(folder, 320, names, 0)
+        films = FolderFilms(SourceConfig(images=folder), names, 0)
         assert films.stamp()
         assert set(films.read(0, len(names))) <= {Fault.MISSING, Fault.UNREADABLE}
 

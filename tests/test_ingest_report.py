@@ -1,5 +1,6 @@
 """report.json and report.txt: every number against a set whose facts are known."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -30,10 +31,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
     rows[40][0] = rows[41][0] = "Effusion on the left."
     rows[42][0] = "word " * 100
     write_csv(folder / "a.csv", ["impression", "patient", "Edema"], rows)
-    write_csv(folder / "b.csv", ["impression"], [[f"Other {row}"] for row in range(20)])
+    write_csv(folder / "b.csv", ["impression", "grade"], [[f"Other {row}", row] for row in range(20)])
     (folder / "list.toml").write_text(
         '[[source]]\nh5 = "a.h5"\ncsv = "a.csv"\ngroup_column = "patient"\nlabel_columns = ["Edema"]\nsplit = "train"\n'
-        '[[source]]\nh5 = "b.h5"\ncsv = "b.csv"\nsplit = "val"\n'
+        '[[source]]\nh5 = "b.h5"\ncsv = "b.csv"\nsplit = "val"\nlabel_columns = ["grade"]\n'
     )
     done = run_module("ingest", "--to-shards", folder / "out", "--sources", folder / "list.toml", "--workers", "2")
     assert done.returncode == 0, done.stderr
@@ -70,6 +71,8 @@ def test_more_bytes_are_called_more() -> None:
     encoded = Encoded(codec="png", quality=None, source_bytes=10**7, set_bytes=4 * 10**7, measured=1, psnr=None,
                       resized_psnr=None, resized_difference=0.0)  # fmt: skip
     assert next(encoding_lines(encoded)) == "films took 10.0 MB, the set takes 40.0 MB: 4.0 times more"
+    *_, loss = encoding_lines(dataclasses.replace(encoded, measured=0))
+    assert "no loss" not in loss and "none of the films looked at" in loss
 
 
 def test_bytes(report: tuple[Path, dict, str]) -> None:
@@ -97,15 +100,18 @@ def test_reports_and_labels(report: tuple[Path, dict, str]) -> None:
 
 
 def test_the_page_says_it_and_nothing_private(report: tuple[Path, dict, str]) -> None:
-    root, _, _ = report
+    root, _, said = report
     page = (root / "report.txt").read_text()
     for line in (
         "76 of 80 rows became samples",
         "    rejected 2: film is all zero",
         "45; report.json has their keys (22",
         "times less",
+        "over 76 films measured",
+        "labels with numbers that are not 1, 0, -1 or blank: grade\n",
     ):
         assert line in page, line
+    assert "or blank: grade\n" in said
     for word in ("effusion", "Other", str(root.parent), "a.h5"):
         assert word not in page + (root / "report.json").read_text()
     assert run_module("shards", "verify", root).returncode == 0

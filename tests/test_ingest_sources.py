@@ -95,6 +95,16 @@ def test_several_files_are_one_source(tmp_path: Path, images: np.ndarray, table:
     assert all((found[key(row)]["pixels"] == images[row]).all() for row in range(40))
 
 
+def test_films_of_two_sizes_are_told_apart_by_their_files(tmp_path: Path, images: np.ndarray) -> None:
+    files = tuple(write_h5(tmp_path / f"{side}.h5", images[:4, :side]) for side in (9, 8))
+    with pytest.raises(InputError, match=r"8.h5 holds films of 8 x 320, \S*9.h5 of 9 x 320; a set needs one size"):
+        H5Films(SourceConfig(h5=files))
+    write_csv(tmp_path / "a.csv", ["impression"], [["x"]] * 4)
+    (tmp_path / "s.toml").write_text("".join(f'[[source]]\nh5 = "{side}.h5"\ncsv = "a.csv"\n' for side in (9, 8)))
+    with pytest.raises(InputError, match="films of source 1 have 8 x 320 pixels, those of source 0 9 x 320"):
+        read_inputs(IngestConfig(to_shards=tmp_path / "out", sources=tmp_path / "s.toml"))
+
+
 def test_folders_in_the_order_of_a_shell_are_told_apart() -> None:
     files = tuple(Path("films", str(number), "cxr.h5") for number in (1, 10, 2))
     assert any("films/10/cxr.h5 before films/2/cxr.h5" in line for line in order_lines([SourceConfig(h5=files)]))
@@ -284,16 +294,38 @@ class TestImageFolder:
         (tmp_path / "bomb.png").write_bytes(bomb)
         assert read_film(tmp_path / "bomb.png", 320) in (Fault.TOO_LARGE, Fault.UNREADABLE)
 
-    def test_16_bits_that_hold_12_are_not_shown_nearly_black(self, tmp_path: Path, images: np.ndarray) -> None:
+    def test_16_bits_must_be_full_or_be_given_a_range(self, tmp_path: Path, images: np.ndarray) -> None:
+        """12 or 14 bits in 16 would be shown nearly black; with the range that they use they are the film."""
         film = images[0].astype(np.uint16)
         film[0, 0] = 255
-        for scale, expected in ((16, Fault.FEW_BITS), (1, Fault.FEW_BITS), (17, None), (0, None)):
+        for scale, expected in (
+            (1, Fault.NO_RANGE),
+            (16, Fault.NO_RANGE),
+            (64, Fault.NO_RANGE),
+            (257, None),
+            (0, None),
+        ):
+            wide = film * np.uint16(scale)
             for name in ("a.png", "a.tif"):
-                Image.fromarray(film * scale).save(tmp_path / name)
-            Image.frombytes("I;16B", film.shape[::-1], (film * scale).astype(">u2").tobytes()).save(tmp_path / "b.tif")
+                Image.fromarray(wide).save(tmp_path / name)
+            Image.frombytes("I;16B", film.shape[::-1], wide.astype(">u2").tobytes()).save(tmp_path / "b.tif")
             for name in ("a.png", "a.tif", "b.tif"):
                 found = read_film(tmp_path / name, 320)
                 assert found is expected if expected else not isinstance(found, Fault), (scale, name)
+                ranged = read_film(tmp_path / name, 320, (0.0, 255.0 * max(scale, 1)))
+                assert np.array_equal(ranged, film if scale else film * 0)
+
+    def test_real_numbers_need_a_range(self, tmp_path: Path, images: np.ndarray) -> None:
+        film = images[0].astype(np.float32) / 255
+        for path, value in ((tmp_path / "a.tif", 1.0), (tmp_path / "b.tif", np.nan)):
+            film[0, 0] = value
+            Image.fromarray(film).save(path)
+        assert read_film(tmp_path / "a.tif", 320) is Fault.NO_RANGE
+        found = read_film(tmp_path / "a.tif", 320, (0.0, 1.0))
+        assert np.array_equal(found[1:], images[0][1:])  # type: ignore[index]
+        assert read_film(tmp_path / "b.tif", 320, (0.0, 1.0)) is Fault.UNREADABLE
+        Image.fromarray(images[0]).save(tmp_path / "c.png")  # 8 bits say themselves what is white
+        assert np.array_equal(read_film(tmp_path / "c.png", 320, (0.0, 4095.0)), images[0])
 
     @pytest.mark.parametrize("size", [(320, 320), (400, 300), (301, 400), (900, 9), (9, 900), (1, 1)])
     def test_one_grey_level_is_no_film_whatever_its_shape(self, tmp_path: Path, size: tuple[int, int]) -> None:
@@ -330,7 +362,7 @@ class TestImageFolder:
         ingest(config)
         shutil.copytree(folder, tmp_path / "other")
         assert finished_set(replace(config, images=tmp_path / "films" / "p1" / "..")) is not None
-        with pytest.raises(InputError, match=r"made with another source 0 images \(which folder\);"):
+        with pytest.raises(InputError, match=r"made with another --images \(which folder\);"):
             finished_set(replace(config, images=tmp_path / "other"))
 
     def test_too_many_rejects_are_a_mistake(self, folder: Path, tmp_path: Path) -> None:
@@ -546,6 +578,9 @@ class TestLabelsAndSplits:
             )
             config = IngestConfig(to_shards=tmp_path / "out", sources=tmp_path / "s.toml", **more)
             assert sum(found.startswith("source 1: patients are not named") for found in dry_run(config)) == said
+            if said:
+                ingest(replace(config, workers=1))
+                assert "\nsource 1: patients are not named" in (tmp_path / "out" / "report.txt").read_text()
 
     def test_an_image_file_of_two_sources(self, tmp_path: Path, images: np.ndarray) -> None:
         """One folder, a CSV a split: a film in both would leak."""
@@ -568,7 +603,6 @@ class TestLabelsAndSplits:
         for kind, setting, flag in (
             ("h5", {"path_column": "file"}, "--path-column"),
             ("h5", {"image_size": 224}, "--image-size"),
-            ("images", {"value_range": (0.0, 1.0)}, "--value-range"),
             ("images", {"dataset": "x"}, "--dataset"),
         ):
             with pytest.raises(InputError, match=f"{flag} does nothing with --{kind}"):
