@@ -11,7 +11,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ingest.config import IngestConfig, SourceConfig
-from ingest.films import H5File, H5Films
+from ingest.films import FolderFilms, H5File, H5Films
+from ingest.images import Fault
 from ingest.plan import Plan, make_plan
 from ingest.table import SourceTable, read_table
 from shards.errors import InputError
@@ -135,6 +136,7 @@ def _look(
         if not os.access(source.images, os.R_OK | os.X_OK):
             raise InputError(f"the folder of images {source.images} may not be read; change its permissions")
         _check_names(source.images, table.names)
+        _check_scale(source, table.names)
         return (source.image_size,) * 2, list(_cut(table.rows, step)), ()
     with H5Films(source) as films:
         if films.rows != table.rows:
@@ -179,6 +181,17 @@ def _check_names(folder: Path, names: list[str]) -> None:
         raise InputError(
             f"none of {len(tried):,} rows looked at names an image file in {folder}; "
             "is it the folder that the paths in --path-column are relative to, and the right column?"
+        )
+
+
+def _check_scale(source: SourceConfig, names: list[str]) -> None:
+    """InputError where films need --value-range, by 8 of them: later the range would be another ingest's setting."""
+    films = FolderFilms(source, names, 0)
+    rows = range(0, len(names), -(-len(names) // 8) or 1)
+    if rows and all(film is Fault.NO_RANGE for row in rows for film in films.read(row, row + 1)):
+        raise InputError(
+            f"each of {len(rows)} films looked at has more than 8 bits and no value in the upper half of 16; say "
+            "with --value-range LO HI which values are black and white (0 4095 for 12 bits)"
         )
 
 

@@ -24,6 +24,13 @@ _DATA = re.compile(r"\d{3}|[.!?]\s|(\S+\s+){6}|^\s*-?[\d.]*\s*$")
 _HEADING = re.compile(r"(?:^|(?<=[\n.]))[ \t]*([A-Z][A-Za-z]*(?:[ /&-][A-Za-z]+){0,4})[ \t]*:", re.MULTILINE)
 """A heading stands at the start of a line or after a full stop and ends with a colon."""
 MAX_REPORT_BYTES = 1 << 20
+_NO_TEXT = {
+    b"\x89HDF": "it is HDF5, which --h5 takes",
+    b"PK\x03\x04": "it is a workbook or a zip file; save it as CSV",
+    b"\x1f\x8b": "it is compressed; gunzip it",
+    b"PAR1": "it is Parquet; save it as CSV",
+}
+"""How files begin that are no CSV, and what to do with them."""
 _SECTIONS = frozenset(
     "findings impression recommendation recommendations technique comparison history indication examination exam "
     "conclusion addendum procedure reason notification wet_read clinical_history clinical_indication "
@@ -79,9 +86,13 @@ def _header(path: Path) -> list[str]:
 
 
 def _conversion(path: Path) -> str:
-    """How to make UTF-8 of a file, which is from Windows in most cases."""
+    """How to make UTF-8 of a file, which is from Windows in most cases, or no text at all."""
     with open(path, "rb") as file:
-        wide = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+        start = file.read(4)
+    for signature, advice in _NO_TEXT.items():
+        if start.startswith(signature):
+            return advice
+    wide = start[:2] in (b"\xff\xfe", b"\xfe\xff")
     return f"convert it (iconv -f {'UTF-16' if wide else 'CP1252, or what it is in,'} -t UTF-8 OLD > NEW)"
 
 

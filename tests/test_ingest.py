@@ -256,6 +256,13 @@ class TestMistakes:
         os.mkfifo(tmp_path / "pipe.csv")
         refused("pipe.csv is a pipe", "save it as a file", table=tmp_path / "pipe.csv")
         refused("no column 'findings'", "impression", more=("--text-column", "findings"))
+        for name, content, words in (
+            ("a.csv.gz", b"\x1f\x8b\x08\x00\xff", "gunzip it"),
+            ("a.xlsx", b"PK\x03\x04\xff", "save it as CSV"),
+            ("a.h5", b"\x89HDF\r\n\x1a\n", "it is HDF5, which --h5 takes"),
+        ):
+            (tmp_path / name).write_bytes(content)
+            refused(f"{name} is not CSV in UTF-8", words, table=tmp_path / name)
         refused("no dataset 'images'", "'cxr'", more=("--dataset", "images"))
         refused("column 'Path' holds names of files", "--text-folder", more=("--text-column", "Path"), table=files)
         refused("label column 'Path'", "row 0", more=("--label-columns", "Path"))

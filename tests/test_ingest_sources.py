@@ -315,6 +315,21 @@ class TestImageFolder:
                 ranged = read_film(tmp_path / name, 320, (0.0, 255.0 * max(scale, 1)))
                 assert np.array_equal(ranged, film if scale else film * 0)
 
+    def test_a_range_is_asked_for_before_there_is_anything_to_go_on_with(
+        self, tmp_path: Path, images: np.ndarray
+    ) -> None:
+        names = [f"{number}.png" for number in range(20)]
+        table = write_csv(tmp_path / "a.csv", ["Path", "impression"], [[name, "x"] for name in names])
+        for number, name in enumerate(names):
+            Image.fromarray(images[number].astype(np.uint16) * 16).save(tmp_path / name)
+        config = IngestConfig(to_shards=tmp_path / "out", images=tmp_path, csv=(table,))
+        with pytest.raises(InputError, match="each of 7 films looked at has more than 8 bits"):
+            ingest(config)
+        assert not (tmp_path / "out").exists()
+        read_inputs(replace(config, value_range=(0.0, 4095.0)))
+        Image.fromarray(images[0]).save(tmp_path / names[0])  # some of them are rejected then, and counted
+        read_inputs(config)
+
     def test_real_numbers_need_a_range(self, tmp_path: Path, images: np.ndarray) -> None:
         film = images[0].astype(np.float32) / 255
         for path, value in ((tmp_path / "a.tif", 1.0), (tmp_path / "b.tif", np.nan)):
