@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from bench.processes import REPOSITORY
@@ -83,7 +84,7 @@ class Task:
     """See `measure.measure`."""
 
 
-def run_child(task: Task, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+def run_child(task: Task, variables: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
     """What the task gives. InputError, with the last line that the child said, where it fails or hangs.
 
     What the child and its workers put into the folder for temporary files goes with them, however they end.
@@ -93,7 +94,7 @@ def run_child(task: Task, environment: Mapping[str, str] | None = None) -> dict[
         process = subprocess.Popen(
             [sys.executable, "-m", "bench.measure", json.dumps(asdict(task)), str(result), str(os.getpid())],
             cwd=REPOSITORY,
-            env={**os.environ, "TMPDIR": folder, **(environment or {})},
+            env={**os.environ, "TMPDIR": folder, **variables},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,

@@ -1,16 +1,9 @@
-"""Two runs of the same thing on the same machine: what changed beyond the noise.
+"""Two runs of the same thing on the same machine: what changed beyond the noise, by the rule that RULE says to readers.
 
-The rule (`RULE` says it to readers). Rounds are the sample. A figure is worse where
-
-- the newer rounds are worse than the older by a one-sided exact Mann-Whitney test (Mann and Whitney 1947) at LEVEL: no
-  assumption on how rounds are spread, and one slow first round does not count for more than it is;
-- and the medians differ by more than `min_effect`, and by more than the metric's own least difference;
-- and, for films/s, the same shows in the rounds divided by the pace of the machine in each (`_paces`), where loaders
-  that share no code with ours were measured beside it: half of the loss or more is left, and the test says so at
-  PACED_LEVEL. What slows them as well is the machine.
-
-Why both, and why all of them: loaders among page caches and worker processes are far noisier than ours. With rounds
-drawn from four recorded runs (tests/test_bench_report.py), a machine slower by 15 or 30 % was called a loss of ours 19
+Mann and Whitney's test (1947) assumes nothing of how rounds are spread, and one slow first round does not count for
+more than it is. What slows loaders that share no code with ours as well is the machine: they are asked for all
+together, as among page caches and worker processes they are far noisier than ours. With rounds drawn from four
+recorded runs (tests/test_bench_report.py), a machine slower by 15 or 30 % was called a loss of ours 19
 and 13 times in 100 where half of the loss in the ratio to `hdf5-tuned` was asked for alone, 4 and 1 times as it is
 here; a loss of ours of 30 % was found 92 times then and is 99 times now. To ask more of the noisy rounds, LEVEL itself,
 would hide it.
@@ -88,36 +81,28 @@ def compare_all(results: Sequence[Result], min_effect: float) -> tuple[list[Comp
         alike: dict[tuple, list[Result]] = {}
         for result in results:
             if result.kind == kind and result.settings and any(case.rounds for case in result.cases):
-                alike.setdefault(likeness(result), []).append(result)
+                alike.setdefault(_likeness(result), []).append(result)
         pairs += [compare(runs[-2], runs[-1], min_effect) for runs in alike.values() if len(runs) > 1]
         if len(alike) > 1:
-            left.append(_why(kind, list(alike.values())))
+            names = " | ".join("; ".join(run.file for run in runs) for runs in alike.values())
+            reason = "machines" if len({runs[0].machine for runs in alike.values()}) > 1 else "settings"
+            left.append(f"{kind}: not compared across {reason}: {names}")
     return pairs, left
 
 
-def likeness(result: Result) -> tuple:
+def _likeness(result: Result) -> tuple:
     """Runs are compared where this is the same."""
     settings = sorted((name, value) for name, value in result.settings.items() if name not in UNTUNED)
     return (result.machine or result.file, tuple(settings))  # of unknown machines no two are the same
 
 
-def _why(kind: str, groups: list[list[Result]]) -> str:
-    names = ["; ".join(run.file for run in runs) for runs in groups]
-    machines = len({runs[0].machine for runs in groups}) > 1
-    reason = "machines" if machines else "settings"
-    return f"{kind}: not compared across {reason}: {' | '.join(names)}"
-
-
 def compare(older: Result, newer: Result, min_effect: float) -> Comparison:
     """All figures that both have."""
     then, now = ({case.label: case for case in result.cases} for result in (older, newer))
-    kind = newer.kind
-    beside = [(then[name], now[name]) for name in now if name in then and _is_of_others(now[name])]
-    changes = [
-        change for name in now if name in then for change in _changes(kind, then[name], now[name], beside, min_effect)
-    ]
-    gone = tuple(name for name in then if name not in now)
-    return Comparison(older=older, newer=newer, changes=tuple(changes), gone=gone)
+    both = [(then[name], now[name]) for name in now if name in then]
+    beside = [pair for pair in both if _is_of_others(pair[1])]
+    changes = tuple(change for pair in both for change in _changes(newer.kind, *pair, beside, min_effect))
+    return Comparison(older=older, newer=newer, changes=changes, gone=tuple(name for name in then if name not in now))
 
 
 Beside = Sequence[tuple[Case, Case]]
@@ -175,8 +160,7 @@ def judge(before: Sequence[float], after: Sequence[float], metric: Metric, min_e
     one, two = median(before), median(after)
     grown = two > one
     p = _p(before, after, "greater" if grown else "less")
-    large = abs(two - one) > max(min_effect * abs(one), metric.least)
-    if not large:
+    if abs(two - one) <= max(min_effect * abs(one), metric.least):
         return SAME, p
     if p >= LEVEL:
         least = 1 / comb(len(before) + len(after), len(before))  # p of no overlap

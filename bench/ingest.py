@@ -9,7 +9,6 @@ With --cold the films come from the disk, as they do where no memory holds them,
 Then memory: the ingest of made-up films of several sizes, all its processes together.
 """
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -25,7 +24,7 @@ from bench.floor import Floor, measure_floor
 from bench.machine import bench_main, environment
 from bench.processes import Run, pinned, run_watched
 from bench.sizes import measure_sizes, repeat_csv, store_repeated
-from bench.storage import SlowFileSystem, SlowSettings, evict
+from bench.storage import SlowSettings, evict, slow_file_system
 from ingest.config import SourceConfig
 from shards.cli import say
 from shards.errors import InputError
@@ -97,24 +96,15 @@ def run_bench(config: IngestBenchConfig) -> dict[str, Any]:
         folder = Path(name)
         if config.csv:
             table = repeat_csv(config.csv, folder / "reports.csv", config.repeat)
-            with _file_system(config, folder):
+            slow = SlowSettings(latency_ms=config.latency_ms, bandwidth_mb=config.bandwidth_mb)
+            under = slow_file_system(slow if slow != SlowSettings() else None, [folder, *config.h5])
+            with under as variables, patch.dict(os.environ, variables):
                 taken = _measure_speed(config, table, folder)
             result["cases"] = [_summary(case, rounds) for case, rounds in taken]
             result["scaling"] = list(_scaling(taken))
         if config.memory_gb:
             result["memory"] = measure_sizes(config.memory_gb, folder, max(config.workers))
     return result | {"verdict": verdict(result)}
-
-
-@contextlib.contextmanager
-def _file_system(config: IngestBenchConfig, folder: Path) -> Iterator[None]:
-    """The slow one that is asked for, if any, under the processes that are started in the block."""
-    settings = SlowSettings(latency_ms=config.latency_ms, bandwidth_mb=config.bandwidth_mb)
-    if settings == SlowSettings():
-        yield
-        return
-    with SlowFileSystem(settings, [folder, *config.h5]) as slow, patch.dict(os.environ, slow.environment()):
-        yield
 
 
 def _measure_speed(config: IngestBenchConfig, table: Path, folder: Path) -> list[tuple[Case, Rounds]]:

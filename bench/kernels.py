@@ -10,8 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import torch
@@ -58,14 +56,6 @@ class Floor:
         self._idle = iter(self.kernels)
         self._threads = start_single_threaded(self._work, threads)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         """Stop the threads."""
         self._closed = True
@@ -99,8 +89,8 @@ def parts(config: LoaderConfig, seconds: float = 1.0) -> dict[str, float]:
 
     Both together are measured as the loader does them, the second one alone, on one film.
     """
-    with Floor(config) as floor:
-        floor.close()
+    floor = Floor(config)
+    floor.close()
     kernel = floor.kernels[0]
     pixels, boxes, flipped = kernel.decode(floor.films[0]), floor.fate.boxes.tolist(), floor.fate.flipped.tolist()
 

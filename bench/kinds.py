@@ -10,8 +10,6 @@ from typing import Any
 
 REFERENCES = ("hdf5", "hdf5-tuned", "hdf5 uint8", "hdf5-tuned uint8")
 """Loaders that share no code with ours, beside those of others."""
-MAX_TEXT = 400
-"""Characters of a text; no file of ours comes near."""
 
 Row = dict[str, Any]
 
@@ -139,12 +137,10 @@ def machine(environment: Row) -> str:
     return text(f"{parts}, {environment.get('gpu') or 'no GPU'}{f', {disk}' if disk else ''}")
 
 
-def text(value: Any, most: int = MAX_TEXT) -> str:
-    """Anything as one line of printable text, cut where it is long."""
-    if isinstance(value, float):
-        value = f"{value:.6g}"
-    shown = " ".join("".join(each if each.isprintable() else " " for each in str(value)[: 2 * most]).split())
-    return shown if len(shown) <= most else shown[: most - 1] + "…"
+def text(value: Any) -> str:
+    """Anything as one line of printable text."""
+    shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return " ".join("".join(each if each.isprintable() else " " for each in shown).split())
 
 
 def round_values(rounds: Sequence[Row]) -> dict[str, tuple[float, ...]]:
@@ -162,35 +158,33 @@ def measured_cases(raw: Row) -> tuple[Case, ...]:
     """Cases with rounds, as all benches but the ingest's write them."""
     rows: list[Row] = raw["cases"] if "cases" in raw else raw.get("loader", [])
     several = len({row["batch_size"] for row in rows if "batch_size" in row}) > 1
-    return tuple(_case(row, several=several) for row in rows)
-
-
-def _case(row: Row, *, several: bool) -> Case:
-    latency = row.get("latency_ms")
-    return Case(
-        name=text(row.get("name", "?")),
-        rounds=round_values(row.get("rounds", [])),
-        row=row,
-        note=text(row.get("note") or ""),
-        peer=bool(row.get("peer")),
-        latency_ms=None if latency is None else float(latency),
-        batch_size=int(row["batch_size"]) if several and "batch_size" in row else None,
+    return tuple(
+        Case(
+            name=text(row.get("name", "?")),
+            rounds=round_values(row.get("rounds", [])),
+            row=row,
+            note=text(row.get("note") or ""),
+            peer=bool(row.get("peer")),
+            latency_ms=row.get("latency_ms"),
+            batch_size=row.get("batch_size") if several else None,
+        )
+        for row in rows
     )
 
 
 def ingest_cases(raw: Row) -> tuple[Case, ...]:
     """An ingest of a layout by so many workers."""
-    return tuple(map(_ingest_case, raw.get("cases", [])))
-
-
-def _ingest_case(row: Row) -> Case:
-    films = row["films"]
-    values = [
-        {"images_per_s": films / each["seconds"], "cpu_s_per_1000": each["cpu_s"] / films * 1e3}
-        for each in (taken["ingest"] for taken in row["rounds"])
-    ]
-    name = f"{workers(row)}, {text(row['layout'])}, {films:,.0f} films"
-    return Case(name=name, rounds=round_values(values), row=row)
+    return tuple(
+        Case(
+            name=f"{workers(row)}, {text(row['layout'])}, {row['films']:,.0f} films",
+            rounds={
+                "images_per_s": tuple(row["films"] / taken["ingest"]["seconds"] for taken in row["rounds"]),
+                "cpu_s_per_1000": tuple(taken["ingest"]["cpu_s"] / row["films"] * 1e3 for taken in row["rounds"]),
+            },
+            row=row,
+        )
+        for row in raw.get("cases", [])
+    )
 
 
 def workers(row: Row) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from bench.case import BASELINE, FLOORS, TUNED, Case, Task, absolute, cases, convert, run_child
 from bench.machine import bench_main, check_positive, environment
 from bench.processes import pinned
-from bench.storage import SlowFileSystem, SlowSettings, evict
+from bench.storage import SlowSettings, evict, slow_file_system
 from bench.summary import Key, Rounds, summarise, verdict
 from shards.cli import say
 from shards.errors import InputError
@@ -175,10 +175,8 @@ def _at(slow: SlowSettings | None) -> str:
 
 
 def _run(task: Task, slow: SlowSettings | None, places: list[Path]) -> dict[str, Any]:
-    if slow is None:
-        return run_child(task)
-    with SlowFileSystem(slow, places) as under:
-        return run_child(task, under.environment())
+    with slow_file_system(slow, places) as variables:
+        return run_child(task, variables)
 
 
 def _measure_all(

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sized
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ from typing import Any
 from bench.case import FLOOR, UINT8_FILE, Task
 from bench.machine import look
 from bench.processes import Usage, footprint, forks_die_too, usage
-from bench.storage import Counts, counts_here
+from bench.storage import Counts, counts
 from shards.cli import main_guard
 from shards.processes import die_with_parent
 
 _SAMPLE_EVERY_S = 0.1
 _LEVEL, _MOST_STRETCHES = 0.1, 10
-"""Share of a stretch's films by which the read-ahead may change where the rate is a steady one; the stretch that is taken
+"""Share of a stretch's films by which the read-ahead may change where the rate is steady; the stretch that is taken
 whatever it shows."""
 
 
@@ -57,7 +58,7 @@ class _Mark:
 
     @classmethod
     def now(cls) -> "_Mark":
-        return cls(time.perf_counter(), usage(os.getpid()), counts_here())
+        return cls(time.perf_counter(), usage(os.getpid()), counts())
 
 
 def measure(
@@ -165,7 +166,7 @@ def _builder(task: Task) -> Callable[[], Any]:
     if task.loader == FLOOR:
         from bench.kernels import Floor
 
-        return lambda: Floor(settings)
+        return lambda: closing(Floor(settings))
     return lambda: build_loader(settings, World(device=task.device))
 
 
@@ -188,7 +189,7 @@ def _settings(task: Task) -> Any:
 def _job(task: Task) -> Any:
     from bench.others import Job
 
-    return Job(settings=_settings(task), data=Path(task.data), device=task.device, mapped=counts_here() is None)
+    return Job(settings=_settings(task), data=Path(task.data), device=task.device, mapped=counts() is None)
 
 
 def _write(task: Task) -> dict[str, Any]:
@@ -235,7 +236,7 @@ def main() -> None:
         task = Task(**json.loads(sys.argv[1]))
         if task.peers_path:
             sys.path.append(task.peers_path)  # after everything that is installed here
-        if counts_here() is not None:
+        if counts() is not None:
             forget_rows()
         Path(sys.argv[2]).write_text(json.dumps(_ACTIONS[task.action](task)))
 

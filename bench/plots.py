@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.kinds import METRICS, Case, Result, Row
+from bench.kinds import METRICS, Result, Row
 from bench.page import Plot
 
 WIDTH = 4.6
@@ -68,11 +68,10 @@ def _bars(result: Result) -> Panel | None:
     for metric in ("images_per_s", "step_ms"):
         cases = [case for case in result.cases if case.rounds.get(metric) and not case.latency_ms][:MOST_BARS]
         if cases:
-            return _bar_plot(cases, metric)
-    return None
+            break
+    else:
+        return None
 
-
-def _bar_plot(cases: Sequence[Case], metric: str) -> Panel:
     def fill(axes: Any) -> None:
         places = range(len(cases))
         axes.barh(places, [case.median(metric) for case in cases], color="#9db8d9")

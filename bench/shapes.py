@@ -7,32 +7,16 @@ is refused whole.
 """
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import tables
 from bench.kinds import Case, Result, Row, Table, ingest_cases, machine, measured_cases, text
-from bench.tables import (
-    cases_table,
-    controls_tables,
-    demo_tables,
-    encodings_tables,
-    ingest_tables,
-    loader_tables,
-    nih_tables,
-    pairs_table,
-    said_tables,
-    scale_tables,
-    tune_tables,
-)
 
 BUNDLE = "bundle"
 """A file of files, each verbatim under its name."""
-MAX_BYTES, MAX_SAID = 64 << 20, 1_500
-"""No file of ours comes near: its bytes, characters of a verdict."""
-
 MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
 """What a JSON that is not as the bench writes it gives rise to."""
 
@@ -54,14 +38,11 @@ class Kind:
 
 def read_results(path: Path) -> list[Result]:
     """All results in a file. UnreadableError for what holds none; OSError where it cannot be read at all."""
-    with open(path, "rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise UnreadableError(f"it is larger than {MAX_BYTES >> 20} MiB")
+    content = path.read_bytes()
     try:
-        raw = json.loads(content, parse_float=_finite, parse_int=_finite, parse_constant=_finite)
+        raw = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UnreadableError(f"it is not JSON of finite numbers ({type(error).__name__})") from None
+        raise UnreadableError(f"it is not JSON ({type(error).__name__})") from None
     try:
         found = list(_results(path.name, raw, {}))
     except MALFORMED as error:
@@ -69,13 +50,6 @@ def read_results(path: Path) -> list[Result]:
     if not found:
         raise UnreadableError("it is JSON, but of no kind that the bench writes")
     return found
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError(digits)
-    return value if {*digits} & {*".eE"} else int(digits)
 
 
 def _results(file: str, raw: Any, environment: Row) -> Iterator[Result]:
@@ -111,8 +85,8 @@ def _result(file: str, kind: str, raw: Row, environment: Row) -> Result:
         machine=machine(environment),
         settings={text(name): text(value) for name, value in raw.get("settings", {}).items()},
         cases=cases,
-        tables=tuple(table for table in (cases_table(cases), *KINDS[kind].tables(raw)) if table.rows),
-        said=(text(said, MAX_SAID),) if said else (),
+        tables=tuple(table for table in (tables.cases_table(cases), *KINDS[kind].tables(raw)) if table.rows),
+        said=(text(said),) if said else (),
     )
 
 
@@ -139,18 +113,18 @@ def bundle(paths: Iterable[Path]) -> bytes:
 
 
 KINDS = {
-    "loader": Kind(title="Loader", cases=measured_cases, tables=loader_tables),
+    "loader": Kind(title="Loader", cases=measured_cases, tables=tables.loader_tables),
     "step": Kind(title="Training step", cases=measured_cases),
     "together": Kind(title="Loader and step together", cases=measured_cases),
-    "tune": Kind(title="Tuned loader", cases=measured_cases, tables=tune_tables),
-    "scale": Kind(title="Scale", cases=measured_cases, tables=scale_tables),
-    "ingest": Kind(title="Ingest", keys=("scaling", "memory"), cases=ingest_cases, tables=ingest_tables),
-    "encodings": Kind(title="Encodings", keys=("inputs",), tables=encodings_tables),
-    "recipe": Kind(title="Recipe", keys=("wall_s",), tables=lambda raw: iter([pairs_table("The recipe", raw)])),
-    "gpu tests": Kind(title="Tests on the GPU", keys=("exit_code",), tables=said_tables),
-    "failed": Kind(title="Not measured", keys=("failed",), tables=said_tables),
-    "demo": Kind(title="Demo", keys=("evaluation",), cases=measured_cases, tables=demo_tables),
-    "nih": Kind(title="NIH films", keys=("bootstrap",), tables=nih_tables),
-    "controls": Kind(title="Controls", keys=("passed",), tables=controls_tables),
+    "tune": Kind(title="Tuned loader", cases=measured_cases, tables=tables.tune_tables),
+    "scale": Kind(title="Scale", cases=measured_cases, tables=tables.scale_tables),
+    "ingest": Kind(title="Ingest", keys=("scaling", "memory"), cases=ingest_cases, tables=tables.ingest_tables),
+    "encodings": Kind(title="Encodings", keys=("inputs",), tables=tables.encodings_tables),
+    "recipe": Kind(title="Recipe", keys=("wall_s",), tables=lambda raw: iter([tables.pairs_table("The recipe", raw)])),
+    "gpu tests": Kind(title="Tests on the GPU", keys=("exit_code",), tables=tables.said_tables),
+    "failed": Kind(title="Not measured", keys=("failed",), tables=tables.said_tables),
+    "demo": Kind(title="Demo", keys=("evaluation",), cases=measured_cases, tables=tables.demo_tables),
+    "nih": Kind(title="NIH films", keys=("bootstrap",), tables=tables.nih_tables),
+    "controls": Kind(title="Controls", keys=("passed",), tables=tables.controls_tables),
 }
 """Name -> how its JSON looks."""

@@ -6,9 +6,9 @@ GPFS has (pagepool).
 
 Slow: `slow.c`, compiled on the spot and preloaded.
 
-    with SlowFileSystem(settings, paths) as slow:
-        subprocess.run(command, env=os.environ | slow.environment())
-        slow.counts()
+    with slow_file_system(settings, paths) as variables:
+        subprocess.run(command, env=os.environ | variables)
+        counts(variables)
 
 Below Python and below every library, so that it holds for all cases alike: whoever reads one of the paths waits the
 same time for the same request. What it does not model: prefetching that goes on while nobody asks (a real client's
@@ -24,11 +24,10 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from shards.errors import InputError
 
@@ -136,52 +135,37 @@ class Counts:
     refused_maps: int
 
 
-class SlowFileSystem:
-    """The library and the counts, in a folder of their own until the end of the context."""
+@contextmanager
+def slow_file_system(settings: SlowSettings | None, paths: Sequence[Path]) -> Iterator[dict[str, str]]:
+    """Variables that put it under a process and its children, while the context lasts; none without settings.
 
-    def __init__(self, settings: SlowSettings, paths: Sequence[Path]) -> None:
-        """`paths`: files, or folders with all in them, that become slow. InputError where nothing can be compiled."""
-        self._settings, self._paths = settings, [str(path.resolve()) for path in paths]
-        self._folder = tempfile.TemporaryDirectory(prefix="shardclip-slow-")
-        self._library, self._state = Path(self._folder.name, "slow.so"), Path(self._folder.name, "counts")
-        self._state.write_bytes(bytes(_STATE.size))
-        _compile(self._library)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._folder.cleanup()
-
-    def environment(self) -> dict[str, str]:
-        """Variables that put it under a process and its children."""
-        settings = self._settings
+    `paths`: files, or folders with all in them, that become slow. InputError where nothing can be compiled.
+    """
+    if settings is None:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="shardclip-slow-") as folder:
+        library, state = Path(folder, "slow.so"), Path(folder, "counts")
+        state.write_bytes(bytes(_STATE.size))
+        _compile(library)
         earlier = [os.environ["LD_PRELOAD"]] if os.environ.get("LD_PRELOAD") else []
-        return {
-            "LD_PRELOAD": ":".join([str(self._library), *earlier]),
-            _STATE_VARIABLE: str(self._state),
-            "SHARDCLIP_SLOW_PATHS": "\n".join(self._paths),
+        yield {
+            "LD_PRELOAD": ":".join([str(library), *earlier]),
+            _STATE_VARIABLE: str(state),
+            "SHARDCLIP_SLOW_PATHS": "\n".join(str(path.resolve()) for path in paths),
             "SHARDCLIP_SLOW_LATENCY_NS": str(round(settings.latency_ms * 1e6)),
             "SHARDCLIP_SLOW_BYTES_PER_S": str(round((settings.bandwidth_mb or 0) * 1e6)),
             "SHARDCLIP_SLOW_JITTER_PERMILLE": str(round(settings.jitter * 1000)),
             "SHARDCLIP_SLOW_READAHEAD": str(settings.readahead_kb << 10),
         }
 
-    def counts(self) -> Counts:
-        """What has been asked for so far."""
-        return _read_counts(self._state)
 
-
-def counts_here() -> Counts | None:
-    """Those of the slow file system under this process, if there is one."""
-    state = os.environ.get(_STATE_VARIABLE)
-    return _read_counts(Path(state)) if state else None
-
-
-def _read_counts(state: Path) -> Counts:
-    _, requests, size, refused = _STATE.unpack(state.read_bytes())
+def counts(variables: Mapping[str, str] = os.environ) -> Counts | None:
+    """What was asked so far of the slow file system of an environment (this process's), if there is one."""
+    state = variables.get(_STATE_VARIABLE)
+    if not state:
+        return None
+    _, requests, size, refused = _STATE.unpack(Path(state).read_bytes())
     return Counts(requests=requests, bytes=size, refused_maps=refused)
 
 

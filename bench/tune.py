@@ -12,30 +12,29 @@ node decoding on the GPU wins here by what it takes from the training step, whic
 """
 
 import itertools
-import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from bench.kinds import ratios, speed, spread
-from bench.machine import check_positive, say_tables
+from bench.machine import bench_main, check_positive, environment, has_dali, one_line
 from bench.page import to_text
-from bench.processes import bench_guard
 from bench.search import LEAST_ROUNDS, Choice, Space, ablate, in_turn, is_faster, make_space, search
-from bench.storage import SlowFileSystem, SlowSettings, counts_here
+from bench.storage import SlowSettings, counts, slow_file_system
 from bench.tables import tune_tables
 from pipeline.config import LoaderConfig
-from shards.cli import parse, say
+from shards.cli import say
 from shards.manifest import read_manifest
 
-PROG = "python -m bench.loader --tune"
+PROG = "bench.loader --tune"
 LEAST_TRIALS = 10
 """Of the search, the default among them."""
 WARMUP_BATCHES = 4
@@ -73,8 +72,6 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
     """Search, compare, decide; the result is what `--json` writes."""
     import torch
 
-    from bench.machine import environment, has_dali
-
     cuda = torch.cuda.is_available()
     backend = "dali" if cuda and has_dali() else "cpu"
     base = LoaderConfig(shards=config.shards[0], batch_size=config.batch_size, backend=backend)
@@ -96,7 +93,7 @@ def run_tune(config: TuneConfig) -> dict[str, Any]:
     return {
         "bench": "tune",
         "environment": environment({"shards": config.shards[0]}),
-        "settings": settings | (asdict(config.slow) if counts_here() else {}),
+        "settings": settings | (asdict(config.slow) if counts() else {}),
         "cases": cases,
         "choices": [_plain(each) for each in bought],
         "chosen": kept,
@@ -127,7 +124,7 @@ def _rater(config: TuneConfig, base: LoaderConfig, device: str) -> Callable[[Cho
     from pipeline.batch import World
     from pipeline.loader import build_loader
 
-    if counts_here() is not None:
+    if counts() is not None:
         forget_rows()
     orders = itertools.count(1)
 
@@ -161,7 +158,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 def _where(slow: SlowSettings) -> str:
     """So that nobody takes for real storage what was found on a simulated one; "" where it is as it is."""
-    if counts_here() is None:
+    if counts() is None:
         return ""
     bandwidth = "" if slow.bandwidth_mb is None else f" and {slow.bandwidth_mb:g} MB/s"
     return f"Simulated, {slow.latency_ms:g} ms a request{bandwidth}: "
@@ -176,13 +173,12 @@ def _verdict(kept: Choice, rates: dict[str, list[float]]) -> str:
 
 def toml_of(result: dict[str, Any]) -> str:
     """What `train.main --loader-config` takes."""
-    from bench.machine import one_line
     from train.commandline import to_toml
 
     chosen = dict(result["chosen"])
     shards = chosen.pop("shards", None)
-    environment = result["environment"]
-    comments = [f"by {PROG}, {environment['time']}", f"on {one_line(environment)}", result["verdict"]]
+    machine = result["environment"]
+    comments = [f"by python -m {PROG}, {machine['time']}", f"on {one_line(machine)}", result["verdict"]]
     comments += [line for table in tune_tables(result) if table.rows for line in to_text(table) if line]
     if shards is not None:
         comments.append(f"the fastest set was {shards}: give it as --shards")
@@ -192,30 +188,23 @@ def toml_of(result: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Tune, say what each choice bought, write the settings."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with bench_guard(PROG):
-        config = parse(TuneConfig, arguments, prog=PROG)
-        from shards.atomic import check_writable, write_atomic
-
-        for path in filter(None, (config.out, config.json)):
-            check_writable(path)
-        if config.slow != SlowSettings() and counts_here() is None:
-            raise SystemExit(_run_slow(config, arguments))
-        result = run_tune(config)
-        say_tables(result)
-        write_atomic(config.out, toml_of(result).encode())
-        rates = [trial["films_per_s"] for trial in result["trials"]]
-        tried = f"{len(rates)} trials of {min(rates):,.0f} to {max(rates):,.0f} films/s, the defaults {rates[0]:,.0f}"
-        say(f"{tried}; settings for train.main --loader-config written to {config.out}")
-        if config.json:
-            write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
-        say(result["verdict"])
+    bench_main(PROG, TuneConfig, arguments, partial(_tune, arguments))
 
 
-def _run_slow(config: TuneConfig, arguments: list[str]) -> int:
-    """The same in a process with the slow file system under it."""
-    with SlowFileSystem(config.slow, config.shards) as slow:
-        command = [sys.executable, "-m", "bench.tune", *arguments]
-        return subprocess.run(command, env=os.environ | slow.environment()).returncode
+def _tune(arguments: list[str], config: TuneConfig) -> dict[str, Any]:
+    from shards.atomic import check_writable, write_atomic
+
+    check_writable(config.out)
+    if config.slow != SlowSettings() and counts() is None:  # the same in a process with the slow file system under it
+        with slow_file_system(config.slow, config.shards) as slow:
+            command = [sys.executable, "-m", "bench.tune", *arguments]
+            raise SystemExit(subprocess.run(command, env=os.environ | slow).returncode)
+    result = run_tune(config)
+    write_atomic(config.out, toml_of(result).encode())
+    rates = [trial["films_per_s"] for trial in result["trials"]]
+    tried = f"{len(rates)} trials of {min(rates):,.0f} to {max(rates):,.0f} films/s, the defaults {rates[0]:,.0f}"
+    say(f"{tried}; settings for train.main --loader-config written to {config.out}")
+    return result
 
 
 if __name__ == "__main__":

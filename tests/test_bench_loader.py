@@ -23,7 +23,7 @@ from bench.page import to_text
 from bench.peers import LOADERS, WRITERS, missing
 from bench.processes import tree, usage
 from bench.shapes import read_results, tables_of
-from bench.storage import Counts, SlowFileSystem, SlowSettings, evict, resident_bytes
+from bench.storage import Counts, SlowSettings, counts, evict, resident_bytes, slow_file_system
 from bench.summary import summarise, verdict
 from shards.errors import InputError
 
@@ -201,8 +201,8 @@ def fake_children(monkeypatch: pytest.MonkeyPatch, failing: str, shards: Path) -
     """`run_child` that measures nothing and fails for one loader; the loaders it was called for."""
     called: list[str] = []
 
-    def run_child(task: Task, environment: Any = None) -> dict[str, Any]:
-        assert environment is None
+    def run_child(task: Task, variables: Any = None) -> dict[str, Any]:
+        assert not variables
         if task.action == "look":
             absent = dict.fromkeys(("spdl", "streaming", "litdata", "ffcv"), "not installed")
             return {
@@ -457,12 +457,14 @@ def test_mount_options_tell_no_names() -> None:
 # --- a slow file system ---
 
 
-def under(slow: SlowFileSystem, code: str, *arguments: object) -> Counts:
+def under(slow: dict[str, str], code: str, *arguments: object) -> Counts:
     """What a Python process asks of it."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=os.environ | slow.environment(), capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | slow, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return slow.counts()
+    found = counts(slow)
+    assert found is not None
+    return found
 
 
 WAYS = {
@@ -486,9 +488,9 @@ fd, room = os.open(name, os.O_RDONLY), ctypes.create_string_buffer(4096)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_read_is_delayed(way: str, tmp_path: Path) -> None:
     (tmp_path / "film").write_bytes(bytes(100_000))
-    with SlowFileSystem(SlowSettings(latency_ms=1), [tmp_path]) as slow:
-        counts = under(slow, OPENED + WAYS[way], tmp_path / "film")
-    assert counts.requests == 1 and counts.bytes == 4096
+    with slow_file_system(SlowSettings(latency_ms=1), [tmp_path]) as slow:
+        found = under(slow, OPENED + WAYS[way], tmp_path / "film")
+    assert found.requests == 1 and found.bytes == 4096
 
 
 @needs_compiler
@@ -497,7 +499,7 @@ def test_a_request_waits_and_other_files_do_not(tmp_path: Path) -> None:
     for name in ("slow", "slower", "fast"):
         (tmp_path / name).write_bytes(bytes(1_000_000))
     code = OPENED + "for at in range(10): os.pread(fd, 1000, at * 7 % 10 * 81920 + 512)"
-    with SlowFileSystem(SlowSettings(latency_ms=20), [tmp_path / "slow"]) as slow:
+    with slow_file_system(SlowSettings(latency_ms=20), [tmp_path / "slow"]) as slow:
         started = time.perf_counter()
         assert under(slow, code, tmp_path / "slow") == Counts(requests=10, bytes=40_960, refused_maps=0)
         assert time.perf_counter() - started >= 0.2
@@ -509,7 +511,7 @@ def test_a_request_waits_and_other_files_do_not(tmp_path: Path) -> None:
 def test_bandwidth_is_shared_by_processes(tmp_path: Path) -> None:
     (tmp_path / "film").write_bytes(bytes(1_000_000))
     code = OPENED + "child = os.fork()\nos.pread(fd, 1_000_000, 0)\nchild and os.wait()"
-    with SlowFileSystem(SlowSettings(bandwidth_mb=5), [tmp_path]) as slow:
+    with slow_file_system(SlowSettings(bandwidth_mb=5), [tmp_path]) as slow:
         started = time.perf_counter()
         assert under(slow, code, tmp_path / "film").bytes == 2_000_000  # whole, twice: no cache between processes
         assert time.perf_counter() - started >= 0.4
@@ -521,10 +523,10 @@ def test_reading_in_order_fetches_ahead(tmp_path: Path) -> None:
     for a second pass, and none at the end of the file."""
     (tmp_path / "film").write_bytes(bytes(300 << 10))
     code = OPENED + "for _ in range(2):\n    while os.read(fd, 10 << 10): pass\n    os.lseek(fd, 0, 0)"
-    with SlowFileSystem(SlowSettings(latency_ms=1, readahead_kb=64), [tmp_path]) as slow:
-        counts = under(slow, code, tmp_path / "film")
+    with slow_file_system(SlowSettings(latency_ms=1, readahead_kb=64), [tmp_path]) as slow:
+        found = under(slow, code, tmp_path / "film")
     windows = [12, 40, 64, 64, 64, 300 - 244]
-    assert counts == Counts(requests=2 * len(windows), bytes=2 * sum(windows) << 10, refused_maps=0)
+    assert found == Counts(requests=2 * len(windows), bytes=2 * sum(windows) << 10, refused_maps=0)
 
 
 @needs_compiler
@@ -532,7 +534,7 @@ def test_small_reads_within_a_page_are_one_request(tmp_path: Path) -> None:
     """As pyarrow reads the columns of a row group."""
     (tmp_path / "film").write_bytes(bytes(300 << 10))
     code = OPENED + "for at in range(7000, 8000, 100): os.pread(fd, 100, at)"
-    with SlowFileSystem(SlowSettings(latency_ms=1), [tmp_path]) as slow:
+    with slow_file_system(SlowSettings(latency_ms=1), [tmp_path]) as slow:
         assert under(slow, code, tmp_path / "film") == Counts(requests=1, bytes=4096, refused_maps=0)
 
 
@@ -544,14 +546,14 @@ def test_mapping_a_slow_file_is_refused(tmp_path: Path) -> None:
         "except OSError as error: assert error.errno == errno.ENODEV\nelse: raise SystemExit('mapped')\n"
         "mmap.mmap(-1, 4096)"
     )
-    with SlowFileSystem(SlowSettings(latency_ms=1), [tmp_path]) as slow:
+    with slow_file_system(SlowSettings(latency_ms=1), [tmp_path]) as slow:
         assert under(slow, code, tmp_path / "film").refused_maps == 1
 
 
 def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(InputError, match="C compiler"):
-        SlowFileSystem(SlowSettings(latency_ms=1), [tmp_path])
+    with pytest.raises(InputError, match="C compiler"), slow_file_system(SlowSettings(latency_ms=1), [tmp_path]):
+        pass
 
 
 # --- peers ---

@@ -177,7 +177,7 @@ def test_a_loader_says_what_it_holds(shards_dir: Path) -> None:
 def test_what_was_found_on_a_simulated_file_system_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = SlowSettings(latency_ms=20, bandwidth_mb=200)
     assert tune._where(slow) == ""  # nothing of it lies under this process
-    monkeypatch.setattr(tune, "counts_here", lambda: Counts(requests=1, bytes=1, refused_maps=0))
+    monkeypatch.setattr(tune, "counts", lambda: Counts(requests=1, bytes=1, refused_maps=0))
     assert tune._where(slow) == "Simulated, 20 ms a request and 200 MB/s: "
 
 
