@@ -426,7 +426,7 @@ def test_a_hostile_file_is_refused_in_one_line(name: str, tmp_path: Path, monkey
     make, words = HOSTILE[name]
     make(tmp_path / "w")
     line = refusal(read_tensors, tmp_path / "w")
-    assert str(tmp_path / "w") in line and words in line
+    assert str(tmp_path / "w") in line and words in line and "weights_only" not in line, "torch advises to run it"
     assert not (tmp_path / "evil").exists()
 
 
@@ -544,6 +544,9 @@ def test_a_missing_file_is_named_with_the_command_that_fetches_it(
     file = "timm/vit_base_patch32_clip_224.openai/open_clip_model.safetensors"
     for words in (file, "--vision-weights", str(cache), "`python -m train.weights fetch chexzero`"):
         assert words in line
+    with pytest.raises(SystemExit, match="2"):
+        main([*run, "--preset=tiny", "--vision-weights", "hub:a/b/c"])
+    assert "`python -m train.weights fetch hub:a/b/c`" in capsys.readouterr().err, "tiny has no files to fetch"
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

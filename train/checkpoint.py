@@ -112,13 +112,20 @@ def _load(path: Path, file: BinaryIO) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # whatever a file from elsewhere makes an unpickler say
-        # torch's own first line advises to load it all the same.
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        reason = named[1] if named else type(error).__name__
-        raise DamagedCheckpoint(f"{path} is refused: it holds more than tensors and plain values ({reason})") from None
+        raise DamagedCheckpoint(
+            f"{path} is refused: it holds more than tensors and plain values ({why(error)})"
+        ) from None
     if not isinstance(payload, dict):
         raise DamagedCheckpoint(f"{path} is refused: it holds a {type(payload).__name__}, not a checkpoint's fields")
     return payload
+
+
+def why(error: Exception) -> str:
+    """Why a file was not taken, in few words; torch's own advise to load it all the same."""
+    named, said = re.search(r"GLOBAL (\S+)", str(error)), " ".join(str(error).split())[:200]
+    if named:
+        return named[1]
+    return type(error).__name__ if "weights_only" in said or not said else said
 
 
 def verify_checkpoint(path: Path) -> None:

@@ -19,7 +19,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from shards.errors import InputError
-from train.checkpoint import MAGIC, read_checkpoint
+from train.checkpoint import MAGIC, read_checkpoint, why
 from train.torchscript import read_torchscript
 from train.towers import CausalTextTower, Headed
 
@@ -140,8 +140,7 @@ def read_tensors(path: Path) -> Tensors:
     except InputError:
         raise
     except Exception as error:  # a parser that is fed a hostile or damaged file may end in any way
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{path} is refused: it holds more than tensors, or is damaged ({reason})") from None
+        raise InputError(f"{path} is refused: it holds more than tensors, or is damaged ({why(error)})") from None
     if not found:
         raise InputError(f"{path} holds no tensors")
     for name, tensor in found.items():

@@ -73,9 +73,10 @@ def find_weights(source: str, *, option: str, preset: str) -> Path:
         return _in_folder(Path(source), option) if Path(source).is_dir() else Path(source)
     found = file.cached()
     if found is None:
+        what = preset if preset in PRESETS and file in files_of(preset) else file
         raise InputError(
             f"{file.repository}/{file.name}, which {option} asks for, is not in the Hugging Face cache "
-            f"{cache_folder()}: where there is network, run `python -m train.weights fetch {preset}`, or name a file "
+            f"{cache_folder()}: where there is network, run `python -m train.weights fetch {what}`, or name a file "
             f"with {option} PATH, or start from chance with {option} none"
         )
     return found
