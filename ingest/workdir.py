@@ -99,9 +99,11 @@ def open_work(config: IngestConfig) -> Iterator[Path]:
     work = out / WORK_NAME
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _check_folder(out, inputs)
+        _check_folder(out)
         work.mkdir(exist_ok=True)
         with exclusive(work / _LOCK, f"another ingest is writing to {out}"):
+            _check_folder(out)  # that other one may have ended since
+            _check_same(out, work, inputs)
             remove_temporary(out, work)
             write_atomic(work / _INPUTS, (json.dumps(inputs, indent=1) + "\n").encode())
             try:
@@ -139,13 +141,11 @@ def finished_set(config: IngestConfig) -> Manifest | None:
     return manifest
 
 
-def _check_folder(out: Path, inputs: dict[str, Any]) -> None:
+def _check_folder(out: Path) -> None:
     names = {path.name for path in out.iterdir()}
     if MANIFEST_NAME in names:
-        raise InputError(f"{out} already holds a finished data set; choose another folder")
-    if WORK_NAME in names:
-        _check_same(out, out / WORK_NAME, inputs)
-    elif names:
+        raise InputError(f"{out} was finished by another ingest just now; run the command again to see what it holds")
+    if names and WORK_NAME not in names:
         raise InputError(f"{out} is not empty and holds no interrupted ingest; choose another folder")
 
 
@@ -189,11 +189,14 @@ def _cannot_write(out: Path, error: OSError) -> InputError:
 
 
 def _check_same(out: Path, work: Path, inputs: dict[str, Any]) -> None:
+    if not any(work.glob("*.spill")) and os.listdir(out) == [WORK_NAME]:  # refused before a film was encoded
+        for path in work.iterdir():
+            if path.name != _LOCK:
+                path.unlink()
+        return
     try:
         before = json.loads((work / _INPUTS).read_bytes())
-    except FileNotFoundError:
-        before = inputs  # killed before anything was begun
-    except ValueError:
+    except (OSError, ValueError):
         before = {}
     if changed := _changed(before, inputs):
         raise InputError(

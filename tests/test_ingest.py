@@ -335,7 +335,14 @@ class TestMistakes:
         shutil.rmtree(out)
         (out / ".ingest").mkdir(parents=True)
         (out / ".ingest" / "inputs.json").write_text(json.dumps({"seed": 1}))
+        spill = out / ".ingest" / "0000000000.spill"
+        spill.touch()
         assert_refused(run_module(*arguments(out, source)), "interrupted ingest with another", "--seed")
+        # One that was refused before it encoded a film leaves nothing that another seed's could be mixed with.
+        spill.unlink()
+        (out / ".ingest" / "rows.json").write_text("of another order")
+        assert run_module(*arguments(out, source, "--seed", "2", "--workers", "1")).returncode == 0
+        assert run_module("shards", "verify", out).returncode == 0
 
     def test_impossible_splits(self, refused, tmp_path: Path) -> None:
         refused("split 'val' stays empty", "96 rows", more=("--val-fraction", "0.001"))
