@@ -5,15 +5,17 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bench.compare import BETTER, judge
 from bench.kinds import METRICS, ratios
 from pipeline.batch import World
-from pipeline.buffers import check_memory
+from pipeline.buffers import memory_for
 from pipeline.config import LoaderConfig, available_cpus, stream_count
+from pipeline.handles import ShardSet
+from pipeline.loader import make_order
 from shards.errors import InputError
 from shards.manifest import read_manifest
 
@@ -73,12 +75,15 @@ def _first(value: Any, others: Sequence[Any]) -> tuple[Any, ...]:
 
 def _fits(base: LoaderConfig, sets: Sequence[Path], memory_mb: int) -> bool:
     """Whether a memory holds the live blocks of all sets, and is not too much for the machine."""
-    memory, live = memory_mb << 20, stream_count(base, World())
+    memory = memory_mb << 20
     if memory > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MEMORY_SHARE:
         return False
     try:
-        for manifest in map(read_manifest, sets):
-            check_memory(manifest, manifest.splits[base.split], memory, live)
+        for root in sets:
+            manifest = read_manifest(root)
+            order = make_order(replace(base, shards=root), [manifest], stream_count(base, World()))
+            own = ShardSet(root=root, manifest=manifest, shards=manifest.splits[base.split], layout=order.layouts[0])
+            memory_for([own], order.live(World()), base.read_threads, memory)
     except InputError:
         return False
     return True

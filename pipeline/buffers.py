@@ -12,16 +12,18 @@ from numpy.typing import NDArray
 
 from pipeline.handles import ShardSet
 from shards.errors import InputError
-from shards.schema import Manifest, ShardInfo
+from shards.schema import ShardInfo
 
 PAGE = 4096
 """Buffers are whole pages."""
+HOLES = 8
+"""One part in so many besides, as between buffers there are holes too small for the next."""
 MOST_MEMORY = 256 << 20
 """Bytes that are read ahead unless more is asked for."""
 PART_BYTES = 512 << 10
 """Of the images of a visit about as many lie in one buffer, which is free again as soon as they are used."""
-AHEAD_BYTES = 12 << 20
-"""Of those, for visits that nobody needs yet, unless threads need more to be at work all the time."""
+AHEAD_BYTES = 8 << 20
+"""Of those, for visits that nobody needs yet, unless threads need more to be at work all the time, a block each."""
 
 
 class Buffers:
@@ -32,9 +34,10 @@ class Buffers:
         self.limit = limit
         self.used = self.total = 0
         """Bytes that are out, and the most that there were from the first to the last of them."""
-        self._holes = [(0, limit)]
+        size = limit + limit // HOLES
+        self._holes = [(0, size)]
         try:
-            self._memory = np.empty(limit, dtype=np.uint8)
+            self._memory = np.empty(size, dtype=np.uint8)
         except MemoryError:
             raise InputError(f"memory_mb {limit >> 20} is more than this machine has; lower it") from None
 
@@ -70,38 +73,24 @@ def row_bytes(shard: ShardInfo) -> int:
     return int(1.1 * shard.tar.bytes / shard.rows)
 
 
-def block_bytes(manifest: Manifest, shard: ShardInfo) -> int:
-    """About how many bytes of the tar one block takes."""
-    return row_bytes(shard) * min(manifest.block_rows, shard.rows)
+def memory_for(sets: Sequence[ShardSet], live: Sequence[tuple[int, int]], threads: int, asked: int | None) -> int:
+    """Bytes for encoded blocks: those asked for, or what reading needs not to wait for memory, MOST_MEMORY at most.
 
-
-def read_ahead(sets: Sequence[ShardSet], live: Sequence[int], threads: int) -> int:
-    """Bytes that reading needs not to wait for memory: what is left of each stream's visit, its next, and four for each
-    thread.
-
-    `live`: streams that each set has on this rank. Half a visit is left, as a mean over the streams, which are at all
-    points of theirs, and half a part that is used in part. A visit is a block but where streams meet in one; then those
-    that are live at a time are the longer ones, by a third where all lengths are as frequent. Reading on would only
-    take memory from others.
+    `live`: streams that each set has on this rank, and the rows that are left of their visits, see `Order.live`. Of a
+    part that is used in part half is left besides. Then there are the streams' next visits, some for each thread, or
+    few: reading on would only take memory from others. InputError where what is left and a block do not fit.
     """
-    visits = most = 0.0
-    for each, streams in zip(sets, live, strict=True):
-        row, layout = max(shard.tar.bytes / shard.rows for shard in each.shards), each.layout
-        mean = layout.samples / (layout.blocks + max(streams, 1) - 1)
-        visit = min(layout.block_rows, 4 / 3 * mean) * row
-        visits += streams * (visit + min(visit, PART_BYTES)) / 2
-        most = max(most, layout.block_rows * row)
-    ahead = max(AHEAD_BYTES, 2 * threads * most)
-    return min(int(visits + min((sum(live) + 4 * threads) * most, ahead)), MOST_MEMORY)
-
-
-def check_memory(manifest: Manifest, shards: tuple[ShardInfo, ...], memory: int, streams: int) -> None:
-    """InputError where `streams` live blocks and one being read do not fit `memory` bytes."""
-    block = max(block_bytes(manifest, shard) for shard in shards)
-    blocks = min(streams, sum(shard.rows for shard in shards)) + 1
-    if blocks * block > memory:
+    left = most = 0.0
+    for each, (streams, rows) in zip(sets, live, strict=True):
+        row = max(shard.tar.bytes / shard.rows for shard in each.shards)
+        block = each.layout.block_rows * row
+        left += min(rows * row + min(rows * row, streams * PART_BYTES / 2), streams * block)
+        most = max(most, block)
+    count, limit = sum(streams for streams, _ in live), asked or MOST_MEMORY
+    if left + most > limit:
         raise InputError(
-            f"memory_mb {memory >> 20} is too little: {blocks - 1} streams of this rank and one block ahead are "
-            f"{blocks} x {block / 2**20:.1f} MiB = {blocks * block / 2**20:.1f} MiB; "
-            "raise memory_mb or use fewer streams"
+            f"memory_mb {limit >> 20} is too little: the {count} streams of this rank hold {left / 2**20:.1f} MiB, and "
+            f"a block ahead takes {most / 2**20:.1f} MiB; raise memory_mb or use fewer streams"
         )
+    ahead = min((count + 4 * threads) * most, max(AHEAD_BYTES, threads * most))
+    return asked or min(int(left + ahead), MOST_MEMORY)

@@ -31,9 +31,9 @@ Records = NDArray[np.void]
 MAX_OPEN_SHARDS = 256
 """Kept open at once, two file descriptors each."""
 ROWS_KEPT = 65_536
-"""Rows (without images, about 250 bytes each) of a set that are all kept for the next visits to their blocks: a row
-group costs 0.55 ms to read, a tenth of all work in a small set of short blocks. A larger set has longer ones, and does
-not come back to a block before it is forgotten."""
+"""Rows (without images, about 250 bytes each) of small sets, the smallest first, that are all kept for the next visits
+to their blocks: a row group costs 0.55 ms to read, a tenth of all work in a small set of short blocks. A larger set has
+longer ones, and does not come back to a block before it is forgotten."""
 
 
 def record_type(manifest: Manifest) -> np.dtype:
@@ -110,6 +110,10 @@ class OpenShards:
         """Number of each set's first shard."""
         self._open: OrderedDict[tuple[int, bool], _Entry] = OrderedDict()
         self._rows: dict[tuple[int, int], Records] = {}
+        sizes = sorted(each.rows for each in sets)
+        fitting = [size for size, total in zip(sizes, itertools.accumulate(sizes), strict=True) if total <= ROWS_KEPT]
+        self._most_kept = max(fitting, default=0)
+        """Rows of the largest set whose rows are kept."""
         self._lock = threading.Lock()
 
     def find(self, number: int) -> tuple[ShardSet, int]:
@@ -166,7 +170,7 @@ class OpenShards:
         if records is None:
             own, _ = self.find(number)
             records = block_records(shard.read_rows(block), own.manifest, block * own.manifest.block_rows)
-            if own.rows <= ROWS_KEPT:
+            if own.rows <= self._most_kept:
                 self._rows[number, block] = records
         return records
 

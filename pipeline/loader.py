@@ -19,7 +19,7 @@ import torch
 from pipeline.balance import BalancedOrder, read_classes
 from pipeline.batch import Batch, World
 from pipeline.blocks import BlockReader
-from pipeline.buffers import MOST_MEMORY, check_memory, read_ahead
+from pipeline.buffers import memory_for
 from pipeline.config import LoaderConfig, stream_count
 from pipeline.encoded import EncodedBatches
 from pipeline.handles import OpenShards, ShardSet
@@ -212,15 +212,12 @@ def _make_reader(
     """A reader of the rank's visits."""
     if (channels := manifests[0].image.channels) != 1:
         raise InputError(f"{config.shards} holds images of {channels} channels; the backends here read grey ones")
-    limit = MOST_MEMORY if config.memory_mb is None else config.memory_mb << 20
-    live = order.live(world)
-    for manifest in manifests:
-        check_memory(manifest, manifest.splits[config.split], limit, sum(live))
+    asked = None if config.memory_mb is None else config.memory_mb << 20
     roots = (Path(root) for root in (config.shards, *config.more_shards))
     max_bad = config.max_bad if config.mode == "train" else 0
     with ExitStack() as begun:  # copying ends where no reader can be made
         sets = [_open_set(config, begun, *each) for each in zip(roots, manifests, order.layouts, strict=False)]
-        memory = limit if config.memory_mb else read_ahead(sets, live, config.read_threads)
+        memory = memory_for(sets, order.live(world), config.read_threads, asked)
         shards = OpenShards(sets)
         quarantine = Quarantine(ShardNames(split=config.split, first=shards.first), max_bad, bad)
         visits, threads, patience = order.visits(position, world), config.read_threads, config.stall_abort_s

@@ -90,9 +90,10 @@ class MixedOrder:
         sets = [self.set_visits(number, position, world) for number in range(len(self.orders))]
         return heapq.merge(*sets, key=lambda visit: visit.first)
 
-    def live(self, world: World) -> list[int]:
-        """How many of a rank's streams are each set's."""
-        return [int((mine % world.size == world.rank).sum()) for mine in self._mine]
+    def live(self, world: World) -> list[tuple[int, int]]:
+        """See `Order`."""
+        streams = [np.flatnonzero(mine % world.size == world.rank) for mine in self._mine]
+        return [(len(mine), order.rows_left(mine)) for mine, order in zip(streams, self.orders, strict=True)]
 
     def set_visits(self, number: int, position: int, world: World) -> Iterator[Visit]:
         """The rank's visits of one set; positions and shards are the mixture's."""

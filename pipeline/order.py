@@ -83,8 +83,8 @@ class Order(Protocol):
     layouts: list[Layout]
     """Of each set that it reads."""
 
-    def live(self, world: World) -> list[int]:
-        """How many visits of each set a rank has open at once."""
+    def live(self, world: World) -> list[tuple[int, int]]:
+        """How many visits of each set a rank has open at once, and how many rows of theirs are left, at the most."""
         ...
 
     def locate(self, positions: Ints) -> Places:
@@ -145,6 +145,18 @@ class ShuffledOrder:
             spans = [self._stream_visits(epoch, stream, max(position - start, 0)) for stream in mine]
             yield from heapq.merge(*spans, key=lambda visit: visit.first)
             epoch += 1
+
+    def rows_left(self, streams: Ints) -> int:
+        """How many rows are left of the visits that these streams are in, at the most: about half of them, or all where
+        the streams begin their blocks together. As it is in the first epoch while a stream goes through two blocks."""
+        table, end = self._epoch(0), self._span_start(streams + 1)
+
+        def left(item: int) -> int:
+            row = self._span_start(streams) + item
+            block = np.minimum(table.find(row) + 1, len(table.start) - 1)
+            return int(np.maximum(np.minimum(table.start[block], end) - row, 0).sum())
+
+        return max(map(left, range(0, 2 * self.layout.block_rows, max(1, self.layout.block_rows // 32))))
 
     def _span_start(self, stream: int | Ints) -> Ints:
         short, longer = divmod(self.samples, self.streams)
@@ -212,9 +224,9 @@ class RowOrder:
         self._start = np.concatenate([[0], np.cumsum(layout.length(np.arange(layout.blocks)))])
         """(blocks + 1,) positions before each."""
 
-    def live(self, world: World) -> list[int]:  # noqa: ARG002  # one after the other, on any rank
-        """See `Order`."""
-        return [1]
+    def live(self, world: World) -> list[tuple[int, int]]:
+        """See `Order`. One after the other, on any rank."""
+        return [(1, -(-self.layout.block_rows // world.size))]
 
     def locate(self, positions: Ints) -> Places:
         """Places of positions (n,) int64 in [0, samples)."""

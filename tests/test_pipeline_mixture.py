@@ -17,6 +17,7 @@ from test_pipeline_selection import config, delivered, table
 
 from pipeline import handles, visits
 from pipeline.batch import World
+from pipeline.buffers import memory_for
 from pipeline.handles import OpenShards
 from pipeline.loader import build_loader, make_order
 from pipeline.mixture import MixedOrder, deal_streams, set_seed
@@ -266,6 +267,35 @@ def test_rows_of_small_sets_are_kept_and_those_of_large_ones_are_not(monkeypatch
             assert len(shards.records(shard, number, block)) == (2, 100)[number]  # type: ignore[arg-type]
     assert {key: count for key, count in read.items() if count != 1} == {(100, 0): 3, (100, 100): 3}
     assert sum(map(len, shards._rows.values())) == 200
+    # Together they are no more than one set alone may be: the smallest first.
+    assert [OpenShards([*sets, SimpleNamespace(shards="a", rows=rows)])._most_kept for rows in (1, 199, 0)] == [
+        1,
+        199,
+        200,
+    ]
+
+
+def test_memory_is_what_the_streams_of_each_set_hold() -> None:
+    """A set of large blocks and few streams does not ask for as much as if all streams were its own, and streams that
+    begin their blocks together ask for whole ones."""
+
+    def shard_set(rows: int, block_rows: int) -> SimpleNamespace:
+        shards = (SimpleNamespace(tar=SimpleNamespace(bytes=rows * 25_000), rows=rows),)
+        return SimpleNamespace(shards=shards, layout=Layout((rows,), block_rows))
+
+    def memory(mix: tuple[float, ...], sets: list[SimpleNamespace], asked: int | None = None) -> int:
+        owner = deal_streams(mix, 48)
+        orders = [
+            ShuffledOrder(each.layout, seed=0, streams=int((owner == number).sum())) for number, each in enumerate(sets)
+        ]
+        return memory_for(sets, MixedOrder(orders, owner).live(World()), 4, asked)  # type: ignore[arg-type]
+
+    small, large = shard_set(10_001, 16), shard_set(100_001, 400)
+    assert memory((47, 1), [small, large], 40 << 20) == 40 << 20
+    with pytest.raises(InputError, match="memory_mb 40 is too little: the 48 streams of this rank hold"):
+        memory((1, 47), [small, large], 40 << 20)
+    together, apart = shard_set(48 * 100 * 20, 100), shard_set(48 * 100 * 20 - 71 * 48, 100)
+    assert memory((1,), [together]) > 48 * 100 * 25_000 > 1.2 * memory((1,), [apart])
 
 
 def test_sets_that_lie_alike_are_shuffled_differently(shards_dir: Path) -> None:

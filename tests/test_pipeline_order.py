@@ -87,6 +87,22 @@ def test_visits_agree_with_positions_for_any_ranks_and_start(
 
 
 @settings(max_examples=80)
+@given(layouts(), seeds, st.integers(1, 3), st.integers(1, 6))
+def test_rows_left_are_those_of_the_visits(layout: Layout, seed: int, ranks: int, streams_a_rank: int) -> None:
+    order = ShuffledOrder(layout, seed=seed, streams=ranks * streams_a_rank)
+    for rank in range(ranks):
+        residues = range(rank, order.streams, ranks)
+        visits = order.visits(0, World(rank=rank, size=ranks))
+        left: dict[int, int] = dict.fromkeys(range(0, 2 * layout.block_rows, max(1, layout.block_rows // 32)), 0)
+        for visit in itertools.takewhile(lambda visit: visit.first < order.samples, visits):
+            first = visit.first // order.streams
+            for item in left:
+                if first <= item < first + len(visit.rows):
+                    left[item] += first + len(visit.rows) - item
+        assert order.rows_left(np.array(residues)) == max(left.values())
+
+
+@settings(max_examples=80)
 @given(layouts(), seeds, st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 6), st.integers(0, 4))
 def test_an_epoch_costs_at_most_a_read_a_block_and_one_a_stream(
     layout: Layout, seed: int, ranks: int, streams_a_rank: int, epoch: int
