@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -183,7 +183,7 @@ def absolute(path: Path | None) -> str | None:
 
 def cases(config: Any, found: dict[str, Any]) -> tuple[list[Case], dict[str, str]]:
     """What to measure, and why the rest of what was asked for cannot be. `found`: what `look` says of this machine."""
-    listed = [*_baselines(config), *_others(config, found), *_ours(config, found)]
+    listed = list(_runnable(config, found))
     listed = [replace(case, device="cuda") if found["cuda"] and case.loader != FLOOR else case for case in listed]
     absent = {name: why for name, why in found["missing"].items() if config.peers and why}
     if any(config.slow_settings()) and config.peers:
@@ -198,30 +198,23 @@ def cases(config: Any, found: dict[str, Any]) -> tuple[list[Case], dict[str, str
     return listed, absent
 
 
-def _baselines(config: Any) -> list[Case]:
+def _runnable(config: Any, found: dict[str, Any]) -> Iterator[Case]:
+    """All that runs here: the baselines, loaders of others (they are given JPEG), ours."""
     files = ([("", False)] if config.h5 else []) + ([(" uint8", True)] if config.uint8 else [])
-    return [Case(name=name + form, loader=name, uint8=uint8) for form, uint8 in files for name in (BASELINE, TUNED)]
-
-
-def _others(config: Any, found: dict[str, Any]) -> list[Case]:
-    """All of them are given JPEG."""
+    yield from (Case(name=name + form, loader=name, uint8=uint8) for form, uint8 in files for name in (BASELINE, TUNED))
     names = ["webdataset"] + (["dali reader"] if found["dali"] else [])
     names += [name for name in PEERS if config.peers and found["missing"][name] is None]
-    return [Case(name=name, loader=name, peer=True) for name in names if found["codec"] == "jpeg"]
-
-
-def _ours(config: Any, found: dict[str, Any]) -> list[Case]:
-    listed = [Case(name="cpu", loader="cpu")]
+    yield from (Case(name=name, loader=name, peer=True) for name in names if found["codec"] == "jpeg")
+    yield Case(name="cpu", loader="cpu")
     if config.floor:
-        listed.append(Case(name="cpu libjpeg-turbo", loader="cpu", own_jpeg=False))
-        listed.append(Case(name=FLOORS["cpu"], loader=FLOOR))
+        yield Case(name="cpu libjpeg-turbo", loader="cpu", own_jpeg=False)
+        yield Case(name=FLOORS["cpu"], loader=FLOOR)
     if config.raw_shards:
-        listed.append(Case(name="cpu raw", loader="cpu", raw=True))
+        yield Case(name="cpu raw", loader="cpu", raw=True)
         if config.floor:
-            listed.append(Case(name=FLOORS["cpu raw"], loader=FLOOR, raw=True))
+            yield Case(name=FLOORS["cpu raw"], loader=FLOOR, raw=True)
     if found["dali"]:
-        listed.append(Case(name=f"dali ({'GPU' if found['cuda'] else 'CPU'})", loader="dali"))
-    return listed
+        yield Case(name=f"dali ({'GPU' if found['cuda'] else 'CPU'})", loader="dali")
 
 
 def convert(config: Any, listed: list[Case], scratch: Path) -> dict[str, str]:

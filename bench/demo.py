@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.atomic import write_atomic
+from bench.machine import environment, write_json
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 
@@ -42,10 +42,7 @@ class Places:
 
     def __init__(self, root: Path) -> None:
         self.h5, self.csv, self.shards = root / "films" / "cxr.h5", root / "films" / "reports.csv", root / "shards"
-        self.run = root / "run"
-        """Checkpoints, metrics, curves, evaluation."""
-        self.evaluation = self.run / "evaluation-test.json"
-        self.bench, self.result = root / "bench.json", root / "demo.json"
+        self.run, self.bench, self.result = root / "run", root / "bench.json", root / "demo.json"
 
 
 def demo_commands(config: DemoConfig, places: Places) -> list[list[str]]:
@@ -76,7 +73,7 @@ def run_demo(config: DemoConfig) -> None:
     started = time.monotonic()
     seconds = run_commands(demo_commands(config, places), what="the demo")
     result = collect(places, {**seconds, "all": round(time.monotonic() - started, 1)})
-    write_atomic(places.result, (json.dumps(result, indent=1) + "\n").encode())
+    write_json(places.result, result)
     say("\n" + "\n".join(summary(places, result)))
 
 
@@ -116,15 +113,13 @@ def _clear(out: Path) -> None:
 
 def collect(places: Places, seconds: dict[str, float]) -> dict[str, Any]:
     """Everything that came of the demo, with the machine it ran on."""
-    from bench.machine import environment
-
     rows = [json.loads(line) for line in (places.run / "metrics.jsonl").read_text().splitlines()]
     return {
         "bench": "demo",
         "environment": environment(),
         "seconds": seconds,
         "validation": [{"step": row["step"], "loss": row["val_loss"]} for row in rows if "val_loss" in row],
-        "evaluation": json.loads(places.evaluation.read_text()),
+        "evaluation": json.loads((places.run / "evaluation-test.json").read_text()),
         "loader": json.loads(places.bench.read_text())["cases"],
     }
 
@@ -153,7 +148,6 @@ def summary(places: Places, result: dict[str, Any]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the demo."""
     with main_guard("bench.demo"):
         run_demo(parse(DemoConfig, argv, prog="python -m bench.demo"))
 

@@ -50,11 +50,9 @@ class EncodingsBenchConfig:
 
 
 def run_bench(config: EncodingsBenchConfig) -> dict[str, Any]:
-    """Measure everything; the result is what `--json` writes."""
     names = config.names or tuple(map(str, range(len(config.h5))))
-    inputs = [
-        measure(name, read_films(path, config.films), config) for name, path in zip(names, config.h5, strict=True)
-    ]
+    named = zip(names, config.h5, strict=True)
+    inputs = [measure(name, read_films(path, config.films), config) for name, path in named]
     settings = {"rounds": config.rounds}
     return {"bench": "encodings", "environment": environment(), "settings": settings, "inputs": inputs}
 
@@ -97,11 +95,10 @@ def summary(rounds: Sequence[Trial]) -> dict[str, Any]:
     trial, resized = rounds[0], fmean(each.resized_error for each in rounds[0].losses)
     times = [{"encode_ms": each.encode_s * 1e3, "decode_ms": each.decode_s * 1e3} for each in rounds]
     lossless = not any(each.error for each in trial.losses)  # JSON has no infinity
+    padding = BLOCK / 2 if trial.size % BLOCK else 0  # on average
     return {
         "bytes": trial.size,
-        "tar_bytes": trial.size
-        + _IN_TAR
-        + (BLOCK / 2 if trial.size % BLOCK else 0),  # half a block of padding, on average
+        "tar_bytes": trial.size + _IN_TAR + padding,
         **{field: median(each[field] for each in times) for field in times[0]},
         "psnr": None if lossless else trial.psnr,
         "resized_psnr": None if lossless else psnr(resized),
@@ -112,7 +109,6 @@ def summary(rounds: Sequence[Trial]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print tables, write JSON."""
     bench_main("bench.encodings", EncodingsBenchConfig, argv, run_bench)
 
 

@@ -1,15 +1,8 @@
-"""`make gpu`: all that only a GPU can say, on a machine with CUDA and DALI, into one JSON.
+"""`make gpu`: the tests marked `gpu`, bench.loader, step and together, and the recipe's first steps, into one JSON.
 
-    tests     the tests marked `gpu`
-    loader    bench.loader: every loader that runs there
-    step      bench.step: the step of the recipe next to open_clip's trainer
-    together  bench.together: what the loader costs training
-    recipe    train.main: the recipe's first 500 steps and the time of all of them extrapolated, or run whole
-
-Films: `.gpu/shards`, else a phantom; the HDF5 baseline reads `cxr.h5` beside the shards, or a file made of them. Where
-DALI does not run the `cpu` backend is measured. All ends within --minutes; a part that fails leaves the others alone.
-The JSON is written after each part, logs beside it where $OUT is set. Where a machine is lent for minutes, put the JSON
-into bench/results between calls: its parts stay. `--device cpu` is a dry run. bench/results/README.md has the calls.
+The HDF5 baseline reads `cxr.h5` beside the shards, or a file made of them. Where DALI does not run the `cpu` backend is
+measured. A part that fails leaves the others alone. The JSON is written after each part, logs beside it where $OUT is
+set: a machine may be lent for minutes. bench/results/README.md has the calls.
 """
 
 import json
@@ -26,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from bench.case import Task, run_child
-from bench.machine import environment, has_dali
+from bench.machine import environment, has_dali, write_json
 from bench.processes import REPOSITORY, bench_guard, run_module
 from bench.recipe import run_recipe
 from bench.sizes import store_from_shards
@@ -80,7 +73,7 @@ def run_gpu(config: GpuConfig) -> Path:
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("make gpu needs a CUDA device and there is none here; nothing was measured")
-    from shards.atomic import check_writable, write_atomic
+    from shards.atomic import check_writable
 
     machine = environment()
     out = config.out or Path(os.environ.get("OUT", _RESULTS))
@@ -95,7 +88,7 @@ def run_gpu(config: GpuConfig) -> Path:
             began = time.perf_counter()
             say(f"{part}: {job.seconds_left:.0f} s are left")
             result[part] = _attempt(part, job) | {"took_s": round(time.perf_counter() - began, 1)}
-            write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())  # a call cut off keeps what was done
+            write_json(path, result)  # a call cut off keeps what was done
     return path
 
 
@@ -191,27 +184,27 @@ def _tests(job: Job) -> dict[str, Any]:
     return {"exit_code": code, "summary": said.strip().splitlines()[-1:], "not_passed": lines}
 
 
-def _loader(job: Job) -> dict[str, Any]:
-    return _bench(job, "bench.loader", ["--no-together", *(["--h5", job.films[1]] if job.films[1] else [])])
-
-
-def _step(job: Job) -> dict[str, Any]:
-    more = ["--preset", job.config.preset, "--largest-batch", job.config.largest_batch, *job.where]
-    return _bench(job, "bench.step", [*more, "--compiled" if job.config.compiled else "--no-compiled"])
-
-
-def _together(job: Job) -> dict[str, Any]:
-    compiled = ["--compile"] if job.config.compiled else []
-    return _bench(job, "bench.together", ["--preset", job.config.preset, *job.where, *compiled])
-
-
-def _bench(job: Job, module: str, more: list[Any]) -> dict[str, Any]:
+def _bench(job: Job, module: str, *more: Any) -> dict[str, Any]:
     """Run a bench as a process of its own; what it wrote."""
     config, path = job.config, job.scratch / f"{module}.json"
     command: list[Any] = [module, "--shards", job.films[0], "--json", path, "--rounds", config.rounds]
     command += [] if config.threads is None else ["--threads", config.threads]
     job.run([*command, "--seconds", config.seconds, "--batch-size", config.batch_size, *more])
     return json.loads(path.read_bytes())
+
+
+def _loader(job: Job) -> dict[str, Any]:
+    return _bench(job, "bench.loader", "--no-together", *(["--h5", job.films[1]] if job.films[1] else []))
+
+
+def _step(job: Job) -> dict[str, Any]:
+    more = "--preset", job.config.preset, "--largest-batch", job.config.largest_batch, *job.where
+    return _bench(job, "bench.step", *more, "--compiled" if job.config.compiled else "--no-compiled")
+
+
+def _together(job: Job) -> dict[str, Any]:
+    compiled = ["--compile"] if job.config.compiled else []
+    return _bench(job, "bench.together", "--preset", job.config.preset, *job.where, *compiled)
 
 
 def _recipe(job: Job) -> dict[str, Any]:
@@ -224,17 +217,11 @@ def _recipe(job: Job) -> dict[str, Any]:
     return found | {"batch_size": config.batch_size, "compile": config.compiled}
 
 
-_PARTS: dict[str, Callable[[Job], dict[str, Any]]] = {
-    "tests": _tests,
-    "loader": _loader,
-    "step": _step,
-    "together": _together,
-    "recipe": _recipe,
-}
+_PARTS: dict[str, Callable[[Job], dict[str, Any]]]
+_PARTS = {"tests": _tests, "loader": _loader, "step": _step, "together": _together, "recipe": _recipe}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the GPU tests and benches; exit code 1 where one failed."""
     with bench_guard("bench.gpu"):
         config = parse(GpuConfig, argv, prog="python -m bench.gpu")
         path = run_gpu(config)

@@ -1,27 +1,25 @@
 """`python -m bench.ingest --h5 FILE ... --csv FILE --json F`: what an ingest costs beside reading and encoding.
 
-The floor is reading and encoding alone, one after the other, by the functions that the ingest itself uses, in as many
-processes, started and warm, with nothing written. Both have as many CPUs as workers, the ingest for all that it does
-besides, too. Each round measures floor and ingest for each file and number of workers, in turn; ratios
-are taken within a round, medians over rounds. CPU time stands beside the clock: it tells more where others are at work.
-With --cold the films come from the disk, as they do where no memory holds them, and the page cache proves it; with
---latency-ms and --bandwidth-mb everything that is read comes late, as from a parallel file system.
-Then memory: the ingest of made-up films of several sizes, all its processes together.
+The floor (`bench.floor`) has as many warm processes as the ingest has workers, and both as many CPUs. Each round
+measures both for each file and number of workers, in turn; ratios are taken within a round, medians over rounds. CPU
+time stands beside the clock: it tells more where others are at work.
 """
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 from unittest.mock import patch
 
+import tyro
+
 from bench.floor import Floor, measure_floor
-from bench.machine import bench_main, environment
+from bench.machine import bench_main, check_positive, environment
 from bench.processes import Run, pinned, run_watched
 from bench.sizes import measure_sizes, repeat_csv, store_repeated
 from bench.storage import SlowSettings, evict, slow_file_system
@@ -50,10 +48,8 @@ class IngestBenchConfig:
     """The films are taken so many times over, so that starting up does not count for more than it does in earnest."""
     cold: bool = False
     """Store the repeated films as one file, and put it out of memory before each run: what a lab's 190 GB are."""
-    latency_ms: float = 0.0
-    """A slow file system under films, work files and shards: the wait for each request to read."""
-    bandwidth_mb: float | None = None
-    """And 10^6 bytes a second that all reading shares; no limit when not given."""
+    slow: Annotated[SlowSettings, tyro.conf.arg(name="")] = field(default_factory=SlowSettings)
+    """A slow file system under films, work files and shards."""
     workers: tuple[int, ...] = (1, 2)
     """Numbers of workers."""
     rounds: int = 3
@@ -66,13 +62,11 @@ class IngestBenchConfig:
     """Where the results go, as JSON."""
 
     def __post_init__(self) -> None:
-        for name, values in {"repeat": [self.repeat], "rounds": [self.rounds], "workers": self.workers}.items():
-            if not values or min(values) < 1:
-                raise InputError(f"--{name} {' '.join(map(str, values))} is not a positive number")
+        check_positive(self, "repeat", "rounds", "workers", "memory_gb")
+        if not self.workers:
+            raise InputError("--workers names no number")
         if bool(self.h5) != bool(self.csv) or not (self.h5 or self.memory_gb):
             raise InputError("give both --h5 and --csv, or neither and --memory-gb")
-        if self.memory_gb and min(self.memory_gb) <= 0:
-            raise InputError(f"--memory-gb {min(self.memory_gb):g} is not positive")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,15 +83,15 @@ Rounds = list[tuple[Floor, Run]]
 
 
 def run_bench(config: IngestBenchConfig) -> dict[str, Any]:
-    """Measure everything; the result is what `--json` writes."""
-    settings = {name: getattr(config, name) for name in ("repeat", "rounds", "cold", "latency_ms", "bandwidth_mb")}
+    settings = {name: getattr(config, name) for name in ("repeat", "rounds", "cold")}
+    settings |= {name: getattr(config.slow, name) for name in ("latency_ms", "bandwidth_mb")}
     result: dict[str, Any] = {"bench": "ingest", "environment": environment(), "settings": settings}
     with tempfile.TemporaryDirectory(prefix="bench-ingest-", dir=config.out) as name:
         folder = Path(name)
         if config.csv:
             table = repeat_csv(config.csv, folder / "reports.csv", config.repeat)
-            slow = SlowSettings(latency_ms=config.latency_ms, bandwidth_mb=config.bandwidth_mb)
-            under = slow_file_system(slow if slow != SlowSettings() else None, [folder, *config.h5])
+            slow = None if config.slow == SlowSettings() else config.slow
+            under = slow_file_system(slow, [folder, *config.h5])
             with under as variables, patch.dict(os.environ, variables):
                 taken = _measure_speed(config, table, folder)
             result["cases"] = [_summary(case, rounds) for case, rounds in taken]
@@ -147,16 +141,13 @@ def _layout(source: SourceConfig) -> str:
 def _measure_ingest(config: IngestBenchConfig, case: Case, table: Path, out: Path) -> Run:
     films: list[str | Path] = ["--h5", *case.source.h5, "--dataset", config.dataset]
     reports: list[str | Path] = ["--csv", table, "--text-column", config.text_column]
-    marks = [_is_there(out / ".ingest", "*spill*"), _is_there(out, "*.tar"), _is_there(out, "rejects.csv")]
+    looked_for = (out / ".ingest", "*spill*"), (out, "*.tar"), (out, "rejects.csv")
+    marks = [lambda at=at, name=name: any(at.glob(name)) for at, name in looked_for]
     try:
         command = ["ingest", "--to-shards", out, *films, *reports, "--workers", str(case.workers)]
         return run_watched(command, marks, memory=False)
     finally:
         shutil.rmtree(out, ignore_errors=True)
-
-
-def _is_there(folder: Path, pattern: str) -> Callable[[], bool]:
-    return lambda: any(folder.glob(pattern))
 
 
 def _summary(case: Case, rounds: Rounds) -> dict[str, Any]:
@@ -206,7 +197,6 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print tables, write JSON."""
     bench_main("bench.ingest", IngestBenchConfig, argv, run_bench)
 
 

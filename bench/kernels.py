@@ -50,7 +50,7 @@ class Floor:
         self.fate = decide(config, manifest, np.arange(len(self.films)), np.zeros(len(self.films), dtype=bool))
         shape = (config.batch_size * (config.ahead + 1), config.image_size, config.image_size, 3)
         self.out = torch.empty(shape, dtype=getattr(torch, config.dtype))
-        self._numbers = itertools.count()
+        self._numbers = itertools.count(0, self.task)
         self._done, self._closed = threading.Semaphore(0), False
         self.kernels = [make_kernel(config, manifest.image) for _ in range(threads)]
         self._idle = iter(self.kernels)
@@ -70,12 +70,13 @@ class Floor:
     def _work(self) -> None:
         kernel = next(self._idle)
         while not self._closed:
-            first = next(self._numbers) * self.task
-            self.run(kernel, first % (len(self.films) - self.task + 1), first % (len(self.out) - self.task + 1))
+            self.run_task(kernel, next(self._numbers))
             self._done.release()
 
-    def run(self, kernel: ImageKernel, first: int, place: int) -> None:
-        """The films of a task to a place of the output, as a decoding thread of the loader does it."""
+    def run_task(self, kernel: ImageKernel, number: int) -> None:
+        """The films of a task to their place in the output, as a decoding thread of the loader does it."""
+        first = number % (len(self.films) - self.task + 1)
+        place = number % (len(self.out) - self.task + 1)
         each, index = slice(first, first + self.task), 0
         boxes, flipped, out = self.fate.boxes[each], self.fate.flipped[each], self.out[place : place + self.task]
         while (index := kernel.run(self.spans[each], boxes, flipped, out, index, self.task)) < self.task:
@@ -91,20 +92,17 @@ def parts(config: LoaderConfig, seconds: float = 1.0) -> dict[str, float]:
     """
     floor = Floor(config)
     floor.close()
-    kernel = floor.kernels[0]
+    kernel, tasks, films = floor.kernels[0], itertools.count(0, floor.task), len(floor.films)
     pixels, boxes, flipped = kernel.decode(floor.films[0]), floor.fate.boxes.tolist(), floor.fate.flipped.tolist()
 
-    tasks = itertools.count(0, floor.task)
-
     def both() -> int:
-        first = next(tasks)
-        floor.run(kernel, first % (len(floor.films) - floor.task + 1), first % (len(floor.out) - floor.task + 1))
+        floor.run_task(kernel, next(tasks))
         return floor.task
 
     def resize() -> int:
         first = next(tasks)
-        films = [each % len(boxes) for each in range(first, first + floor.task)]
-        kernel.resize([(pixels, boxes[film], flipped[film], floor.out[film % len(floor.out)]) for film in films])
+        at = ((each % films, floor.out[each % len(floor.out)]) for each in range(first, first + floor.task))
+        kernel.resize([(pixels, boxes[film], flipped[film], out) for film, out in at])
         return floor.task
 
     together, second = least_us(both, seconds), least_us(resize, seconds)

@@ -115,9 +115,11 @@ class LoaderBenchConfig:
 
 
 def run_bench(config: LoaderBenchConfig) -> dict[str, Any]:
-    """Measure everything; the result is what `--json` writes."""
     with pinned(config.cpus), ExitStack() as stack:
-        found = run_child(_look_task(config))
+        places = {name: absolute(getattr(config, name)) for name in ("h5", "raw_shards", "peers_path")}
+        more: dict[str, Any] = {"dataset": config.dataset, "text_column": config.text_column, **places}
+        csv = tuple(str(path.resolve()) for path in config.csv)
+        found = run_child(Task(action="look", shards=str(config.shards.resolve()), csv=csv, **more))
         listed, absent = cases(config, found)
         temporary = tempfile.TemporaryDirectory(prefix="shardclip-bench-", ignore_cleanup_errors=True)
         scratch = (config.scratch or Path(stack.enter_context(temporary))) / found["digest"]  # of these films alone
@@ -134,20 +136,6 @@ def run_bench(config: LoaderBenchConfig) -> dict[str, Any]:
         if config.together and not config.only and not config.cold:
             result["together"] = {_at(slow): _together(config, slow, found) for slow in config.slow_settings()}
     return result
-
-
-def _look_task(config: LoaderBenchConfig) -> Task:
-    """What a child does to see what there is to measure."""
-    return Task(
-        action="look",
-        shards=str(absolute(config.shards)),
-        h5=absolute(config.h5),
-        dataset=config.dataset,
-        raw_shards=absolute(config.raw_shards),
-        csv=tuple(str(path.resolve()) for path in config.csv),
-        text_column=config.text_column,
-        peers_path=absolute(config.peers_path),
-    )
 
 
 def _together(config: LoaderBenchConfig, slow: SlowSettings | None, found: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +218,6 @@ def _describe(config: LoaderBenchConfig, found: dict[str, Any]) -> dict[str, Any
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print tables, write JSON; with --tune, `bench.tune` instead."""
     arguments = sys.argv[1:] if argv is None else argv
     if "--tune" in arguments:
         from bench import tune

@@ -155,24 +155,25 @@ def bench_main(
     """
     with bench_guard(prog):
         config = parse(kind, argv, prog=f"python -m {prog}")
-        from shards.atomic import check_writable, write_atomic
+        from bench.page import to_text
+        from bench.shapes import tables_of
+        from shards.atomic import check_writable
 
         if config.json:
             check_writable(config.json)
         result = run(config)
-        say_tables(result)
+        for table in tables_of(result):  # all that the report's page would show of it
+            say("\n".join(to_text(table)))
         say(f"on {one_line(result['environment'])}")
         if config.json:
-            write_atomic(config.json, (json.dumps(result, indent=1) + "\n").encode())
+            write_json(config.json, result)
             say(f"written to {config.json}")
         for line in told(result):
             say(line)
 
 
-def say_tables(result: dict[str, Any]) -> None:
-    """All that the report's page would show of it."""
-    from bench.page import to_text
-    from bench.shapes import tables_of
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """As all results of the bench are written."""
+    from shards.atomic import write_atomic
 
-    for table in tables_of(result):
-        say("\n".join(to_text(table)))
+    write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())

@@ -15,8 +15,8 @@ from typing import Any
 
 from bench.case import FLOOR, UINT8_FILE, Task
 from bench.machine import look
-from bench.processes import Usage, footprint, forks_die_too, usage
-from bench.storage import Counts, counts
+from bench.processes import footprint, forks_die_too, usage
+from bench.storage import counts
 from shards.cli import main_guard
 from shards.processes import die_with_parent
 
@@ -48,19 +48,6 @@ class Round:
     """Bytes fetched by them."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    """A moment, and everything counted up to it."""
-
-    at: float
-    used: Usage
-    slow: Counts | None
-
-    @classmethod
-    def now(cls) -> "_Mark":
-        return cls(time.perf_counter(), usage(os.getpid()), counts())
-
-
 def measure(
     build: Callable[[], Any],
     *,
@@ -78,42 +65,47 @@ def measure(
     read-ahead or lived on it are dropped too. `memory_s` is how long memory is sampled afterwards. `build` gives a
     context with an iterator over batches whose length is their number of images.
     """
-    begin = _Mark.now()
+    begin = _counted()
     with build() as loader:
         images = len(next(loader))
         _finish(device)
-        first_batch_s = time.perf_counter() - begin.at
+        first_batch_s = time.perf_counter() - begin["s"]
         if most_images is None:
             for _ in range(warmup_batches):
                 next(loader)
             _finish(device)
         for _ in range(_MOST_STRETCHES):
             if most_images is None:
-                begin, images = _Mark.now(), 0
+                begin, images = _counted(), 0
             before = held(loader) if held else 0.0
-            while time.perf_counter() - begin.at < seconds or not images:
+            while time.perf_counter() - begin["s"] < seconds or not images:
                 images += len(next(loader))
                 if most_images is not None and images >= most_images:
                     break
             _finish(device)
-            end = _Mark.now()
+            end = _counted()
             if held is None or abs(held(loader) - before) <= _LEVEL * images:
                 break
         pss = _peak_memory(loader, memory_s) if memory_s else None
     return _round(begin, end, images, first_batch_s, pss)
 
 
-def _round(begin: _Mark, end: _Mark, images: int, first_batch_s: float, pss: int | None) -> Round:
-    slow = begin.slow and end.slow and (begin.slow, end.slow)
+def _counted() -> dict[str, float]:
+    """All that is counted, so far."""
+    used, slow = usage(os.getpid()), counts()
+    found = {"s": time.perf_counter(), "cpu_s": used.cpu_s, "read_bytes": used.storage_bytes}
+    return found | ({"requests": slow.requests, "request_bytes": slow.bytes} if slow else {})
+
+
+def _round(begin: dict[str, float], end: dict[str, float], images: int, first_batch_s: float, pss: int | None) -> Round:
+    spent = {name: end[name] - before for name, before in begin.items()}
     return Round(
-        images_per_s=images / (end.at - begin.at),
+        images_per_s=images / spent.pop("s"),
         first_batch_s=first_batch_s,
         images=images,
-        cpu_s_per_1000=(end.used.cpu_s - begin.used.cpu_s) / images * 1000,
-        read_bytes=end.used.storage_bytes - begin.used.storage_bytes,
+        cpu_s_per_1000=spent.pop("cpu_s") / images * 1000,
         pss_bytes=pss,
-        requests=slow[1].requests - slow[0].requests if slow else None,
-        request_bytes=slow[1].bytes - slow[0].bytes if slow else None,
+        **{name: int(count) for name, count in spent.items()},
     )
 
 
@@ -227,7 +219,6 @@ _ACTIONS = {"measure": _measure, "write": _write, "look": look, "profile": _prof
 
 
 def main() -> None:
-    """Do the task of the command line; the result goes into the file named after it."""
     with main_guard("bench.measure"):
         die_with_parent()
         if len(sys.argv) > 3 and os.getppid() != int(sys.argv[3]):  # it died before we asked

@@ -16,9 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.demo import run_commands, typed
-from bench.machine import environment, say_tables
-from shards.atomic import write_atomic
-from shards.cli import main_guard, parse, say
+from bench.machine import bench_main, environment, write_json
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
@@ -42,7 +40,7 @@ class NihConfig:
     out: Path
     """Folder for shards and run; missing or empty."""
     json: Path | None = None
-    """Where the results go; none: OUT/nih.json."""
+    """Where the results go too, beside OUT/nih.json."""
     steps: int | None = None
     """Training steps; none: the preset's."""
     seed: int = 0
@@ -67,7 +65,7 @@ def nih_commands(config: NihConfig) -> list[list[str]]:
 
 
 def run_nih(config: NihConfig) -> dict[str, Any]:
-    """Run every command, then the controls; the record that was written as JSON."""
+    """Run every command, then the controls; the record that is written as JSON."""
     if config.out.exists() and any(config.out.iterdir()):
         raise InputError(f"{config.out} is not empty; choose another folder with --out")
     commands = nih_commands(config)
@@ -84,9 +82,7 @@ def run_nih(config: NihConfig) -> dict[str, Any]:
         "bootstrap": {"unit": "patient", "rounds": ROUNDS, "interval": "2.5 to 97.5 %"},
         "test": _scores(config, manifest),
     }
-    path = config.json or config.out / "nih.json"
-    write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
-    say(f"\n{path}")
+    write_json(config.out / "nih.json", record)
     return record
 
 
@@ -111,14 +107,21 @@ def _scores(config: NihConfig, manifest: Manifest) -> dict[str, dict[str, Any]]:
     found["view_ap"] = np.repeat(ap_views[:, None], len(manifest.labels), axis=1)
     scored = {name: with_mean(aurocs(scores, labels, manifest.labels)) for name, scores in found.items()}
     scored["thumbnails"] = thumbnails(settings, manifest, "test")
-    intervals = _intervals(found["model"], labels, groups, manifest.labels, config.seed)
     sick = labels[:, manifest.labels.index(NORMAL)] == 0
     scored["model_among_abnormal"] = with_mean(aurocs(found["model"][sick], labels[sick], manifest.labels))
-    among = _intervals(found["model"][sick], labels[sick], groups[sick], manifest.labels, config.seed)
+
+    def intervals(some: NDArray[np.bool_]) -> list[list[float] | None]:
+        """Of the AUROC of each label over some films and, last, of their mean."""
+        none, patients = np.full(len(manifest.labels), np.nan), patients_of(groups[some])  # no thresholds
+        truth, scores = truth_of(labels[some]), found["model"][some]
+        each, mean = score_split(manifest.labels, scores, truth, none, patients, rounds=ROUNDS, seed=config.seed)
+        return [scores.intervals["auroc"] for scores in (*each.values(), mean)]
+
+    every, among = intervals(np.ones(len(labels), bool)), intervals(sick)
     record: dict[str, dict[str, Any]] = {}
     for number, label in enumerate((*manifest.labels, "mean")):
         record[label] = {name: scores[label] for name, scores in scored.items()}
-        record[label] |= {"interval": intervals[number], "interval_among_abnormal": among[number]}
+        record[label] |= {"interval": every[number], "interval_among_abnormal": among[number]}
         if label != "mean":
             present = labels[:, number] == 1
             record[label] |= {"films": int(present.sum()), "patients": len(np.unique(groups[present]))}
@@ -164,24 +167,8 @@ def _predictions(
         yield f"untrained_{seed}", *told(model, listed)
 
 
-def _intervals(
-    scores: NDArray[np.float64],
-    labels: NDArray[np.float32],
-    groups: NDArray[np.int64],
-    names: tuple[str, ...],
-    seed: int,
-) -> list[list[float] | None]:
-    """Intervals of the AUROC of each label and, last, of their mean."""
-    none = np.full(len(names), np.nan)  # no thresholds
-    patients = patients_of(groups)
-    found, mean = score_split(names, scores, truth_of(labels), none, patients, rounds=ROUNDS, seed=seed)
-    return [each.intervals["auroc"] for each in (*found.values(), mean)]
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Run it all and print the scores."""
-    with main_guard("bench.nih"):
-        say_tables(run_nih(parse(NihConfig, argv, prog="python -m bench.nih")))
+    bench_main("bench.nih", NihConfig, argv, run_nih)
 
 
 if __name__ == "__main__":

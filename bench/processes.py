@@ -124,7 +124,7 @@ class Footprint:
     """Bytes of each of its descendants, largest first."""
 
 
-def run_watched(command: Sequence[str | Path], marks: Sequence[Callable[[], bool]] = (), *, memory: bool) -> Run:
+def run_watched(command: Sequence[object], marks: Sequence[Callable[[], bool]] = (), *, memory: bool) -> Run:
     """Run `python -m COMMAND`; `marks` are asked, in order, until they say yes. InputError where the command fails."""
     seen: list[float] = []
     peak, sampled = Footprint(), 0.0

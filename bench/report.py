@@ -188,7 +188,6 @@ def _result(result: Result) -> Section:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read, compare, write. Exit code 1 for a regression."""
     with bench_guard(PROG):
         config = parse(ReportConfig, argv, prog=PROG)
         from shards.atomic import check_writable, write_atomic
@@ -217,13 +216,10 @@ def _say_verdict(report: Report) -> None:
     for change in report.regressions:
         sys.stderr.write(f"{PROG}: worse: {_in_words(change)}\n")
     found = [change.verdict for pair in report.comparisons for change in pair.changes]
-
-    def count(number: int, what: str) -> str:
-        return f"{number} {what}{'s' * (number != 1)}"
-
-    told = f"{count(len(report.results), 'result')}, {count(len(report.comparisons), 'pair')} compared"
+    counts = {"result": len(report.results), "pair": len(report.comparisons), "figure": found.count(WORSE)}
+    results, pairs, worse = (f"{number} {what}{'s' * (number != 1)}" for what, number in counts.items())
     machine = f", {found.count(MACHINE)} worse as others are too, which is the machine" * (MACHINE in found)
-    say(f"{told}: {count(found.count(WORSE), 'figure')} worse, {found.count(BETTER)} better{machine}")
+    say(f"{results}, {pairs} compared: {worse} worse, {found.count(BETTER)} better{machine}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """`python -m bench.scale --json F --png F`: how cost grows with samples, shards, ranks and threads.
 
-Samples, shards: sets that exist as links to one real shard (`bench.simulate`): time from building the `cpu` loader to
-its first batch, in a fresh process, imports not counted; of it the manifest and the order; memory of the order; time to
-say where a batch lies, somewhere in the run. Ranks: block reads of an epoch, all ranks together. Threads: films/s.
-And what the order is worth at that price: how far an epoch is from random.
+Samples, shards: sets that exist as links to one real shard (`bench.simulate`); the first batch counts from building the
+`cpu` loader in a fresh process, imports left out. And what the order is worth at that price: how far an epoch is from
+random (`bench.order`).
 """
 
 import statistics
@@ -82,7 +81,6 @@ class ScaleConfig:
 
 
 def run_bench(config: ScaleConfig) -> dict[str, Any]:
-    """Measure everything; the result is what `--json` writes."""
     rows = [measure_set(samples, shards, config) for samples, shards in config.sets]
     layout = Layout((SHARD_ROWS,) * (MIDDLE // SHARD_ROWS), BLOCK_ROWS)
     result = {
@@ -103,10 +101,8 @@ def measure_set(samples: int, shards: int, config: ScaleConfig) -> dict[str, Any
     with tempfile.TemporaryDirectory(prefix="bench-scale-", dir=config.out) as name:
         root = Path(name)
         write_set(root, samples, shards)
-        task = Task(
-            loader="cpu", shards=str(root), batch_size=BATCH, seconds=1e-3
-        )  # in a process that has done nothing
-        firsts = [run_child(task)["first_batch_s"] for _ in range(config.rounds)]
+        task = Task(loader="cpu", shards=str(root), batch_size=BATCH, seconds=1e-3)
+        firsts = [run_child(task)["first_batch_s"] for _ in range(config.rounds)]  # in processes that did nothing yet
         manifest_s, manifest = _timed(lambda: read_manifest(root))
         manifest_bytes = (root / "manifest.json").stat().st_size
     row = {"samples": samples, "shards": shards, "block_rows": manifest.block_rows, "manifest_bytes": manifest_bytes}
@@ -175,17 +171,20 @@ def measure_threads(config: ScaleConfig) -> list[dict[str, Any]]:
             for threads in counts:
                 task = Task(loader="cpu", shards=name, threads=threads, warmup_batches=8, seconds=SECONDS)
                 rounds[threads].append(run_child(task))
-    return [_thread_case(threads, found) for threads, found in rounds.items()]
+    return [
+        {
+            "name": f"{threads} thread" + "s" * (threads > 1),
+            "threads": threads,
+            **speed([each["images_per_s"] for each in found]),
+            "rounds": found,
+        }
+        for threads, found in rounds.items()
+    ]
 
 
 def thread_counts(cpus: int) -> tuple[int, ...]:
     """Powers of two below the CPUs, and their number."""
     return (*(2**power for power in range(cpus.bit_length()) if 2**power < cpus), cpus)
-
-
-def _thread_case(threads: int, rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    rates = [each["images_per_s"] for each in rounds]
-    return {"name": f"{threads} thread" + "s" * (threads > 1), "threads": threads, **speed(rates), "rounds": rounds}
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -220,7 +219,6 @@ def run_and_draw(config: ScaleConfig) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, write JSON and plots."""
     bench_main("bench.scale", ScaleConfig, argv, run_and_draw)
 
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import struct
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,65 +35,33 @@ _SENTENCES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SizeRun:
-    """One ingest of made-up films."""
-
-    gigabytes: float
-    """Of float32, as declared."""
-    films: int
-    file_bytes: int
-    """Of the HDF5 file."""
-    seconds: float
-    peak: int
-    """Bytes, PSS of all processes together."""
-    parent: int
-    children: tuple[int, ...]
-
-
 def measure_sizes(sizes: tuple[float, ...], folder: Path, workers: int) -> dict[str, Any]:
     """An ingest of each size. Workers hold a shard's worth; what grows with the films is the parent, by its slope."""
     runs = [_measure(gigabytes, folder / "size", workers) for gigabytes in sizes]
-    result: dict[str, Any] = {"workers": workers, "runs": [asdict(run) for run in runs]}
-    films = [run.films for run in runs]
+    result: dict[str, Any] = {"workers": workers, "runs": runs}
     if len(runs) > 1:
-        result["bytes_a_film"] = float(np.polyfit(films, [run.peak for run in runs], 1)[0])
-        result["parent_bytes_a_film"] = float(np.polyfit(films, [run.parent for run in runs], 1)[0])
+        films = [run["films"] for run in runs]
+        for name, of in (("bytes_a_film", "peak"), ("parent_bytes_a_film", "parent")):
+            result[name] = float(np.polyfit(films, [run[of] for run in runs], 1)[0])
     return result
 
 
-def _measure(gigabytes: float, folder: Path, workers: int) -> SizeRun:
+def _measure(gigabytes: float, folder: Path, workers: int) -> dict[str, Any]:
+    """Of one ingest: what it read, how long it took, bytes (PSS) of all processes at the worst moment, and of each."""
     films = max(round(gigabytes * 1e9 / (SIDE * SIDE * 4)), CHUNK_ROWS)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
         h5, table = write_films(folder / "films.h5", films), write_reports(folder / "reports.csv", films)
-        command: list[str | Path] = [
-            "ingest",
-            "--to-shards",
-            folder / "out",
-            "--h5",
-            h5,
-            "--csv",
-            table,
-            "--workers",
-            str(workers),
-        ]
+        command = ["ingest", "--to-shards", folder / "out", "--h5", h5, "--csv", table, "--workers", str(workers)]
         command += ["--label-columns", "Effusion", "Oedema", "--group-column", "patient", "--val-fraction", "0.05"]
         run = run_watched(command, memory=True)
         size = h5.stat().st_size
     finally:
         shutil.rmtree(folder)
     say(f"{gigabytes:g} GB: {run.peak.total / 2**20:.0f} MiB, {run.seconds:.0f} s")
-    return SizeRun(
-        gigabytes=gigabytes,
-        films=films,
-        file_bytes=size,
-        seconds=run.seconds,
-        peak=run.peak.total,
-        parent=run.peak.parent,
-        children=run.peak.children,
-    )
+    sizes = {"peak": run.peak.total, "parent": run.peak.parent, "children": run.peak.children}
+    return {"gigabytes": gigabytes, "films": films, "file_bytes": size, "seconds": run.seconds, **sizes}
 
 
 def write_films(path: Path, films: int) -> Path:

@@ -4,8 +4,7 @@
         plan (order, crops, flips) -> decode -> resize and normalise (one pass)
     in the loader: CPU time of its threads by kind, and of all together
 
-The rest is what all together take beyond the stages: handing over, queues, waiting for the interpreter's lock, and what
-two cores that share caches and memory lose to each other.
+The rest is handing over, queues, waiting for the interpreter's lock, and what two cores lose to each other.
 """
 
 import itertools
@@ -29,13 +28,8 @@ from shards.schema import Manifest
 def stages(config: LoaderConfig, seconds: float) -> dict[str, float]:
     """CPU microseconds a film. `seconds` is how long each stage is measured, at most; the threads three times that."""
     manifest = read_manifest(config.shards)
-    alone = {
-        "fetch_us": _fetch(config, manifest, seconds),
-        "verify_us": _verify(config, manifest, seconds),
-        "rows_us": _rows(config, manifest, seconds),
-        "plan_us": _plan(config, manifest, seconds),
-        **parts(config, seconds),
-    }
+    first = {"fetch_us": _fetch, "verify_us": _verify, "rows_us": _rows, "plan_us": _plan}
+    alone = {name: stage(config, manifest, seconds) for name, stage in first.items()} | parts(config, seconds)
     threads = thread_times(config, 3 * seconds)
     threads = {{"decode_us": "decoders_us"}.get(name, name): spent for name, spent in threads.items()}
     total = sum(threads.values())

@@ -61,26 +61,20 @@ def build_cases(setup: Any, batch: Any, *, compiled: bool) -> tuple[list[Case], 
     from bench.trainers import OpenClip, Ours
 
     whole = replace(batch, text_length=batch.tokens.shape[1])
-    makers: dict[str, tuple[Callable[..., Any], Any]] = {
-        OURS: (Ours, batch),
-        WHOLE: (Ours, whole),
-        RIVAL: (OpenClip, batch),
-    }
+    makers: dict[str, tuple[Callable[..., Any], Any]]
+    makers = {OURS: (Ours, batch), WHOLE: (Ours, whole), RIVAL: (OpenClip, batch)}
+    if compiled:  # but for WHOLE: what cutting the text brings is known by then, and compiling takes minutes
+        makers |= {f"{OURS}{COMPILED}": (Ours, batch), f"{RIVAL}{COMPILED}": (OpenClip, batch)}
     cases, missing = [], {}
-    for suffix in ("", COMPILED) if compiled else ("",):
-        for name, (maker, given) in makers.items():
-            if name == WHOLE and suffix:  # what cutting the text brings is known by then, and compiling takes minutes
-                continue
-            try:
-                cases.append(build_case(f"{name}{suffix}", maker, setup, given, compiled=bool(suffix)))
-            except ImportError as error:
-                missing[f"{name}{suffix}"] = f"not measured: {error}"
-            except RuntimeError as error:  # no compiler, or no memory: the other cases are worth having
-                missing[f"{name}{suffix}"] = f"not measured: {type(error).__name__}"
+    for name, (maker, given) in makers.items():
+        try:
+            cases.append(build_case(name, maker, setup, given))
+        except (ImportError, RuntimeError) as error:  # no compiler, or no memory: the other cases are worth having
+            missing[name] = f"not measured: {error if isinstance(error, ImportError) else type(error).__name__}"
     return cases, missing
 
 
-def build_case(name: str, maker: Callable[..., Any], setup: Any, batch: Any, *, compiled: bool) -> Case:
+def build_case(name: str, maker: Callable[..., Any], setup: Any, batch: Any) -> Case:
     """Build a trainer and run its first steps."""
     import torch
 
@@ -92,7 +86,7 @@ def build_case(name: str, maker: Callable[..., Any], setup: Any, batch: Any, *, 
     before = torch.cuda.memory_allocated(device) if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    trainer = maker(setup, batch, compiled=compiled)
+    trainer = maker(setup, batch, compiled=name.endswith(COMPILED))
     trainer.run(_WARM)
     finish(device)
     cut = batch.tokens.shape[1] if name.startswith(RIVAL) else cut_tokens(batch.tokens, batch.text_length).shape[1]
@@ -124,8 +118,7 @@ def summary(
     from bench.limits import count_flops
 
     rows = rounds[case.name]
-    step_s = statistics.median(row["step_s"] for row in rows)
-    rates = [row["images_per_s"] for row in rows]
+    step_s, rates = statistics.median(row["step_s"] for row in rows), [row["images_per_s"] for row in rows]
     flops = count_flops(setup.model, batch.images[:4], batch.tokens[:4, : case.tokens]) * case.batch_size
     found: dict[str, Any] = {
         "name": case.name,

@@ -114,14 +114,15 @@ class SlowSettings:
     """KiB fetched at once for a file that is read in order."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.latency_ms < math.inf:
-            raise InputError(f"--latency-ms {self.latency_ms} has to be at least 0")
-        if self.bandwidth_mb is not None and not 0 < self.bandwidth_mb < math.inf:
-            raise InputError(f"--bandwidth-mb {self.bandwidth_mb} has to be above 0")
-        if not 0 <= self.jitter <= 1:
-            raise InputError(f"--jitter {self.jitter} has to lie in [0, 1]")
-        if self.readahead_kb < 0:
-            raise InputError(f"--readahead-kb {self.readahead_kb} has to be at least 0")
+        sound = {
+            "latency_ms": (0 <= self.latency_ms < math.inf, "be at least 0"),
+            "bandwidth_mb": (self.bandwidth_mb is None or 0 < self.bandwidth_mb < math.inf, "be above 0"),
+            "jitter": (0 <= self.jitter <= 1, "lie in [0, 1]"),
+            "readahead_kb": (self.readahead_kb >= 0, "be at least 0"),
+        }
+        for name, (holds, wanted) in sound.items():
+            if not holds:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} has to {wanted}")
         if self.jitter and not self.latency_ms:
             raise InputError(f"--jitter {self.jitter} is a share of --latency-ms, which is 0; give that too")
 

@@ -31,6 +31,8 @@ SPARE = 1.25
 class TrainBenchConfig:
     """What the benches of training share."""
 
+    shards: Path
+    """Folder of shards."""
     preset: str | None = None
     """What to train; none: cxr-dinov3-clip on a GPU, tiny on a CPU. Weights are drawn by chance, no file is read."""
     json: Path | None = None
@@ -60,14 +62,11 @@ class TrainBenchConfig:
 class TogetherConfig(TrainBenchConfig):
     """Measure what the loader costs training: live, replayed and resident batches, through train.main's own loop."""
 
-    shards: Path
-    """Folder of shards."""
     compile: bool = False
     """Compile the step."""
 
 
 def run_together(config: TogetherConfig) -> dict[str, Any]:
-    """Measure everything; the result is what `--json` writes."""
     from bench.turns import take_turns
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -214,7 +213,6 @@ def verdict(findings: dict[str, Any], settings: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print tables, write JSON."""
     bench_main("bench.together", TogetherConfig, argv, run_together)
 
 

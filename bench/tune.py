@@ -7,8 +7,8 @@ A choice is kept where the rounds with it are faster than those without by the r
 more: a search among noisy figures always finds a winner. What buys nothing stays at its default. Only settings that
 change no sample are tried, and several --shards if they are given.
 
-It measures a loader alone. Run it with the CPUs that one rank of the job will have (`srun -c 8`, `taskset`); on a GPU
-node decoding on the GPU wins here by what it takes from the training step, which `bench.together` shows.
+Run it with the CPUs that one rank of the job will have (`srun -c 8`, `taskset`). On a GPU node decoding on the GPU wins
+here by what it takes from the training step, which `bench.together` shows.
 """
 
 import itertools
@@ -186,7 +186,6 @@ def toml_of(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Tune, say what each choice bought, write the settings."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     bench_main(PROG, TuneConfig, arguments, partial(_tune, arguments))
 

@@ -40,17 +40,17 @@ _WARM = 4
 _FOREVER = 10**9
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(slots=True)
 class Turn:
     """One stretch of steps, or of batches where nobody trains."""
 
     steps: int
-    seconds: float
-    wait_s: float
+    seconds: float = 0.0
+    wait_s: float = 0.0
     """Of them, waiting for a batch."""
-    inside_s: float
-    """Of them, in calls of the step; on a GPU, launching it."""
-    cpu_s: float
+    inside_s: float = 0.0
+    """Of them, in the step that the loop calls; on a GPU, launching it."""
+    cpu_s: float = 0.0
     """User and system time of this process and all its threads."""
 
     def row(self, batch_size: int) -> dict[str, float]:
@@ -145,39 +145,38 @@ class TurnLoader:
         every = self._job.config.log_every
         return every * max(1, math.ceil(self._seconds / each / every))
 
+    @contextlib.contextmanager
+    def _timed(self, name: str, steps: int) -> Iterator[Turn]:
+        """A turn, from an idle device to an idle one."""
+        assert self._step is not None
+        turn = self.turns[-1][name] = Turn(steps)
+        finish(self._job.precision.device)
+        begin, cpu, inside = time.perf_counter(), time.process_time(), self._step.inside_s
+        yield turn
+        finish(self._job.precision.device)
+        turn.seconds, turn.cpu_s = time.perf_counter() - begin, time.process_time() - cpu
+        turn.inside_s = self._step.inside_s - inside
+
     def _through_the_loop(self, name: str, source: Callable[[], Batch], steps: int) -> Iterator[Batch]:
         for _ in range(_WARM):
             yield source()
-        assert self._step is not None
-        finish(self._job.precision.device)
-        begin, cpu, inside, wait = time.perf_counter(), time.process_time(), self._step.inside_s, 0.0
-        for _ in range(steps):
-            before = time.perf_counter()
-            batch = source()
-            wait += time.perf_counter() - before
-            yield batch
-        finish(self._job.precision.device)
-        self.turns[-1][name] = Turn(
-            steps=steps,
-            seconds=time.perf_counter() - begin,
-            wait_s=wait,
-            inside_s=self._step.inside_s - inside,
-            cpu_s=time.process_time() - cpu,
-        )
+        with self._timed(name, steps) as turn:
+            for _ in range(steps):
+                before = time.perf_counter()
+                batch = source()
+                turn.wait_s += time.perf_counter() - before
+                yield batch
 
     def _without_the_loop(self, name: str, resident: Batch, steps: int) -> None:
         if name == BARE:
             self._call_bare(resident, _WARM)
+            with self._timed(name, steps):
+                self._call_bare(resident, steps)
         else:
             self._drain(_REPLAYED, 0)  # what was read ahead while nobody asked
-        begin, cpu = time.perf_counter(), time.process_time()
-        if name == BARE:
-            self._call_bare(resident, steps)
-        else:
-            steps = self._drain(steps, self._seconds)
-        taken, cpu_s = time.perf_counter() - begin, time.process_time() - cpu
-        wait, inside = (0.0, taken) if name == BARE else (taken, 0.0)
-        self.turns[-1][name] = Turn(steps=steps, seconds=taken, wait_s=wait, inside_s=inside, cpu_s=cpu_s)
+            with self._timed(name, steps) as turn:
+                turn.steps = self._drain(steps, self._seconds)
+            turn.wait_s = turn.seconds
 
     def _drain(self, least: int, seconds: float) -> int:
         """Take batches from the loader for so long; their number."""
@@ -186,7 +185,6 @@ class TurnLoader:
             next(self._live)
             if count >= least and time.perf_counter() - begin >= seconds:
                 break
-        finish(self._job.precision.device)
         return count
 
     def _call_bare(self, batch: Batch, steps: int) -> None:

@@ -69,7 +69,7 @@ def read_classes(root: Path, manifest: Manifest, split: str, balance: str) -> Cl
         values, local = np.unique(found, return_inverse=True)
         if len(values) > MAX_CLASSES:
             raise InputError(
-                f"--balance {balance!r}: it has more than {MAX_CLASSES} different values; "
+                f"balance {balance!r}: it has more than {MAX_CLASSES} different values; "
                 'balance by a query, such as "Age < 40"'
             )
         return values, [np.packbits(local >> bit & 1) for bit in range(max(1, (len(values) - 1).bit_length()))]
@@ -85,7 +85,7 @@ def _value(manifest: Manifest, split: str, balance: str) -> tuple[list[str], Cal
     try:
         query = parse_query(balance, manifest.labels)
     except InputError as error:
-        raise InputError(str(error).replace("--where", "--balance", 1)) from None
+        raise InputError(str(error).replace("--where", "balance", 1)) from None
     return list(query.columns) or ["source"], lambda table: query.mask(table, split).astype(np.float32)
 
 

@@ -155,11 +155,11 @@ def _check_mixture(config: LoaderConfig) -> None:
     if not config.more_shards and not config.mix:
         return
     if config.mix and len(config.mix) != 1 + len(config.more_shards):
-        raise InputError(f"--mix has {len(config.mix)} shares for {1 + len(config.more_shards)} data sets")
+        raise InputError(f"mix has {len(config.mix)} shares for {1 + len(config.more_shards)} data sets")
     if not all(0 < share < math.inf for share in config.mix):
         raise InputError(f"mix {config.mix} has to be of numbers above 0")
     if config.backend.startswith("hdf5"):
-        raise InputError(f"backend {config.backend} reads one HDF5 file; --more-shards needs cpu or dali")
+        raise InputError(f"backend {config.backend} reads one HDF5 file; more_shards needs cpu or dali")
 
 
 def available_cpus() -> int:

@@ -44,8 +44,8 @@ def deal_streams(mix: Sequence[float], streams: int) -> Ints:
     if not counts.all():
         least = int(np.ceil(streams / shares.min()))
         raise InputError(
-            f"--mix {' '.join(f'{each:g}' for each in mix)} leaves a set none of {streams} streams; "
-            f"use --streams {least} or more, or another mix"
+            f"mix {' '.join(f'{each:g}' for each in mix)} leaves a set none of {streams} streams; "
+            f"use {least} streams or more, or another mix"
         )
     place = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
     return np.repeat(np.arange(len(counts)), counts)[np.argsort(place, kind="stable")]

@@ -141,8 +141,8 @@ class Selection:
 
     def __str__(self) -> str:
         """For an error message."""
-        parts = [] if self.where is None else [f"--where {self.where!r}"]
-        return " with ".join(parts + ([] if self.exclude is None else [f"--exclude {self.exclude}"]))
+        parts = [] if self.where is None else [f"where {self.where!r}"]
+        return " with ".join(parts + ([] if self.exclude is None else [f"exclude {self.exclude}"]))
 
 
 def select_rows(root: Path, manifest: Manifest, split: str, selection: Selection) -> RowBits | None:

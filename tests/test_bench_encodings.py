@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_refused, run_module
+from conftest import run_module
 
 from bench.encodings import EncodingsBenchConfig, read_films, summary
 from ingest.trial import try_codec
@@ -81,4 +81,5 @@ def test_mistakes(settings: dict[str, Any], words: str) -> None:
 
 
 def test_a_file_that_is_not_there() -> None:
-    assert_refused(run_module("bench.encodings", "--h5", "no-such.h5"), "no HDF5 file")
+    with pytest.raises(InputError, match="no HDF5 file"):
+        read_films(Path("no-such.h5"), 1)

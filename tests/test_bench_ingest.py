@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
-from conftest import assert_refused, run_module
+from conftest import run_module
 
+from bench.ingest import IngestBenchConfig
 from bench.processes import footprint, run_watched, tree
 from bench.sizes import CHUNK_ROWS, SIDE, store_repeated, write_films, write_reports
 from bench.storage import MOST_RESIDENT, evict, resident_bytes
@@ -87,7 +89,7 @@ def test_the_bench(source: tuple[Path, Path], tmp_path: Path) -> None:
     command = ["bench.ingest", "--h5", h5, "--csv", table, "--rounds", "1", "--repeat", "2", "--workers", "1"]
     command.append("--cold")
     command += ["--memory-gb", "0.02", "0.05", "--out", tmp_path / "work", "--json", tmp_path / "r.json"]
-    done = run_module(*command)
+    done = run_module(*command, timeout=400)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "work").iterdir()) == []
     result = json.loads((tmp_path / "r.json").read_bytes())
@@ -105,13 +107,15 @@ def test_the_bench(source: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "word"),
+    ("settings", "word"),
     [
-        (["--h5", "a.h5", "--csv", "a.csv", "--rounds", "0"], "--rounds"),
-        (["--memory-gb", "-1"], "--memory-gb"),
-        (["--h5", "a.h5"], "both --h5 and --csv"),
-        (["--memory-gb"], "or neither"),
+        ({"rounds": 0}, "--rounds 0"),
+        ({"workers": ()}, "--workers"),
+        ({"memory_gb": (-1.0,)}, "--memory-gb"),
+        ({"h5": (Path("a.h5"),)}, "both --h5 and --csv"),
+        ({"memory_gb": ()}, "or neither"),
     ],
 )
-def test_mistakes(flags: list[str], word: str) -> None:
-    assert_refused(run_module("bench.ingest", *flags), word)
+def test_mistakes(settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(InputError, match=word):
+        IngestBenchConfig(**settings)

@@ -18,7 +18,7 @@ from conftest import REPOSITORY, assert_refused, run_module
 
 from bench.case import Case, Task, convert
 from bench.loader import LoaderBenchConfig, _told, main, run_bench
-from bench.machine import _TELLING, file_system
+from bench.machine import _TELLING, file_system, look
 from bench.page import to_text
 from bench.peers import LOADERS, WRITERS, missing
 from bench.processes import tree, usage
@@ -383,18 +383,18 @@ def test_what_cannot_be_is_refused(shards_dir: Path) -> None:
         "--bandwidth-mb 0": {"bandwidth_mb": 0.0},
         "--jitter 0.1": {"jitter": 0.1},
         "--cold-s 0": {"cold_s": 0.0},
+        "--cpus 9999": {"cpus": (9999,)},
     }
     for words, settings in wrong.items():
         with pytest.raises(InputError, match=words):
             LoaderBenchConfig(shards=shards_dir, **settings)
-    assert_refused(run_module("bench.loader", "--shards", shards_dir, "--cpus", "9999"), "--cpus 9999")
 
 
 def test_other_films_than_those_of_the_shards_are_refused(shards_dir: Path, tmp_path: Path) -> None:
     """The HDF5 file and the CSV, by their rows: nobody compares two data sets."""
     (tmp_path / "one.csv").write_text("impression\nClear.\n")
-    flags = ["--shards", shards_dir, "--csv", tmp_path / "one.csv", "--only", "cpu"]
-    assert_refused(run_module("bench.loader", *flags), "the CSV has 1 rows, the shards were made from 96")
+    with pytest.raises(InputError, match="the CSV has 1 rows, the shards were made from 96"):
+        look(Task(action="look", shards=str(shards_dir), csv=(str(tmp_path / "one.csv"),), text_column="impression"))
 
 
 # --- counted by the kernel ---

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
-from conftest import REAL_DATA, assert_refused, run_module
+import pytest
+from conftest import run_module
 
-from bench.nih import NihConfig, nih_commands, read_test_rows
+from bench.nih import NihConfig, nih_commands, read_test_rows, run_nih
 from bench.tables import nih_tables
+from shards.errors import InputError
 from shards.manifest import read_manifest
 
 
@@ -26,7 +28,8 @@ def test_the_table_takes_a_label_nobody_has() -> None:
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("x")
-    assert_refused(run_module("bench.nih", "--data", REAL_DATA / "nih", "--out", tmp_path), "not empty")
+    with pytest.raises(InputError, match="not empty"):
+        run_nih(NihConfig(data=tmp_path, out=tmp_path))
 
 
 def test_the_ingest_it_runs_is_one_that_works(real_data: Path, tmp_path: Path) -> None:

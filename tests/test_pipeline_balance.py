@@ -144,7 +144,7 @@ def test_evaluation_is_not_balanced(shards_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"balance": "Oedema"}, "--balance 'Oedema': no column 'Oedema'"),
+        ({"balance": "Oedema"}, "balance 'Oedema': no column 'Oedema'"),
         ({"balance": "Cardiomegaly == 5"}, "nothing to balance"),
         ({"balance": "Cardiomegaly", "where": "Cardiomegaly == 1"}, "nothing to balance"),
     ],

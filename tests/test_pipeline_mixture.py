@@ -120,7 +120,7 @@ def test_streams_are_dealt_by_the_mix_and_evenly(mix: tuple, streams: int, expec
 
 
 def test_a_set_without_a_stream_is_refused_with_what_would_do() -> None:
-    with pytest.raises(InputError, match=r"leaves a set none of 48 streams; use --streams 1000 or more"):
+    with pytest.raises(InputError, match=r"leaves a set none of 48 streams; use 1000 streams or more"):
         deal_streams((0.999, 0.001), 48)
 
 
@@ -173,7 +173,7 @@ def test_evaluation_is_of_the_first_set(shards_dir: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"mix": (1.0, 2.0, 3.0)}, "--mix has 3 shares for 2 data sets"),
+        ({"mix": (1.0, 2.0, 3.0)}, "mix has 3 shares for 2 data sets"),
         ({"mix": (1.0, 0.0)}, "numbers above 0"),
         ({"backend": "hdf5", "h5": Path("x.h5")}, "reads one HDF5 file"),
     ],

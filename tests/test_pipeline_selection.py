@@ -149,7 +149,7 @@ def test_a_query_of_the_split_alone(shards_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"where": "Cardiomegaly == 7"}, ("--where 'Cardiomegaly == 7' leaves 0 of the", "split 'train'")),
+        ({"where": "Cardiomegaly == 7"}, ("where 'Cardiomegaly == 7' leaves 0 of the", "split 'train'")),
         (
             {"where": QUERY, "batch_size": 40},
             ("leaves 21 of the 63", "batch takes 40", "lower the batch size"),
