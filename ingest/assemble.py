@@ -15,7 +15,7 @@ from ingest.spill import Images, SpillReader
 from shards.atomic import write_atomic
 from shards.digest import file_digest
 from shards.reader import check_file
-from shards.schema import FileInfo, ImageSpec, Manifest, ShardInfo, shard_count, shard_name
+from shards.schema import FileInfo, Manifest, ShardInfo, shard_count, shard_name
 from shards.writer import Sample, ShardWriter
 
 if TYPE_CHECKING:  # no worker needs them
@@ -34,11 +34,8 @@ class AssembleTask:
     name: str
     starts: NDArray[np.int64]
     """(spills,) first row of each spill, all sources counted through."""
-    image: ImageSpec
-    context: int
-    labels: tuple[str, ...]
-    block_rows: int
-    group_range: tuple[int, int] | None
+    draft: Manifest
+    """Of the set, before there are shards."""
     places: NDArray[np.int64]
     """(n,) of its n rows, in the order of all shards."""
     images: Images
@@ -67,11 +64,7 @@ def shard_tasks(
             work=work,
             name=name,
             starts=spill_starts,
-            image=draft.image,
-            context=draft.tokenizer.context,
-            labels=draft.labels,
-            block_rows=draft.block_rows,
-            group_range=draft.groups.get(name.split("-")[0]),
+            draft=draft,
             places=places[rows],
             images=Images(
                 rows=rows,
@@ -99,15 +92,7 @@ def assemble_shard(task: AssembleTask) -> ShardInfo:
     finished = _read_note(note, task.folder)
     if finished:
         return finished
-    writer = ShardWriter(
-        task.folder,
-        task.name,
-        image=task.image,
-        context=task.context,
-        labels=task.labels,
-        block_rows=task.block_rows,
-        groups=task.group_range,
-    )
+    writer = ShardWriter.of(task.draft, task.folder, task.name)
     with contextlib.closing(SpillReader(task.work, task.starts)) as spills, RowReader(task.work) as rows, writer:
         known = zip(
             task.sources.tolist(),

@@ -116,18 +116,14 @@ def _check_dataset(data: h5py.Dataset, name: str, counted: bool) -> None:
     if data.ndim != 3 or 0 in data.shape:
         raise InputError(f"{name} has shape {data.shape}, not (films, height, width); convert it first")
     if data.chunks is None:
-        _check_contiguous(data, name)
+        # It cannot hold less than its shape says unless the file is cut short or the shape is a lie.
+        size = data.size * data.dtype.itemsize
+        if data.id.get_storage_size() != size:
+            raise InputError(f"{name} declares {size:,} bytes but stores less; restore the file")
     else:
         _check_chunks(data, name)
         if not counted:
             _count_chunks(data, name)
-
-
-def _check_contiguous(data: h5py.Dataset, name: str) -> None:
-    # A contiguous dataset cannot hold less than its shape says unless the file is cut short or the shape is a lie.
-    size = data.size * data.dtype.itemsize
-    if data.id.get_storage_size() != size:
-        raise InputError(f"{name} declares {size:,} bytes but stores less; restore the file")
 
 
 def pieces(data: h5py.Dataset) -> int:

@@ -137,7 +137,8 @@ def _look(
             raise InputError(f"the folder of images {source.images} may not be read; change its permissions")
         _check_names(source.images, table.names)
         _check_scale(source, table.names)
-        return (source.image_size,) * 2, list(_cut(table.rows, step)), ()
+        spans = [(first, min(first + step, table.rows)) for first in range(0, table.rows, step)]
+        return (source.image_size,) * 2, spans, ()
     with H5Films(source) as films:
         if films.rows != table.rows:
             raise InputError(
@@ -193,11 +194,6 @@ def _check_scale(source: SourceConfig, names: list[str]) -> None:
             f"each of {len(rows)} films looked at has more than 8 bits and no value in the upper half of 16; say "
             "with --value-range LO HI which values are black and white (0 4095 for 12 bits)"
         )
-
-
-def _cut(rows: int, step: int) -> Iterator[tuple[int, int]]:
-    for first in range(0, rows, step):
-        yield first, min(first + step, rows)
 
 
 def _stack_labels(tables: Sequence[SourceTable], names: tuple[str, ...]) -> NDArray[np.float32]:

@@ -9,13 +9,11 @@ For demos and tests: nobody's data, learnable, and the same films for the same s
 import contextlib
 import csv
 import io
-import multiprocessing
 import os
 import shutil
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -33,7 +31,7 @@ from ingest.phantom_report import write_report
 from shards.atomic import atomic_file, check_writable
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
-from shards.processes import start_worker
+from shards.processes import Processes
 
 PROG = "python -m ingest.phantom"
 DATASET = "cxr"
@@ -119,19 +117,14 @@ def _draw_all(config: PhantomConfig) -> Iterator[tuple[NDArray[np.uint8], list[l
     """Draw every chunk on the workers, few ahead of the reader; films and CSV rows of each chunk in order."""
     workers = config.workers or len(os.sched_getaffinity(0))
     patients = patient_of_film(config.samples, config.seed)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker, initargs=(os.getpid(),)) as pool:
-        waiting: deque[Future[tuple[NDArray[np.uint8], list[list]]]] = deque()
-        for start in range(0, config.samples, _CHUNK):
-            waiting.append(pool.submit(_draw_chunk, config.seed, start, patients[start : start + _CHUNK].tolist()))
-            if len(waiting) > 4 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    tasks = ((start, patients[start : start + _CHUNK].tolist()) for start in range(0, config.samples, _CHUNK))
+    with Processes(workers) as pool:
+        yield from pool.map(partial(_draw_chunk, config.seed), tasks)
 
 
-def _draw_chunk(seed: int, start: int, patients: list[int]) -> tuple[NDArray[np.uint8], list[list]]:
-    """Films `start`, `start` + 1, ..., (n, 320, 320), and their CSV rows."""
+def _draw_chunk(seed: int, chunk: tuple[int, list[int]]) -> tuple[NDArray[np.uint8], list[list]]:
+    """Films from a number on, of these patients, (n, 320, 320), and their CSV rows."""
+    start, patients = chunk
     cases = [make_case(seed, start + i, patient) for i, patient in enumerate(patients)]
     films = np.stack([draw_film(case) for case in cases]).astype(np.uint8)
     return films, [_csv_row(case.index, case.patient_index, *_told(case)) for case in cases]

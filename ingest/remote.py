@@ -14,7 +14,6 @@ import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +21,7 @@ from PIL import features
 from xxhash import xxh3_64
 
 from ingest.config import SourceConfig
+from ingest.workdir import version_of
 from shards.atomic import write_atomic, writing_as
 from shards.errors import InputError
 
@@ -118,11 +118,7 @@ def _look(path: Path) -> int | None:
 def installed() -> dict[str, str]:
     """Versions of everything that decides the bytes of the result, in this process."""
     found = {"Python": ".".join(platform.python_version_tuple()[:2])}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
+    found |= {name: version_of(name) for name in _PACKAGES}
     found |= {f"Pillow's {name}": str(features.version(feature)) for name, feature in _CODECS.items()}
     return found | {"shardclip's code": _code()}
 

@@ -3,6 +3,7 @@
 Both phases can be interrupted at any moment; the same command goes on and ends with the same bytes.
 """
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +24,6 @@ from ingest.encode import EncodeTask, encode_range
 from ingest.images import Fault
 from ingest.inputs import Inputs, read_inputs
 from ingest.plan import Plan
-from ingest.pool import Pool, open_pool
 from ingest.report import Report, make_report, write_report
 from ingest.rows import Reports, check_texts, write_rows
 from ingest.spill import read_records, spill_path
@@ -32,6 +33,7 @@ from shards.atomic import write_atomic
 from shards.cli import say
 from shards.errors import InputError
 from shards.manifest import signed, write_manifest
+from shards.processes import Processes
 from shards.schema import (
     REJECTS_NAME,
     SCHEMA_VERSION,
@@ -44,6 +46,11 @@ from shards.schema import (
 )
 from shards.stats import add_tables, make_stats, new_tallies
 from shards.tally import Tally
+
+if TYPE_CHECKING:
+    from ingest.cluster import Cluster
+
+    Pool = Processes | Cluster
 
 _MEASURED = 64
 """What the encoding loses is measured on so many films at least, evenly spread."""
@@ -59,7 +66,7 @@ def ingest(config: IngestConfig) -> Report:
     for line in lines:
         say(line)
     with open_work(config) as work:
-        with open_pool(config, inputs.sources, work) as pool:
+        with open_pool(config, inputs, work) as pool:
             tokenizer = _encode(config, inputs, work, pool)
             check_unchanged(config, work)
             records = read_records(work, inputs.spill_starts)
@@ -78,11 +85,24 @@ def ingest(config: IngestConfig) -> Report:
     return report
 
 
+@contextlib.contextmanager
+def open_pool(config: IngestConfig, inputs: Inputs, work: Path) -> Iterator["Pool"]:
+    """Who does the tasks: processes here, or a Dask cluster. `work` is the folder of what is being made."""
+    if config.scheduler is None:
+        with Processes(config.worker_count) as processes:
+            yield processes
+    else:
+        from ingest.cluster import open_cluster
+
+        with open_cluster(config.scheduler, config.scheduler_wait, inputs.sources, work) as cluster:
+            yield cluster
+
+
 def _image_spec(config: IngestConfig, inputs: Inputs) -> ImageSpec:
     return ImageSpec(height=inputs.height, width=inputs.width, codec=config.encoding, quality=config.quality)
 
 
-def _encode(config: IngestConfig, inputs: Inputs, work: Path, pool: Pool) -> TokenizerSpec:
+def _encode(config: IngestConfig, inputs: Inputs, work: Path, pool: "Pool") -> TokenizerSpec:
     """Phase one. A thread of this process tokenises while the workers encode."""
     check_texts(work, inputs.texts)
     places = inputs.plan.places
@@ -161,7 +181,7 @@ def _draft(
 
 
 def _assemble(
-    out: Path, draft: Manifest, tasks: Iterator[AssembleTask], tallies: dict[str, Tally], pool: Pool
+    out: Path, draft: Manifest, tasks: Iterator[AssembleTask], tallies: dict[str, Tally], pool: "Pool"
 ) -> Manifest:
     """Phase two: the manifest with its shards. Each table is read again, and counted, while others are written."""
     found: dict[str, list[ShardInfo]] = {split: [] for split in draft.splits}

@@ -50,19 +50,15 @@ def fingerprint(config: IngestConfig) -> dict[str, Any]:
         for field in dataclasses.fields(config)
         if field.name not in source_fields and field.name not in _NOT_INPUTS
     }
-    inputs: dict[str, Any] = {"schema version": SCHEMA_VERSION, **settings, **versions()}
+    versions = {f"version of {name}": version_of(name) for name in _VERSIONS}
+    inputs: dict[str, Any] = {"schema version": SCHEMA_VERSION, **settings, **versions}
     for number, source in enumerate(config.source_list()):
         inputs |= {f"source {number} {name}": value for name, value in _source_inputs(source).items()}
     return json.loads(json.dumps(inputs))
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides the bytes of the result, ours included."""
-    return {f"version of {name}": _version(name) for name in _VERSIONS}
-
-
-def _version(name: str) -> str:
-    """`none` for what runs from a folder that was copied, without being installed."""
+def version_of(name: str) -> str:
+    """Of a package; `none` for what runs from a folder that was copied, without being installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

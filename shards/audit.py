@@ -60,7 +60,6 @@ class Audit:
             self._expect(index, f"{VERSION} {info.rows}\n".encode())
             for block in range(reader.blocks):
                 table = reader.read_columns(block, columns)
-                self._check_nulls(table)
                 rows = reader.read_rows(block)
                 self._check_tokens(rows.tokens, rows.token_count)
                 self.sources.append(rows.source)
@@ -68,11 +67,6 @@ class Audit:
                 self.groups.append(np.unique(rows.group))
                 self._check_block(file, index, reader.block_span(block)[0], table)
             self._check_end(file, index)
-
-    def _check_nulls(self, table: pa.Table) -> None:
-        for name in table.column_names:
-            if table[name].null_count and not name.startswith(LABEL_PREFIX):
-                raise InputError(f"shard {self._info.name}: column {name!r} has blanks; ingest again")
 
     def _check_tokens(self, tokens: NDArray[np.uint16], counts: NDArray[np.int64]) -> None:
         spec = self._manifest.tokenizer

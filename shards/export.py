@@ -133,24 +133,12 @@ def write_shards(root: Path, manifest: Manifest, chosen: Chosen, folder: Path, s
     with tqdm(total=chosen.samples, unit="film", disable=None, leave=False) as progress:
         for split, rows in chosen.rows.items():
             for number, part in enumerate(np.array_split(rows, shard_count(len(rows), mean_bytes, shard_bytes))):
-                with _writer(folder, subset, split, number) as writer:
+                with ShardWriter.of(subset, folder, shard_name(split, number)) as writer:
                     for sample in _samples(root, manifest, split, part):
                         writer.add(sample)
                         progress.update()
                 splits[split] = (*splits.get(split, ()), writer.info)
     write_manifest(folder, replace(subset, splits=splits))
-
-
-def _writer(folder: Path, subset: Manifest, split: str, number: int) -> ShardWriter:
-    return ShardWriter(
-        folder,
-        shard_name(split, number),
-        image=subset.image,
-        context=subset.tokenizer.context,
-        labels=subset.labels,
-        block_rows=subset.block_rows,
-        groups=subset.groups.get(split),
-    )
 
 
 def _samples(root: Path, manifest: Manifest, split: str, rows: NDArray[np.int64]) -> Iterator[Sample]:

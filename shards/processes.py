@@ -1,12 +1,24 @@
-"""Worker processes that do not outlive their parent."""
+"""Worker processes that do not outlive their parent, and a pool of them."""
 
 import contextlib
 import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
+from typing import Self, TypeVar
 
+from shards.errors import InputError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_TASKS_PER_WORKER = 2
+"""One at work and one that waits: the parent has other work, and is slow to hand out the next."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h of glibc
 
@@ -47,3 +59,55 @@ def start_worker(parent: int) -> None:
     die_with_parent()
     if os.getppid() != parent:  # it died before we asked
         os._exit(1)
+
+
+class Processes:
+    """Processes started afresh (spawn: nothing inherited), with a bounded number of tasks under way."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._executor = ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(os.getpid(),)
+        )
+
+    def map_unordered(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """Results as they come. A task is drawn when there is room for it, so that few exist at a time."""
+        pending: set[Future[Result]] = set()
+        try:
+            for task in tasks:
+                with interrupts_held():
+                    pending.add(self._executor.submit(function, task))
+                if len(pending) > _TASKS_PER_WORKER * self._workers:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        except BrokenProcessPool:
+            raise InputError(
+                "a worker process was killed (out of memory?); run the command again, or with fewer --workers"
+            ) from None
+
+    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """The same in the order of the tasks."""
+        done: dict[int, Result] = {}
+        following = 0
+        for number, result in self.map_unordered(partial(_numbered, function), enumerate(tasks)):
+            done[number] = result
+            while following in done:
+                yield done.pop(following)
+                following += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # what they still do is not wanted any more
+            for process in list(self._executor._processes.values()):
+                process.kill()
+        # Waited for even so: left to itself, the pool's own thread races with the end of the interpreter.
+        self._executor.shutdown(cancel_futures=True)
+
+
+def _numbered(function: Callable[[Task], Result], task: tuple[int, Task]) -> tuple[int, Result]:
+    return task[0], function(task[1])

@@ -11,11 +11,8 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +26,7 @@ from shards.audit import Audit, Decode
 from shards.cli import say
 from shards.errors import InputError
 from shards.manifest import read_manifest
-from shards.processes import interrupts_held, start_worker
+from shards.processes import Processes
 from shards.schema import NO_GROUP, Manifest, ShardInfo, sample_key
 
 DECODE = 16
@@ -123,35 +120,15 @@ def verify(root: Path, *, workers: int = 1, decode: Decode = DECODE) -> Iterator
 
 def _check_all(root: Path, manifest: Manifest, workers: int, decode: Decode) -> Iterator[Checked]:
     infos = [info for shards in manifest.splits.values() for info in shards]
+    check = partial(_check, root, manifest, decode)
     if min(workers, len(infos)) <= 1:
-        yield from (_check(root, manifest, info, decode) for info in infos)
+        yield from map(check, infos)
         return
-    with ExitStack() as stack:
-        pool = ProcessPoolExecutor(
-            min(workers, len(infos)), get_context("spawn"), initializer=start_worker, initargs=(os.getpid(),)
-        )
-        stack.callback(pool.shutdown, cancel_futures=True)
-        try:
-            yield from _in_order(pool, root, manifest, infos, decode, workers)
-        except BrokenProcessPool:
-            raise InputError("a worker process was killed (out of memory?); try again with fewer --workers") from None
+    with Processes(min(workers, len(infos))) as pool:
+        yield from pool.map(check, infos)
 
 
-def _in_order(
-    pool: Executor, root: Path, manifest: Manifest, infos: list[ShardInfo], decode: Decode, workers: int
-) -> Iterator[Checked]:
-    """Results in the order of the shards, with few of them waiting."""
-    pending: list[Future[Checked]] = []
-    for info in infos:
-        with interrupts_held():
-            pending.append(pool.submit(_check, root, manifest, info, decode))
-        if len(pending) > 2 * workers:
-            yield pending.pop(0).result()
-    while pending:
-        yield pending.pop(0).result()
-
-
-def _check(root: Path, manifest: Manifest, info: ShardInfo, decode: Decode) -> Checked:
+def _check(root: Path, manifest: Manifest, decode: Decode, info: ShardInfo) -> Checked:
     """Check one shard by itself. Runs in worker processes."""
     audit = Audit(root, manifest, info, decode)
     problem = None

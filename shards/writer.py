@@ -26,6 +26,7 @@ from shards.schema import (
     NO_GROUP,
     FileInfo,
     ImageSpec,
+    Manifest,
     ShardInfo,
     sample_key,
     table_schema,
@@ -103,6 +104,19 @@ class ShardWriter:
         self._lines: list[str] = []
         self._stack = ExitStack()
         self._text_bytes = 0
+
+    @classmethod
+    def of(cls, manifest: Manifest, folder: Path, name: str) -> Self:
+        """For a shard of the set that a manifest describes."""
+        return cls(
+            folder,
+            name,
+            image=manifest.image,
+            context=manifest.tokenizer.context,
+            labels=manifest.labels,
+            block_rows=manifest.block_rows,
+            groups=manifest.groups.get(name.split("-")[0]),
+        )
 
     def __enter__(self) -> Self:
         self._tar = HashingFile(self._stack.enter_context(atomic_stream(self._folder / f"{self._name}.tar")))

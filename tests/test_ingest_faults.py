@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, assert_refused, made_up_images, run_module, write_csv, write_h5
 
-from ingest.pool import Processes
+from shards.processes import Processes
 from shards.verify import verify
 
 INJECTED = Path(__file__).parent / "injected"
