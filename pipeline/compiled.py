@@ -2,10 +2,13 @@
 
 import platform
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from llvmlite.binding import get_host_cpu_features
 from numba import config, njit
+from xxhash import xxh3_64_intdigest
 
 NEEDED = ("avx2", "fma", "f16c")
 """Of an x86 CPU (any since 2013; a virtual one may hide them): without f16c LLVM ends the process, for want of a
@@ -28,3 +31,11 @@ def compiled(function: Callable[..., Any], signature: Any) -> Callable[..., Any]
         return njit(signature, nogil=True, cache=True)(function)
     except Exception:
         return njit(signature, nogil=True)(function)
+
+
+def stamp_of(*modules: ModuleType) -> int:
+    """A number, not 0, that changes with this file and those of modules. numba's cache looks for changes at a
+    function's file and at what it closes over, so one that is made of other files closes over their stamp, and uses it.
+    """
+    files = [__file__, *(str(module.__file__) for module in modules)]
+    return xxh3_64_intdigest(b"".join(Path(file).read_bytes() for file in files)) >> 1 | 1

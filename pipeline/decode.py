@@ -56,7 +56,8 @@ class CompiledDecode:
     """
 
     def __init__(self, function: Callable[..., bool], spec: ImageSpec) -> None:
-        from pipeline.jpeg import DUMMY, LANES, PLACES, SCRATCH, SLACK
+        from pipeline.dct import LANES, SCRATCH
+        from pipeline.jpeg import DUMMY, PLACES, SLACK
         from pipeline.jpeg_header import ZIGZAG
 
         self._function, self._shape, self._turbo = function, (spec.height, spec.width), TurboDecode(spec)

@@ -7,18 +7,16 @@ it nearly always is (another header, damage, a crop of a size that is new or tin
 
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from numba import njit, types
 from numpy.typing import NDArray
-from xxhash import xxh3_64_intdigest
 
-from pipeline import compiled as compiler
-from pipeline import jpeg, jpeg_header, resize
+from pipeline import dct, jpeg, jpeg_header, resize
+from pipeline.compiled import compiled, stamp_of
 from pipeline.decode import CompiledDecode
-from pipeline.jpeg import SLACK, _decode_one, _load_word
+from pipeline.jpeg import ARRAYS, SLACK, _decode_one, _load_word
 from pipeline.jpeg_header import NO_HEADER
 from pipeline.kernels import SMALLEST, CompiledResize, axis
 from pipeline.resize import _resize_one
@@ -51,7 +49,7 @@ def _fit(boxes, axes, number, count, height, width):
 
 
 def _make(stamp: int) -> Callable[..., int]:
-    """The function, for compiling. numba's cache looks at this file for changes, and at `stamp` for all the others."""
+    """The function, for compiling, see `stamp_of`."""
 
     def run(spans, boxes, flipped, first, end, out, fixed, axes, content, quant, header, places, stuffed, coefficients):
         """Films number first .. end - 1 -> their images; number of the first that is not done.
@@ -98,18 +96,10 @@ def _make(stamp: int) -> Callable[..., int]:
 @cache
 def films_function() -> Callable[..., int]:
     """`run` above, compiled. Seconds the first time on a machine, 0.1 s from the cache on disk."""
-    sources = (compiler, jpeg, jpeg_header, resize)
-    stamp = xxh3_64_intdigest(b"".join(Path(str(module.__file__)).read_bytes() for module in sources)) >> 1 | 1
-    flat = [types.Array(kind, 1, "C") for kind in (types.int32, types.uint64, types.uint8, types.int16)]
     pairs, table, size = types.int64[:, ::1], types.int64[::1], types.intp
     content = types.Array(types.uint8, 1, "C", readonly=True)
-    header = types.Tuple([types.uint32[:, ::1], types.uint64[::1], types.int64[:, :, ::1], types.uint32[:, ::1]])
-    return compiler.compiled(
-        _make(stamp),
-        types.intp(
-            pairs, pairs, types.boolean[::1], size, size, size, table, pairs, content, flat[0], header, *flat[1:]
-        ),
-    )
+    arguments = pairs, pairs, types.boolean[::1], size, size, size, table, pairs, content, *ARRAYS
+    return compiled(_make(stamp_of(dct, jpeg, jpeg_header, resize)), types.intp(*arguments))
 
 
 class Films:

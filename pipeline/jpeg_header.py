@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LOOK = 12
-"""Bits of a Huffman code that are looked up at once; longer codes are rare and searched. numba's cache on disk sees
-changes of `jpeg.py` alone: whoever changes this or END has to touch that file."""
+"""Bits of a Huffman code that are looked up at once; longer codes are rare and searched."""
 END = 128
 """Coefficients that an end-of-block skips: more than a block has, so that the loop ends."""
 ZIGZAG = np.array(sorted(range(64), key=lambda at: (d := at // 8 + at % 8, at // 8 if d % 2 else -(at // 8))))
