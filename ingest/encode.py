@@ -11,14 +11,12 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from ingest.config import SourceConfig
-from ingest.films import Film, Films, FolderFilms, H5File, H5Films
+from ingest.films import Film, Films, H5File, open_films
 from ingest.images import Fault
 from ingest.spill import SpillWriter, open_spill, whole_spill
 from shards.encodings import decode, encode, loss
 from shards.errors import InputError
 from shards.schema import ImageSpec
-
-_NO_STAMP = "00" * 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,16 +44,10 @@ def encode_range(task: EncodeTask) -> int:
 
     InputError where image files changed since it was made.
     """
-    source = task.source
-    if source.images is None:
-        if not _is_whole(task, _NO_STAMP):
-            with H5Films(source, task.files) as films:
-                _write_spill(films, task, _NO_STAMP)
-        return task.end - task.first
-    folder = FolderFilms(source, task.names, task.first)
-    stamp = folder.stamp()
-    if not _is_whole(task, stamp):
-        _write_spill(folder, task, stamp)
+    with open_films(task.source, task.files, task.names, task.first) as films:
+        stamp = films.stamp()
+        if not _is_whole(task, stamp):
+            _write_spill(films, task, stamp)
     return task.end - task.first
 
 

@@ -3,9 +3,9 @@
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,18 +30,6 @@ _MOST_AHEAD = 64 << 20
 """Bytes beyond which rows are not read ahead: a chunk of HDF5's may be large."""
 
 Item = TypeVar("Item")
-
-
-class Films(Protocol):
-    """The films of one source."""
-
-    def read(self, first: int, end: int) -> Iterator[Film]:
-        """Films first..end of the source, in order."""
-        ...
-
-    def stored(self, first: int, end: int) -> NDArray[np.int64]:
-        """(end - first,) bytes that films take in the source."""
-        ...
 
 
 class H5File(NamedTuple):
@@ -115,6 +103,10 @@ class H5Films:
     def stored(self, first: int, end: int) -> NDArray[np.int64]:
         """(end - first,) bytes of films first..end, which lie in one file: compressed or not, its mean."""
         return np.full(end - first, self.files[self._number(first)].film_bytes, dtype=np.int64)
+
+    def stamp(self) -> str:
+        """Nothing: that a file changed is told by `ingest.workdir`."""
+        return "00" * 16
 
     def _number(self, row: int) -> int:
         """Of the file that holds a row."""
@@ -227,6 +219,19 @@ class FolderFilms:
         except (OSError, RuntimeError):  # links in a circle
             return None
         return path if path.is_relative_to(self._folder) else None
+
+
+Films = H5Films | FolderFilms
+
+
+@contextmanager
+def open_films(config: SourceConfig, files: Sequence[H5File], names: Sequence[str], first: int = 0) -> Iterator[Films]:
+    """The films of a source, of which a look told `files`; `names` are the image files of the rows from `first` on."""
+    if config.images is not None:
+        yield FolderFilms(config, names, first)
+        return
+    with H5Films(config, files) as films:
+        yield films
 
 
 def _stamp(path: Path | None) -> str:

@@ -69,7 +69,12 @@ def read_film(path: Path, size: int, value_range: tuple[float, float] | None = N
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with open(path, "rb") as file:
-                image = _open_dicom(file) if _is_dicom(file) else _open_image(file, value_range)
+                if _is_dicom(file):
+                    from ingest.dicom import read_dicom  # pydicom is an extra
+
+                    image = read_dicom(file)
+                else:
+                    image = _open_image(file, value_range)
                 return image if isinstance(image, Fault) else fit(image, size)
     except InputError:  # a ValueError, but not about the film
         raise
@@ -88,12 +93,6 @@ def read_film(path: Path, size: int, value_range: tuple[float, float] | None = N
 def _is_dicom(file: BinaryIO) -> bool:
     """Where a DICOM file says so. Files that do not are not guessed at."""
     return file.read(132)[128:] == b"DICM"
-
-
-def _open_dicom(file: BinaryIO) -> Image.Image | Fault:
-    from ingest.dicom import read_dicom  # pydicom is an extra
-
-    return read_dicom(file)
 
 
 def _open_image(file: BinaryIO, value_range: tuple[float, float] | None) -> Image.Image | Fault:

@@ -16,7 +16,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import numpy as np
 
 from ingest.config import IngestConfig
 from ingest.encode import blank
-from ingest.films import Films, FolderFilms, H5Films
+from ingest.films import open_films
 from ingest.images import Fault
 from ingest.inputs import Inputs, order_lines, read_inputs
 from ingest.report import warnings
@@ -86,22 +85,11 @@ def _try_films(config: IngestConfig, inputs: Inputs) -> tuple[float, float, int]
     started = time.perf_counter()
     sizes: list[int] = []
     for number, table in enumerate(inputs.tables):
-        with _open(inputs, number) as films:
+        with open_films(inputs.sources[number], inputs.files[number], table.names) as films:
             read = films.read(0, min(_TIMED, table.rows, *(file.rows for file in inputs.files[number][:1])))
             sizes += [len(encode(film, spec)) for film in read if not isinstance(film, Fault)]
     count = len(sizes)
     return (time.perf_counter() - started) / max(count, 1), sum(sizes) / max(count, 1), count
-
-
-@contextmanager
-def _open(inputs: Inputs, number: int) -> Iterator[Films]:
-    """The films of one source."""
-    source = inputs.sources[number]
-    if source.images is not None:
-        yield FolderFilms(source, inputs.tables[number].names, 0)
-        return
-    with H5Films(source, inputs.files[number]) as films:
-        yield films
 
 
 def _existing(path: Path) -> Path:
@@ -164,7 +152,7 @@ def sample(inputs: Inputs) -> Iterator[Pixels]:
     starts = inputs.starts
     for number in range(len(inputs.sources)):
         here = chosen[(starts[number] <= chosen) & (chosen < starts[number + 1])] - starts[number]
-        with _open(inputs, number) as source:
+        with open_films(inputs.sources[number], inputs.files[number], inputs.tables[number].names) as source:
             for film in (film for row in here.tolist() for film in source.read(row, row + 1)):
                 if not isinstance(film, Fault) and blank(film) is Fault.NONE:
                     yield film

@@ -74,8 +74,8 @@ class Tally:
         self._labels = manifest.labels
         self._context = manifest.tokenizer.context
         self._filled = 0
-        self._texts, self._tokens, self.films = (_room(rows).view(np.uint64) for _ in range(3))
-        self._groups = _room(rows)
+        self._texts, self._tokens, self.films = (room(rows, np.uint64) for _ in range(3))
+        self._groups = room(rows, np.int64)
         self._lengths = np.zeros(1 << 16, dtype=np.int64)
         self._sizes: list[tuple[int, int, int]] = []
         self._flags = {"truncated": 0, "side_words": 0}
@@ -127,12 +127,12 @@ class Tally:
         )
 
 
-def _room(rows: int) -> NDArray[np.int64]:
-    """(rows,) that cost nothing before they are filled: a manifest may say any number."""
+def room(rows: int, kind: type[np.generic]) -> NDArray:
+    """(rows,) zeros that cost nothing before they are filled: a manifest may say any number."""
     try:
-        return np.empty(rows, dtype=np.int64)
+        return np.zeros(rows, dtype=kind)
     except (MemoryError, ValueError):
-        raise InputError(f"the manifest names {rows:,} samples, more than fit this machine's memory") from None
+        raise InputError(f"the manifest names {rows:,} rows, more than fit this machine's memory") from None
 
 
 def _count_values(values: NDArray) -> NDArray[np.int64]:

@@ -28,6 +28,7 @@ from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.processes import Processes
 from shards.schema import NO_GROUP, Manifest, ShardInfo, sample_key
+from shards.tally import room
 
 DECODE = 16
 """Images of a shard to decode by default."""
@@ -161,7 +162,7 @@ class Leaks:
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
         # Zeroed lazily by the system: a row that no sample came from costs nothing.
-        self._seen = [_zeros(source.rows) for source in manifest.sources]
+        self._seen = [room(source.rows, np.bool_) for source in manifest.sources]
         self._groups: dict[str, list[NDArray[np.int64]]] = {split: [] for split in manifest.splits}
         self._counts = np.zeros(len(manifest.sources), dtype=np.int64)
 
@@ -213,12 +214,3 @@ class Leaks:
 
     def _gathered(self, split: str) -> NDArray[np.int64]:
         return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *self._groups[split]]))
-
-
-def _zeros(rows: int) -> NDArray[np.bool_]:
-    try:
-        return np.zeros(rows, dtype=bool)
-    except (MemoryError, ValueError):
-        raise InputError(
-            f"the manifest names a source of {rows!r} rows, more than a key can count; ingest again"
-        ) from None
