@@ -16,7 +16,6 @@ from train.checkpoint import (
     VERSION,
     DamagedCheckpoint,
     checkpoint_name,
-    encode,
     list_checkpoints,
     newest_good,
     read_checkpoint,
@@ -39,7 +38,7 @@ def payload(step: int) -> dict:
 def write(folder: Path, step: int) -> Path:
     """A good file."""
     path = folder / checkpoint_name(step)
-    path.write_bytes(encode(payload(step)))
+    write_checkpoint(path, payload(step))
     return path
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shards.errors import InputError
-from train.commandline import config_json, parse_config, read_config
+from train.commandline import parse_config, read_config, to_fields, write_json
 from train.config import TrainConfig, loader_config
 from train.presets import PRESETS
 from train.rows import read_rows, trim
@@ -30,11 +30,11 @@ def test_flags_change_single_values() -> None:
 
 def test_a_resolved_config_reads_back(tmp_path: Path) -> None:
     config = parse_config("x", [*PATHS, "--optim.lr", "0.1", "--data.scale", "0.8", "0.9", "--h5", "c.h5"])
-    (tmp_path / "config.json").write_text(config_json(config))
+    write_json(tmp_path / "config.json", to_fields(config))
     assert read_config(tmp_path / "config.json") == config
     again = parse_config("x", ["--config", str(tmp_path / "config.json"), "--seed", "4"])
     assert again == dataclasses.replace(config, seed=4)
-    (tmp_path / "forced.json").write_text(config_json(dataclasses.replace(config, force=True, stop_at=5)))
+    write_json(tmp_path / "forced.json", to_fields(dataclasses.replace(config, force=True, stop_at=5)))
     assert parse_config("x", ["--config", str(tmp_path / "forced.json")]) == config, "it was said to one start alone"
 
 
@@ -90,7 +90,7 @@ def test_mistakes_are_named(arguments: tuple[str, ...], words: str) -> None:
     ],
 )
 def test_a_config_file_is_checked(tmp_path: Path, change: dict, words: str) -> None:
-    fields = json.loads(config_json(parse_config("x", list(PATHS))))
+    fields = to_fields(parse_config("x", list(PATHS)))
     (tmp_path / "x.json").write_text(json.dumps(fields | change))
     with pytest.raises(InputError, match=words):
         read_config(tmp_path / "x.json")

@@ -17,7 +17,7 @@ from pipeline.config import DataConfig, LoaderConfig
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
-from train.checkpoint import encode, read_checkpoint
+from train.checkpoint import read_checkpoint, write_checkpoint
 from train.commandline import to_fields
 from train.config import TrainConfig, loader_config
 from train.ensemble import average, find_checkpoints, model_of, read_member
@@ -37,14 +37,14 @@ def small(shards: Path, out: Path) -> TrainConfig:
     return TrainConfig(shards=shards, out=out, model=ModelConfig(widths=WIDTHS), data=DataConfig(image_size=32))
 
 
-def write_checkpoint(path: Path, shards: Path, seed: int, **more: object) -> Path:
+def trained(path: Path, shards: Path, seed: int, **more: object) -> Path:
     """A checkpoint of an untrained model; returns its path."""
     config = small(shards, path.parent)
     settings = {name: value for name, value in to_fields(config).items() if name not in ("shards", "out", "h5")}
     prints = {"tokenizer": read_manifest(shards).tokenizer.digest}
     payload = {"step": seed, "config": settings, "fingerprint": prints, "model": weights(seed)} | more
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode(payload))
+    write_checkpoint(path, payload)
     return path
 
 
@@ -59,8 +59,8 @@ def run(shards_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder: its best checkpoint, of step 0, is one of its newest three too."""
     folder = tmp_path_factory.mktemp("run")
     for seed in range(3):
-        write_checkpoint(folder / "checkpoints" / f"step-{seed:07d}.pt", shards_dir, seed)
-    write_checkpoint(folder / "best.pt", shards_dir, 0)
+        trained(folder / "checkpoints" / f"step-{seed:07d}.pt", shards_dir, seed)
+    trained(folder / "best.pt", shards_dir, 0)
     return folder
 
 
@@ -229,7 +229,7 @@ def test_a_run_on_an_hdf5_file_is_evaluated_on_what_is_named(
     """Wherever that file is by now; or on such a file, whatever its dataset is called."""
     config = replace(small(shards_dir, tmp_path), backend="hdf5-tuned", h5=source[0], accumulate=3, batch_size=3)
     settings = {name: value for name, value in to_fields(config).items() if name not in LEFT_OUT}
-    run = write_checkpoint(tmp_path / "run/best.pt", shards_dir, 0, config=settings).parent
+    run = trained(tmp_path / "run/best.pt", shards_dir, 0, config=settings).parent
     films = tmp_path / "films.h5"
     with h5py.File(source[0]) as file, h5py.File(films, "w") as copy:
         copy["set/films"] = file["cxr"][:]
@@ -241,7 +241,7 @@ def test_a_run_on_an_hdf5_file_is_evaluated_on_what_is_named(
 
 
 def test_averaged_weights_are_taken_where_there_are_any(run: Path, shards_dir: Path, tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "a.pt", shards_dir, 1, ema=weights(0))
+    path = trained(tmp_path / "a.pt", shards_dir, 1, ema=weights(0))
     found = {name: evaluate(asked(path, shards_dir, weights=name)) for name in ("auto", "ema", "model")}
     assert [found[name].checkpoints[0]["weights"] for name in found] == ["ema", "ema", "model"]
     assert found["auto"].auroc == evaluate(asked(run, shards_dir)).auroc != found["model"].auroc
@@ -372,7 +372,7 @@ def test_without_labels_there_is_retrieval(run: Path, source: tuple[Path, Path],
 
 def test_results_on_other_shards_leave_those_there_alone(shards_dir: Path, plain_shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    write_checkpoint(folder / "best.pt", shards_dir, 0)
+    trained(folder / "best.pt", shards_dir, 0)
     wanted = {"evaluation-val.json": shards_dir}
     wanted[f"evaluation-val-{read_manifest(plain_shards).digest[:8]}.json"] = plain_shards
     for shards in (shards_dir, plain_shards, plain_shards, shards_dir):
@@ -406,7 +406,7 @@ def test_mistakes_are_one_line(run: Path, shards_dir: Path, tmp_path: Path, caps
     assert "no averaged weights" in refused(*good, "--weights", "ema")
     assert "cannot read the prompts" in refused(*good, "--prompts-file", str(tmp_path / "none.toml"))
     broken = {name: torch.full_like(value, torch.nan) for name, value in weights(0).items()}
-    nan = write_checkpoint(tmp_path / "nan.pt", shards_dir, 1, model=broken)
+    nan = trained(tmp_path / "nan.pt", shards_dir, 1, model=broken)
     assert "not finite" in refused("--checkpoint", str(nan), *shards)
     for change, words in (
         ({"config": 3}, "its config is missing, or not what a run writes"),
@@ -414,11 +414,11 @@ def test_mistakes_are_one_line(run: Path, shards_dir: Path, tmp_path: Path, caps
         ({"model": {"logit_scale": 3}}, "holds another model"),
     ):
         payload = read_checkpoint(nan) | change
-        (tmp_path / "hostile.pt").write_bytes(encode(payload))
+        write_checkpoint(tmp_path / "hostile.pt", payload)
         assert words in refused("--checkpoint", str(tmp_path / "hostile.pt"), *shards)
     payload = read_checkpoint(nan)
     payload["config"]["model"] |= {"embed_dim": 60_000, "text_width": 60_000}  # 80 GB, were it built
-    (tmp_path / "hostile.pt").write_bytes(encode(payload))
+    write_checkpoint(tmp_path / "hostile.pt", payload)
     assert "holds another model" in refused("--checkpoint", str(tmp_path / "hostile.pt"), *shards)
     assert "loss on val" in refused(*good, "--top", "1", "--where", "split == 'test'")
 

@@ -14,7 +14,7 @@ from test_train_weights import CLIP_SMALL, CONTEXT, SIZE, VOCAB
 
 from pipeline.config import DataConfig
 from shards.errors import InputError
-from train.checkpoint import encode, read_checkpoint
+from train.checkpoint import read_checkpoint, write_checkpoint
 from train.commandline import to_fields
 from train.config import TrainConfig
 from train.export import ExportConfig, export, main
@@ -44,7 +44,7 @@ def run_of(folder: Path, config: ModelConfig, *, average: bool = False) -> ClipM
         **({"model": nothing, "ema": state} if average else {"model": state}),
     }
     folder.mkdir()
-    (folder / "best.pt").write_bytes(encode(payload))
+    write_checkpoint(folder / "best.pt", payload)
     return model
 
 
@@ -160,7 +160,7 @@ def test_an_export_that_differs_is_not_left(tmp_path: Path, monkeypatch: pytest.
     """The comparison can fail: with GELU where quick GELU was trained."""
     run_of(tmp_path / "run", CLIP_SMALL)
     true = json.dumps
-    monkeypatch.setattr("train.export.json.dumps", lambda *a, **k: true(*a, **k).replace('gelu": true', 'gelu": false'))
+    monkeypatch.setattr("json.dumps", lambda *a, **k: true(*a, **k).replace('gelu": true', 'gelu": false'))
     with pytest.raises(InputError, match="embeddings differ by"):
         export(ExportConfig(checkpoint=tmp_path / "run", to="open_clip", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -171,7 +171,7 @@ def test_weights_that_are_no_numbers_stay_here(tmp_path: Path) -> None:
     run_of(path.parent, CLIP_SMALL)
     payload = read_checkpoint(path)
     payload["model"]["logit_scale"].fill_(torch.nan)
-    path.write_bytes(encode(payload))
+    write_checkpoint(path, payload)
     with pytest.raises(InputError, match="a weight is no number"):
         export(ExportConfig(checkpoint=path, to="safetensors", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -21,7 +21,15 @@ from soak_train import Life, Server, arguments, differing, outcome, serving
 from test_train_faults import wait_for_step
 from xxhash import xxh3_128_hexdigest
 
-from train.checkpoint import MAGIC, VERSION, encode, list_checkpoints, newest_good, read_checkpoint, verify_checkpoint
+from train.checkpoint import (
+    MAGIC,
+    VERSION,
+    list_checkpoints,
+    newest_good,
+    read_checkpoint,
+    verify_checkpoint,
+    write_checkpoint,
+)
 from train.commandline import read_config
 from train.rows import read_rows
 
@@ -74,7 +82,12 @@ def another_model(path: Path) -> bytes:
     """A whole checkpoint of a run with other settings."""
     payload = read_checkpoint(path)
     payload["fingerprint"]["model.widths"] = [8, 8, 8, 8]
-    return encode(payload)
+    return written(path, payload)
+
+
+def written(path: Path, payload: dict) -> bytes:
+    write_checkpoint(path, payload)
+    return path.read_bytes()
 
 
 DAMAGE: dict[str, Callable[[Path], bytes | None]] = {
@@ -82,7 +95,7 @@ DAMAGE: dict[str, Callable[[Path], bytes | None]] = {
     "no bytes": lambda _: b"",
     "a later version": lambda path: path.read_bytes().replace(f" {VERSION} ".encode(), f" {VERSION + 1} ".encode(), 1),
     "another model": another_model,
-    "other fields": lambda _: encode({"step": 10, "model": {}}),
+    "other fields": lambda path: written(path, {"step": 10, "model": {}}),
     "gone": lambda _: None,
 }
 
@@ -118,7 +131,7 @@ def test_weights_of_another_shape_are_named(server: Server, shards_dir: Path, wh
         payload = read_checkpoint(path)
         name = next(iter(payload["model"]))
         payload["model"][name] = torch.zeros(3)
-        path.write_bytes(encode(payload))
+        write_checkpoint(path, payload)
     codes, errors = server.run(arguments(shards_dir, run, *STEPS))
     assert codes == [2] and "holds another model" in errors and name in errors and "Traceback" not in errors, errors
 
@@ -276,7 +289,7 @@ def test_what_differs_is_named_field_by_field(server: Server, shards_dir: Path, 
     for _, path in list_checkpoints(run / "checkpoints"):
         payload = read_checkpoint(path)
         payload["fingerprint"] |= {"versions.torch": "1.0", "versions.nvidia-dali-cuda120": "2.0", "shards": "0123"}
-        path.write_bytes(encode(payload))
+        write_checkpoint(path, payload)
     before = digests(run)
     other = ("--seed", "7", "--batch-size", "4", "--data.flip", "0.25", "--data.effects.rotation", "5")
     codes, errors = server.run(arguments(shards_dir, run, *STEPS, *other))
@@ -316,7 +329,7 @@ def test_force_onto_other_films_judges_anew(server: Server, shards_dir: Path, wh
         payload["schedule"]["plateau"] = {"patience": {"best": 0.001, "bad": 0}, "cuts": 2}
         payload["fingerprint"]["shards"] = "0123"
         payload["bad_samples"] = [{"shard": 99, "row": 0, "key": "00-0000000000", "offset": 0, "why": "damaged"}]
-        path.write_bytes(encode(payload))
+        write_checkpoint(path, payload)
     best = (run / "best.pt").read_bytes()
     more = ("--steps", "15", "--force", "--patience", "2", "--data.max-bad", "1")
     codes, errors = server.run(arguments(shards_dir, run, *STEPS, *more))

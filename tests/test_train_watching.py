@@ -18,7 +18,7 @@ from conftest import REPOSITORY
 
 from shards.cli import say
 from shards.errors import InputError
-from train.commandline import config_json, preset
+from train.commandline import preset, to_fields, write_json
 from train.compare import asked, compare, table
 from train.compare import draw as draw_all
 from train.compare import main as lay_out
@@ -54,7 +54,7 @@ def row(step: int, **more) -> dict:
 def write_run(folder: Path, rows: list[dict], **settings) -> Path:
     """A run's folder as train.main leaves it."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(config_json(replace(config(folder), **settings)))
+    write_json(folder / "config.json", to_fields(replace(config(folder), **settings)))
     (folder / "versions.json").write_text(json.dumps({"torch": "2.14.1", "kernel": folder.name}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

@@ -25,7 +25,7 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import save_file
 
 from shards.errors import InputError
-from train.checkpoint import encode
+from train.checkpoint import write_checkpoint
 from train.config import TrainConfig
 from train.evaluate import main as evaluate
 from train.main import main
@@ -106,7 +106,7 @@ def as_ours(path: Path, model: CLIP) -> None:
     ours = {f"image.{n.removeprefix('visual.')}": t for n, t in found.items() if n.startswith("visual.")}
     ours |= {f"text.{n}": t for n, t in found.items() if not n.startswith(("visual.", "logit_scale"))}
     nothing = {name: torch.zeros_like(tensor) for name, tensor in ours.items()}
-    path.write_bytes(encode({"model": nothing, "ema": ours | {"logit_scale": torch.tensor(0.0)}}))
+    write_checkpoint(path, {"model": nothing, "ema": ours | {"logit_scale": torch.tensor(0.0)}})
 
 
 def as_trainer(path: Path, model: CLIP) -> None:

@@ -73,13 +73,6 @@ def write_stream(file: BinaryIO, payload: dict[str, Any]) -> None:
     file.write(f"{MAGIC} {VERSION} {content.digest.hexdigest()} {content.size:020d}\n".encode())
 
 
-def encode(payload: dict[str, Any]) -> bytes:
-    """The bytes of a checkpoint file."""
-    buffer = io.BytesIO()
-    write_stream(buffer, payload)
-    return buffer.getvalue()
-
-
 def write_checkpoint(path: Path, payload: dict[str, Any], *, check: Callable[[], None] = lambda: None) -> None:
     """Write a checkpoint, read it back, then give it its name. OSError where it cannot be; older files stay.
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from shards.atomic import write_atomic
 from shards.cli import parse
 from shards.errors import InputError
 from train.config import TrainConfig
@@ -64,7 +65,7 @@ def preset(name: str) -> TrainConfig:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """A resolved config back from the JSON that `config_json` wrote. InputError names the file and the setting."""
+    """A resolved config back from the JSON of its fields. InputError names the file and the setting."""
 
     def parsed(text: str) -> TrainConfig:
         return from_fields(TrainConfig, json.loads(text))
@@ -84,9 +85,9 @@ def read_text(path: Path, parse: Callable[[str], Any], which: str, kind: str) ->
         raise InputError(f"{path} is not {kind} ({error})") from None
 
 
-def config_json(config: Any) -> str:
-    """A config dataclass as JSON, one setting a line, in the order of its fields."""
-    return json.dumps(to_fields(config), indent=1) + "\n"
+def write_json(path: Path, content: Any) -> None:
+    """A file of plain values, one a line, complete or absent."""
+    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def to_fields(config: Any) -> dict[str, Any]:

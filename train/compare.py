@@ -16,12 +16,13 @@ from xxhash import xxh3_64_hexdigest
 from shards.atomic import check_writable, write_atomic
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
+from train.commandline import write_json
 from train.curves import draw_line, draw_loss, new_figure, to_png
 from train.rows import Row, films_since, is_number, read_rows
 from train.rundir import RunFolder
 
 PROG = "train.compare"
-_OWN = ("shards", "out", "h5", "dataset", "resume", "stop_at", "watch", "data.stage_dir")
+_OWN = {"shards", "out", "h5", "dataset", "resume", "stop_at", "watch", "data.stage_dir"}
 """Settings that say where files lie and how a run was started: no difference between runs."""
 _EVERY_RUN = ("kernel", "cpus")
 _SHARDS = "version of shards"
@@ -42,9 +43,10 @@ class CompareConfig:
 def compare(runs: Sequence[Path]) -> dict[str, Any]:
     """What differs, and each run's figures. InputError for a folder that holds no run."""
     names = short_names(runs)
-    settings = {name: read_settings(run) for name, run in zip(names, runs, strict=True)}
-    figures = {name: read_figures(run) for name, run in zip(names, runs, strict=True)}
-    rows = {name: read_rows(RunFolder(root=run).metrics) for name, run in zip(names, runs, strict=True)}
+    named = dict(zip(names, runs, strict=True))
+    settings = {name: read_settings(run) for name, run in named.items()}
+    figures = {name: read_figures(run) for name, run in named.items()}
+    rows = {name: read_rows(RunFolder(root=run).metrics) for name, run in named.items()}
     samples = same_samples(rows)
     if samples and len({found.get(_SHARDS) for found in settings.values()} - {None}) > 1:
         samples["same"] = False  # a digest is of places in shards, not of what is there
@@ -67,7 +69,7 @@ def read_settings(run: Path) -> dict[str, Any]:
     """A run's settings and versions, flat: `optim.lr` -> value."""
     folder = RunFolder(root=run)
     settings = flatten(_read_json(folder.config))
-    settings = {name: value for name, value in settings.items() if not _is_own(name)}
+    settings = {name: value for name, value in settings.items() if _OWN.isdisjoint((name, name.partition(".")[0]))}
     versions = _read_json(run / "versions.json") if (run / "versions.json").exists() else {}
     return settings | {f"version of {name}": value for name, value in versions.items() if name not in _EVERY_RUN}
 
@@ -191,10 +193,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _is_own(name: str) -> bool:
-    return any(name == own or name.startswith(f"{own}.") for own in _OWN)
-
-
 def _median(rows: list[Row], name: str) -> float | None:
     values = [row[name] for row in rows if is_number(row.get(name))]
     return statistics.median(values) if values else None
@@ -241,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         record = compare(config.runs)
         say("\n".join(table(record)))
         if config.json:
-            write_atomic(config.json, (json.dumps(record, indent=1) + "\n").encode())
+            write_json(config.json, record)
         if config.png:
             draw(config.runs, config.png)
             say(f"{config.png}")

@@ -7,7 +7,6 @@
 Each is evaluated on the same split as the model. DIR/controls.json has it all; exit code 1 says that a control failed.
 """
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,13 +21,13 @@ from numpy.typing import NDArray
 
 from pipeline.batch import World
 from pipeline.loader import build_loader
-from shards.atomic import check_writable, write_atomic
+from shards.atomic import check_writable
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.schema import Manifest
 from train.checkpoint import newest_good
-from train.commandline import preset
+from train.commandline import preset, write_json
 from train.config import TrainConfig, loader_config
 from train.evaluate import EvaluateConfig, evaluate
 from train.model import build_model
@@ -83,7 +82,7 @@ def run_controls(config: ControlsConfig) -> dict[str, Any]:
         "model": _evaluated(config, config.checkpoint) if config.checkpoint else _trained(config, "model", []),
     }
     record = {"shards": manifest.digest, "split": config.split, "auroc": scores, "passed": judge(scores)}
-    write_atomic(config.out / "controls.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_json(config.out / "controls.json", record)
     return record
 
 

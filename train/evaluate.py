@@ -8,7 +8,6 @@ threshold of F1 and MCC) is chosen on val. Where that cannot be, `notes` say so,
     EVALUATION.csv      a line a label
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.schema import Manifest
+from train.commandline import write_json
 from train.curves import draw_precision_recall, draw_roc
 from train.device import choose_device, memory_named
 from train.ensemble import Member, Weights, eval_loader, find_checkpoints, model_of, predict_as_one, result_path
@@ -225,7 +225,7 @@ def _asked(config: EvaluateConfig, manifest: Manifest, wording: Wording) -> dict
 
 
 def _write(path: Path, record: dict[str, Any], result: Evaluation) -> None:
-    write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+    write_json(path, record)
     say(f"{path}")
     if result.labels:
         write_atomic(path.with_suffix(".csv"), to_csv(result.labels, result.mean).encode())

@@ -5,7 +5,6 @@ own names. onnx: one file a tower (train/onnx_export.py). Each is loaded again a
 only then does the folder get its name.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from shards.atomic import TEMPORARY_PREFIX, sync_folder, write_atomic
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
-from train.commandline import to_fields
+from train.commandline import to_fields, write_json
 from train.config import TrainConfig
 from train.ensemble import Member, Weights, build_member, find_checkpoints, read_member
 from train.model import ClipModel, ModelConfig
@@ -128,7 +127,7 @@ def write_safetensors(trained: Trained, folder: Path) -> None:
     write_weights(state, folder / "model.safetensors")
     about: dict[str, Any] = {"step": trained.step, "context": trained.context, "vocab_size": trained.vocab_size}
     about |= {"model": to_fields(trained.settings.model), "preprocess": trained.preprocessing()}
-    write_json(about, folder / "config.json")
+    write_json(folder / "config.json", about)
     found = load_file(folder / "model.safetensors")
     assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
 
@@ -140,11 +139,6 @@ def write_weights(state: dict[str, Tensor], path: Path) -> None:
     write_atomic(path, save({name: tensor.contiguous() for name, tensor in state.items()}, {"format": "pt"}))
 
 
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Settings, one a line."""
-    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
 def write_open_clip(trained: Trained, folder: Path) -> None:
     """open_clip's config and weights. InputError for a model that has no equal there."""
     from open_clip import create_model
@@ -152,7 +146,7 @@ def write_open_clip(trained: Trained, folder: Path) -> None:
     config = trained.settings.model
     fields = open_clip_config(trained)
     write_weights(open_clip_state(trained.model, custom_text="custom_text" in fields), folder / WEIGHTS)
-    write_json({"model_cfg": fields, "preprocess_cfg": trained.preprocessing()}, folder / CONFIG)
+    write_json(folder / CONFIG, {"model_cfg": fields, "preprocess_cfg": trained.preprocessing()})
     try:
         theirs = create_model(f"local-dir:{folder}", require_pretrained=True).eval()
         compare(trained, theirs.encode_image, theirs.encode_text, tolerance=TOLERANCE)

@@ -1,6 +1,5 @@
 """A trained model as ONNX: image.onnx and text.onnx, any number of rows, embeddings of unit length."""
 
-import json
 import warnings
 from functools import partial
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from shards.atomic import write_atomic
 from shards.errors import InputError
+from train.commandline import write_json
 
 if TYPE_CHECKING:
     from train.export import Trained
@@ -48,7 +47,7 @@ def write_onnx(trained: "Trained", folder: Path) -> None:
         _write(_Unit(getattr(trained.model, tower)).eval(), example, folder / f"{tower}.onnx", NAMES[tower])
     about = {"step": trained.step, "context": trained.context, "preprocess": trained.preprocessing()}
     about |= {"logit_scale": trained.model.logit_scale.item(), "inputs": NAMES, "output": "embeddings"}
-    write_atomic(folder / "config.json", (json.dumps(about, indent=1) + "\n").encode())
+    write_json(folder / "config.json", about)
     sessions = {
         tower: onnxruntime.InferenceSession(folder / f"{tower}.onnx", providers=["CPUExecutionProvider"])
         for tower in NAMES

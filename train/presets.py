@@ -25,18 +25,13 @@ DINOV2_WEIGHTS = "hub:timm/vit_base_patch14_dinov2.lvd142m/model.safetensors"
 
 
 def tiny() -> TrainConfig:
-    """A small CNN and a two-layer text tower: learns the phantom in minutes on two CPU cores."""
+    """A small CNN and a two-layer text tower, the defaults: learns the phantom in minutes on two CPU cores."""
     return TrainConfig(
         shards=tyro.MISSING,
         out=tyro.MISSING,
         preset="tiny",
         steps=800,
-        batch_size=64,
-        log_every=10,
-        validate_every=100,
-        save_every=100,
         data=DataConfig(flip_guard=True),
-        model=ModelConfig(),
         optim=OptimConfig(lr=3e-3, schedule="cosine", warmup=50, weight_decay=0.2, clip=1.0),
     )
 

@@ -8,7 +8,6 @@ waits for a living holder, and a holder that does not live is replaced.
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from shards import lock
-from shards.atomic import remove_temporary, write_atomic
+from shards.atomic import remove_temporary
 from shards.errors import InputError
-from train.commandline import config_json
+from train.commandline import to_fields, write_json
 from train.config import TrainConfig
 from train.saving import LeaseLost
 
@@ -108,9 +107,8 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             remove_temporary(self.root, self.checkpoints)
-            write_atomic(self.config, config_json(config).encode())
-            found = versions() | {"shards": " ".join(shards)}
-            write_atomic(self.root / "versions.json", (json.dumps(found, indent=1) + "\n").encode())
+            write_json(self.config, to_fields(config))
+            write_json(self.root / "versions.json", versions() | {"shards": " ".join(shards)})
             if forced:
                 with open(self.forced, "a", encoding="utf-8") as file:
                     file.writelines(f"{line}\n" for line in forced)
