@@ -2,12 +2,14 @@
 
 import platform
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import config, njit
+from numba import config, extending, njit, types
 from xxhash import xxh3_64_intdigest
 
 NEEDED = ("avx2", "fma", "f16c")
@@ -31,6 +33,28 @@ def compiled(function: Callable[..., Any], signature: Any) -> Callable[..., Any]
         return njit(signature, nogil=True, cache=True)(function)
     except Exception:
         return njit(signature, nogil=True)(function)
+
+
+def emitted(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Makes what emits LLVM code, from a builder and the values of its arguments, callable by compiled code."""
+
+    def decorate(emit: Callable[..., Any]) -> Any:
+        @wraps(emit)  # its signature too, less the first argument
+        def typing(_, *arguments):  # noqa: ARG001
+            def generate(context, builder, signature, values):
+                made = emit(builder, *values)
+                return context.get_dummy_value() if signature.return_type == types.void else made
+
+            return signature, generate
+
+        return extending.intrinsic(typing)
+
+    return decorate
+
+
+def load(builder: ir.IRBuilder, address: Any, kind: ir.Type) -> Any:
+    """What is at an address, whatever that divides by."""
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
 
 
 def stamp_of(*modules: ModuleType) -> int:

@@ -8,10 +8,10 @@ A block in each lane needs no transpose. LLVM vector code, because LLVM makes no
 from typing import Any
 
 from llvmlite import ir
-from numba import extending, njit, types
+from numba import njit, types
 
-intrinsic: Any = extending.intrinsic
-"""Its own type does not know that the first argument is not for callers."""
+from pipeline.compiled import emitted, load
+
 LANES = 16
 """Blocks that are transformed at once."""
 SCRATCH = 4 * LANES * (64 + 1)
@@ -64,10 +64,6 @@ def inverse_dct(x: list[Any], shift: int) -> list[Any]:
     return [(sums[i] + odd[i]) >> shift for i in range(4)] + [(sums[i] - odd[i]) >> shift for i in (3, 2, 1, 0)]
 
 
-def _load(builder: ir.IRBuilder, address: Any, kind: ir.Type) -> Any:
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
-
-
 def _store(builder: ir.IRBuilder, value: Any, address: Any) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
 
@@ -76,33 +72,27 @@ def _at(builder: ir.IRBuilder, base: Any, offset: int) -> Any:
     return builder.add(base, ir.Constant(base.type, offset))
 
 
-@intrinsic
-def _transform_columns(typing, source, step, quant, target, sums):  # noqa: ARG001
+@emitted(types.void(*[types.intp] * 5))
+def _transform_columns(builder, source, step, quant, target, sums):
     """Column of 16 blocks: eight int16 coefficients, 8 * step bytes apart, to eight int32, 8 * 64 bytes apart.
 
     The 64 bytes after the 4096 of the columns gain the sums of the coefficients' sizes.
     """
-
-    def generate(context, builder, signature, args):  # noqa: ARG001
-        source, step, quant, target, sums = args
-        values, total = [], _load(builder, sums, _WORDS)
-        for i in range(8):
-            place = builder.add(source, builder.mul(step, ir.Constant(step.type, 8 * i)))
-            stored = builder.sext(_load(builder, place, ir.VectorType(_I16, LANES)), _WORDS)
-            factor = builder.insert_element(
-                ir.Constant(_WORDS, ir.Undefined),
-                _load(builder, _at(builder, quant, 32 * i), _I32),
-                ir.Constant(_I32, 0),
-            )
-            same = builder.shuffle_vector(factor, factor, ir.Constant(_WORDS, [0] * LANES))
-            values.append(_Lanes(builder, builder.mul(stored, same)))
-            total = builder.add(total, _size(builder, values[-1].value))
-        _store(builder, total, sums)
-        for i, each in enumerate(inverse_dct(values, 11)):
-            _store(builder, each.value, _at(builder, target, 8 * 4 * LANES * i))
-        return context.get_dummy_value()
-
-    return types.void(*[types.intp] * 5), generate
+    values, total = [], load(builder, sums, _WORDS)
+    for i in range(8):
+        place = builder.add(source, builder.mul(step, ir.Constant(step.type, 8 * i)))
+        stored = builder.sext(load(builder, place, ir.VectorType(_I16, LANES)), _WORDS)
+        factor = builder.insert_element(
+            ir.Constant(_WORDS, ir.Undefined),
+            load(builder, _at(builder, quant, 32 * i), _I32),
+            ir.Constant(_I32, 0),
+        )
+        same = builder.shuffle_vector(factor, factor, ir.Constant(_WORDS, [0] * LANES))
+        values.append(_Lanes(builder, builder.mul(stored, same)))
+        total = builder.add(total, _size(builder, values[-1].value))
+    _store(builder, total, sums)
+    for i, each in enumerate(inverse_dct(values, 11)):
+        _store(builder, each.value, _at(builder, target, 8 * 4 * LANES * i))
 
 
 def _size(builder: ir.IRBuilder, value: Any) -> Any:
@@ -110,49 +100,34 @@ def _size(builder: ir.IRBuilder, value: Any) -> Any:
     return builder.select(builder.icmp_signed("<", value, zero), builder.sub(zero, value), value)
 
 
-@intrinsic
-def _clear(typing, sums):  # noqa: ARG001
+@emitted(types.void(types.intp))
+def _clear(builder, sums):
     """Set 16 int32 to 0."""
-
-    def generate(context, builder, signature, args):  # noqa: ARG001
-        _store(builder, ir.Constant(_WORDS, [0] * LANES), args[0])
-        return context.get_dummy_value()
-
-    return types.void(types.intp), generate
+    _store(builder, ir.Constant(_WORDS, [0] * LANES), sums)
 
 
-@intrinsic
-def _within(typing, sums):  # noqa: ARG001
+@emitted(types.boolean(types.intp))
+def _within(builder, sums):
     """Whether all of 16 int32 are at most MOST."""
-
-    def generate(context, builder, signature, args):  # noqa: ARG001
-        above = builder.icmp_signed(">", _load(builder, args[0], _WORDS), ir.Constant(_WORDS, [MOST] * LANES))
-        return builder.icmp_unsigned("==", builder.bitcast(above, ir.IntType(LANES)), ir.Constant(ir.IntType(LANES), 0))
-
-    return types.boolean(types.intp), generate
+    above = builder.icmp_signed(">", load(builder, sums, _WORDS), ir.Constant(_WORDS, [MOST] * LANES))
+    return builder.icmp_unsigned("==", builder.bitcast(above, ir.IntType(LANES)), ir.Constant(ir.IntType(LANES), 0))
 
 
-@intrinsic
-def _transform_row(typing, source, target):  # noqa: ARG001
+@emitted(types.void(types.intp, types.intp))
+def _transform_row(builder, source, target):
     """A row of 16 blocks: eight int32 values each, 64 bytes apart, to 128 neighbouring pixels."""
-
-    def generate(context, builder, signature, args):  # noqa: ARG001
-        source, target = args
-        values = [_Lanes(builder, _load(builder, _at(builder, source, 4 * LANES * i), _WORDS)) for i in range(8)]
-        zero, top = ir.Constant(_WORDS, [0] * LANES), ir.Constant(_WORDS, [255] * LANES)
-        pixels = []
-        for each in inverse_dct(values, 18):
-            level = (each + 128).value
-            level = builder.select(builder.icmp_signed("<", level, zero), zero, level)
-            level = builder.select(builder.icmp_signed(">", level, top), top, level)
-            pixels.append(builder.trunc(level, ir.VectorType(_I8, LANES)))
-        while len(pixels) > 1:  # interleave: 0 with 4, 1 with 5 ..., until one vector has the pixels in order
-            half = len(pixels) // 2
-            pixels = [_interleave(builder, pixels[i], pixels[i + half]) for i in range(half)]
-        _store(builder, pixels[0], target)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp), generate
+    values = [_Lanes(builder, load(builder, _at(builder, source, 4 * LANES * i), _WORDS)) for i in range(8)]
+    zero, top = ir.Constant(_WORDS, [0] * LANES), ir.Constant(_WORDS, [255] * LANES)
+    pixels = []
+    for each in inverse_dct(values, 18):
+        level = (each + 128).value
+        level = builder.select(builder.icmp_signed("<", level, zero), zero, level)
+        level = builder.select(builder.icmp_signed(">", level, top), top, level)
+        pixels.append(builder.trunc(level, ir.VectorType(_I8, LANES)))
+    while len(pixels) > 1:  # interleave: 0 with 4, 1 with 5 ..., until one vector has the pixels in order
+        half = len(pixels) // 2
+        pixels = [_interleave(builder, pixels[i], pixels[i + half]) for i in range(half)]
+    _store(builder, pixels[0], target)
 
 
 def _interleave(builder: ir.IRBuilder, one: Any, two: Any) -> Any:

@@ -19,8 +19,8 @@ from llvmlite import ir
 from numba import int64, njit, types, uint32, uint64
 
 from pipeline import dct, jpeg_header
-from pipeline.compiled import compiled, stamp_of
-from pipeline.dct import _load, _store, _transform, intrinsic
+from pipeline.compiled import compiled, emitted, load, stamp_of
+from pipeline.dct import _store, _transform
 from pipeline.jpeg_header import END, LOOK
 
 SLACK = 512
@@ -33,45 +33,28 @@ PLACES = 256
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
 
 
-@intrinsic
-def _load_bits(typing, address):  # noqa: ARG001
+@emitted(types.uint64(types.intp))
+def _load_bits(builder, address):
     """Eight bytes as a number, the first the highest."""
-
-    def generate(context, builder, signature, args):  # noqa: ARG001
-        return builder.bswap(_load(builder, args[0], _I64))
-
-    return types.uint64(types.intp), generate
+    return builder.bswap(load(builder, address, _I64))
 
 
-@intrinsic
-def _load_word(typing, address):  # noqa: ARG001
+@emitted(types.uint64(types.intp))
+def _load_word(builder, address):
     """Eight bytes as a number, in the machine's order."""
-
-    def generate(context, builder, signature, args):  # noqa: ARG001
-        return _load(builder, args[0], _I64)
-
-    return types.uint64(types.intp), generate
+    return load(builder, address, _I64)
 
 
-@intrinsic
-def _store_word(typing, word, address):  # noqa: ARG001
+@emitted(types.void(types.uint64, types.intp))
+def _store_word(builder, word, address):
     """A number as eight bytes, in the machine's order."""
-
-    def generate(context, builder, signature, args):  # noqa: ARG001
-        _store(builder, args[0], args[1])
-        return context.get_dummy_value()
-
-    return types.void(types.uint64, types.intp), generate
+    _store(builder, word, address)
 
 
-@intrinsic
-def _load_byte(typing, address):  # noqa: ARG001
+@emitted(types.uint64(types.intp))
+def _load_byte(builder, address):
     """The byte at an address."""
-
-    def generate(context, builder, signature, args):  # noqa: ARG001
-        return builder.zext(_load(builder, args[0], _I8), _I64)
-
-    return types.uint64(types.intp), generate
+    return builder.zext(load(builder, address, _I8), _I64)
 
 
 @njit(nogil=True)

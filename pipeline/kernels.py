@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -50,16 +50,8 @@ Crop = tuple[NDArray[np.uint8], list[int], bool, torch.Tensor]
 """Grey pixels (H, W); the box (y, x, h, w) of them that counts; whether flipped; where (size, size, 3) it goes."""
 
 
-class Resize(Protocol):
-    """Pixels to the batch; holds the scratch space of one thread."""
-
-    def run(self, crops: Sequence[Crop]) -> None:
-        """Write every crop to its place: resized, flipped, normalised."""
-        ...
-
-
 class TorchResize:
-    """With torch's operators. They write a few intermediate images."""
+    """Pixels to the batch with torch's operators, which write a few intermediate images; one thread's scratch space."""
 
     def __init__(self, *, size: int, normalise: Normalise) -> None:
         self._size = [size, size]
@@ -70,7 +62,7 @@ class TorchResize:
         self._grey_tensor = torch.from_numpy(self._grey)
 
     def run(self, crops: Sequence[Crop]) -> None:
-        """See `Resize`."""
+        """Write every crop to its place: resized, flipped, normalised."""
         for crop in crops:
             self._run(*crop)
 
@@ -146,7 +138,7 @@ class CompiledResize:
         """What compiled code takes: address to work at, address of gains and biases, number of the output's dtype."""
 
     def run(self, crops: Sequence[Crop]) -> None:
-        """See `Resize`."""
+        """See `TorchResize`."""
         # Addresses keep nothing alive. Nor does the cache of `axis` surely hold what it returned: where two threads ask
         # for the same at once, one of them gets what the cache has not kept.
         alive: list[object] = []
@@ -173,7 +165,7 @@ class CompiledResize:
         return source, step, h, w, padded, flipped, *along_x.address, *along_y.address, out.data_ptr()
 
 
-def make_resize(spec: ImageSpec, *, size: int, normalise: Normalise, dtype: str) -> Resize:
+def make_resize(spec: ImageSpec, *, size: int, normalise: Normalise, dtype: str) -> "TorchResize | CompiledResize":
     """The fastest that works here."""
     functions = compiled_functions()
     if functions is None or size < SMALLEST:
@@ -230,7 +222,7 @@ class ImageKernel:
         return first if self._films is None else self._films.run(spans, boxes, flipped, out, first, end)
 
     def resize(self, crops: Sequence[Crop]) -> None:
-        """See `Resize.run`."""
+        """See `TorchResize.run`."""
         self._resize.run(crops)
         if self._films is not None:
             for _, box, _, _ in crops:

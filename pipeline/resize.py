@@ -8,7 +8,7 @@ weigh whole rows, 32 pixels at once. The first rounds to uint8, as aten and Pill
 
 Loops are numba's; the innermost steps are LLVM vector code, because LLVM makes no shuffles of such loops on its own
 (it transposes a film in 80 us, this does in 7). The batch does not fit into a cache, so it is written past it, which
-halves the traffic. One file, because numba's cache on disk looks at the file of a function alone for changes.
+halves the traffic.
 
 Addresses instead of arrays: unboxing a dozen arrays takes longer than a pass over some of them. `kernels` owns the
 memory and checks the sizes.
@@ -19,13 +19,11 @@ from functools import cache
 from typing import Any
 
 from llvmlite import ir
-from numba import extending, njit, types
+from numba import njit, types
 from numba.core import cgutils
 
-from pipeline.compiled import compiled
+from pipeline.compiled import compiled, emitted, load, stamp_of
 
-intrinsic: Any = extending.intrinsic
-"""Its own type does not know that the first argument is not for callers."""
 TILE = 16
 """Edge of the squares of a transpose, and pixels that are expanded at once."""
 LANES = 32
@@ -43,10 +41,6 @@ _ONE = ir.Constant(ir.IntType(64), 1)
 
 def _shuffle(indices: list[int]) -> ir.Constant:
     return ir.Constant(ir.VectorType(_I32, len(indices)), indices)
-
-
-def _load(builder: ir.IRBuilder, address: Any, kind: ir.Type) -> Any:
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
 
 
 def _store(builder: ir.IRBuilder, vector: Any, address: Any, past_cache: bool = False) -> None:
@@ -67,74 +61,54 @@ def _at(builder: ir.IRBuilder, base: Any, number: int, step: Any) -> Any:
     return builder.add(base, builder.mul(step, ir.Constant(base.type, number)))
 
 
-@intrinsic
-def _transpose_tile(typing, source, step, target, target_step):  # noqa: ARG001
+@emitted(types.void(types.intp, types.intp, types.intp, types.intp))
+def _transpose_tile(builder, source, step, target, target_step):
     """16 x 16 bytes, rows `step` bytes apart, to their transpose: four perfect shuffles of the rows."""
     row = ir.VectorType(_I8, TILE)
     halves = [_shuffle([first + i // 2 + TILE * (i % 2) for i in range(TILE)]) for first in (0, TILE // 2)]
-
-    def generate(context, builder, signature, args):  # noqa: ARG001
-        source, step, target, target_step = args
-        rows = [_load(builder, _at(builder, source, i, step), row) for i in range(TILE)]
-        for _ in range(4):
-            rows = [builder.shuffle_vector(rows[i // 2], rows[i // 2 + 8], halves[i % 2]) for i in range(TILE)]
-        for i in range(TILE):
-            _store(builder, rows[i], _at(builder, target, i, target_step))
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp, types.intp, types.intp), generate
+    rows = [load(builder, _at(builder, source, i, step), row) for i in range(TILE)]
+    for _ in range(4):
+        rows = [builder.shuffle_vector(rows[i // 2], rows[i // 2 + 8], halves[i % 2]) for i in range(TILE)]
+    for i in range(TILE):
+        _store(builder, rows[i], _at(builder, target, i, target_step))
 
 
-@intrinsic
-def _weigh(typing, source, step, entry, taps, shift, target):  # noqa: ARG001
+@emitted(types.void(*[types.intp] * 6))
+def _weigh(builder, source, step, entry, taps, shift, target):
     """32 columns of `taps` rows, `step` bytes apart, weighed, rounded and clipped to bytes. `entry`: the line in the
     axis' table, int32, the first row's number and the weights."""
     columns = ir.VectorType(_I32, LANES)
-
-    def generate(context, builder, signature, args):  # noqa: ARG001
-        source, step, entry, taps, shift, target = args
-        first = builder.sext(_load(builder, entry, _I32), entry.type)
-        source = builder.add(source, builder.mul(step, first))
-        shift = builder.trunc(shift, _I32)
-        half = builder.shl(ir.Constant(_I32, 1), builder.sub(shift, ir.Constant(_I32, 1)))
-        total = cgutils.alloca_once_value(builder, _splat(builder, half, LANES))
-        with cgutils.for_range(builder, taps) as loop:
-            weight = _load(builder, builder.add(_at(builder, entry, 4, loop.index), ir.Constant(entry.type, 4)), _I32)
-            row = _load(builder, builder.add(source, builder.mul(step, loop.index)), ir.VectorType(_I8, LANES))
-            product = builder.mul(builder.zext(row, columns), _splat(builder, weight, LANES))
-            builder.store(builder.add(builder.load(total), product), total)
-        value = builder.ashr(builder.load(total), _splat(builder, shift, LANES))
-        low, high = ir.Constant(columns, [0] * LANES), ir.Constant(columns, [255] * LANES)
-        value = builder.select(builder.icmp_signed("<", value, low), low, value)
-        value = builder.select(builder.icmp_signed(">", value, high), high, value)
-        _store(builder, builder.trunc(value, ir.VectorType(_I8, LANES)), target)
-        return context.get_dummy_value()
-
-    return types.void(*[types.intp] * 6), generate
+    first = builder.sext(load(builder, entry, _I32), entry.type)
+    source = builder.add(source, builder.mul(step, first))
+    shift = builder.trunc(shift, _I32)
+    half = builder.shl(ir.Constant(_I32, 1), builder.sub(shift, ir.Constant(_I32, 1)))
+    total = cgutils.alloca_once_value(builder, _splat(builder, half, LANES))
+    with cgutils.for_range(builder, taps) as loop:
+        weight = load(builder, builder.add(_at(builder, entry, 4, loop.index), ir.Constant(entry.type, 4)), _I32)
+        row = load(builder, builder.add(source, builder.mul(step, loop.index)), ir.VectorType(_I8, LANES))
+        product = builder.mul(builder.zext(row, columns), _splat(builder, weight, LANES))
+        builder.store(builder.add(builder.load(total), product), total)
+    value = builder.ashr(builder.load(total), _splat(builder, shift, LANES))
+    low, high = ir.Constant(columns, [0] * LANES), ir.Constant(columns, [255] * LANES)
+    value = builder.select(builder.icmp_signed("<", value, low), low, value)
+    value = builder.select(builder.icmp_signed(">", value, high), high, value)
+    _store(builder, builder.trunc(value, ir.VectorType(_I8, LANES)), target)
 
 
-@intrinsic
-def _expand(typing, grey, normalise, target, dtype, past_cache):  # noqa: ARG001
+@emitted(types.void(*[types.intp] * 4, types.boolean))
+def _expand(builder, grey, normalise, target, dtype, past_cache):
     """16 bytes at `grey` to 48 values of a dtype, by its number. `normalise` has 48 gains, then 48 biases, float32."""
     third = ir.VectorType(_FLOAT, TILE)
-
-    def generate(context, builder, signature, args):  # noqa: ARG001
-        grey, normalise, target, dtype, past_cache = args
-        fma = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(third, [third] * 3), f"llvm.fma.v{TILE}f32"
-        )
-        values, thirds = builder.uitofp(_load(builder, grey, ir.VectorType(_I8, TILE)), third), []
-        for part in range(3):
-            pixels = builder.shuffle_vector(values, values, _shuffle([(TILE * part + i) // 3 for i in range(TILE)]))
-            gain = _load(builder, _at(builder, normalise, 64 * part, _ONE), third)
-            bias = _load(builder, _at(builder, normalise, 64 * part + 192, _ONE), third)
-            thirds.append(builder.call(fma, [pixels, gain, bias]))
-        for name, number in DTYPES.items():
-            with builder.if_then(builder.icmp_signed("==", dtype, ir.Constant(dtype.type, number))):
-                _store_thirds(builder, [_convert(builder, each, name) for each in thirds], target, past_cache)
-        return context.get_dummy_value()
-
-    return types.void(*[types.intp] * 4, types.boolean), generate
+    fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(third, [third] * 3), f"llvm.fma.v{TILE}f32")
+    values, thirds = builder.uitofp(load(builder, grey, ir.VectorType(_I8, TILE)), third), []
+    for part in range(3):
+        pixels = builder.shuffle_vector(values, values, _shuffle([(TILE * part + i) // 3 for i in range(TILE)]))
+        gain = load(builder, _at(builder, normalise, 64 * part, _ONE), third)
+        bias = load(builder, _at(builder, normalise, 64 * part + 192, _ONE), third)
+        thirds.append(builder.call(fma, [pixels, gain, bias]))
+    for name, number in DTYPES.items():
+        with builder.if_then(builder.icmp_signed("==", dtype, ir.Constant(dtype.type, number))):
+            _store_thirds(builder, [_convert(builder, each, name) for each in thirds], target, past_cache)
 
 
 def _store_thirds(builder: ir.IRBuilder, thirds: list[Any], target: Any, past_cache: Any) -> None:
@@ -159,15 +133,10 @@ def _convert(builder: ir.IRBuilder, values: Any, dtype: str) -> Any:
     return builder.trunc(builder.lshr(rounded, sixteen), ir.VectorType(_I16, TILE))
 
 
-@intrinsic
-def _fence(typing):  # noqa: ARG001
+@emitted(types.void())
+def _fence(builder):
     """Writes past the cache are seen by other threads before what is written after this."""
-
-    def generate(context, builder, signature, args):  # noqa: ARG001
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), generate
+    builder.fence("seq_cst")
 
 
 @njit(nogil=True)
@@ -228,23 +197,30 @@ def scratch_bytes(height: int, width: int, size: int) -> int:
     return padded(width + taps[0]) * tall + wide * tall + padded(height + taps[1]) * wide + wide
 
 
-def _resize(crops, size, scratch, normalise, dtype):
-    """Crops to `size` squared images (size, size, 3), each to its own place.
+def _make(stamp: int) -> Callable[..., None]:
+    """The function, for compiling, see `stamp_of`."""
 
-    crops: (n, CROP) int64, for each: source, an address; bytes between its rows; height; width; whether it is padded;
-    whether it is flipped; address, taps and shift of the tables of x and of y; target, an address. `scratch_bytes` says
-    how much there has to be at the address `scratch`. `size` is TILE at least, and so are heights and widths, unless
-    the crop is padded: whole TILEs may be read from its start on.
-    """
-    for n in range(len(crops)):
-        x_axis, y_axis = (crops[n, 6], crops[n, 7], crops[n, 8]), (crops[n, 9], crops[n, 10], crops[n, 11])
-        _resize_one(
-            crops[n, 0], crops[n, 1], crops[n, 2], crops[n, 3], crops[n, 4], crops[n, 5], x_axis, y_axis, size,
-            scratch, normalise, crops[n, 12], dtype,
-        )  # fmt: skip
+    def run(crops, size, scratch, normalise, dtype):
+        """Crops to `size` squared images (size, size, 3), each to its own place.
+
+        crops: (n, CROP) int64, for each: source, an address; bytes between its rows; height; width; whether it is
+        padded; whether it is flipped; address, taps and shift of the tables of x and of y; target, an address.
+        `scratch_bytes` says how much there has to be at the address `scratch`. `size` is TILE at least, and so are
+        heights and widths, unless the crop is padded: whole TILEs may be read from its start on.
+        """
+        if stamp == 0:  # so that it is part of the function
+            return
+        for n in range(len(crops)):
+            x_axis, y_axis = (crops[n, 6], crops[n, 7], crops[n, 8]), (crops[n, 9], crops[n, 10], crops[n, 11])
+            _resize_one(
+                crops[n, 0], crops[n, 1], crops[n, 2], crops[n, 3], crops[n, 4], crops[n, 5], x_axis, y_axis, size,
+                scratch, normalise, crops[n, 12], dtype,
+            )  # fmt: skip
+
+    return run
 
 
 @cache
 def resize_function() -> Callable[..., None]:
-    """`_resize`, compiled. Seconds the first time on a machine, 0.1 s from the cache on disk."""
-    return compiled(_resize, types.void(types.int64[:, ::1], *[types.intp] * 4))
+    """`run` above, compiled. Seconds the first time on a machine, 0.1 s from the cache on disk."""
+    return compiled(_make(stamp_of()), types.void(types.int64[:, ::1], *[types.intp] * 4))

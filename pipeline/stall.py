@@ -54,11 +54,6 @@ class Patience:
         self._waited, self._next_report = 0.0, STALL_REPORT_S
         self._last = time.monotonic()
 
-    @property
-    def reported(self) -> bool:
-        """Whether this wait was long enough for a line."""
-        return self._next_report > STALL_REPORT_S
-
     def look(self) -> None:
         """Look at the clock. Logs a line when one is due; InputError when the limit is reached."""
         now = time.monotonic()
@@ -75,7 +70,7 @@ class Patience:
 
     def end(self) -> None:
         """The block is there."""
-        if self.reported:
+        if self._next_report > STALL_REPORT_S:  # there was a line
             log.warning("shard %s came after %.0f s", self._shard, self._waited)
 
     def _reason(self) -> str:
