@@ -137,10 +137,16 @@ def tuned(config: TrainConfig, path: Path) -> TrainConfig:
     if not isinstance(data, dict):
         raise InputError(f"{path}: data is {data!r}; it has to be a table: [data], then a setting a line")
     backend = fields.pop("backend", config.backend)
-    if fields or backend not in BACKENDS:
-        raise InputError(_refusal(path, next(iter(fields), ""), backend))
+    for name in (*fields, *(f"data.{name}" for name in data if name not in SETTINGS)):
+        raise InputError(
+            f"{path} has {name!r}; it takes backend and, under [data], {', '.join(SETTINGS)}; give others as flags"
+        )
+    if backend not in BACKENDS:
+        raise InputError(f"{path}: unknown backend {backend!r}; valid: {', '.join(BACKENDS)}")
     for name, value in data.items():
-        _check(path, name, value)
+        if type(value) is not SETTINGS[name] or (type(value) is int and value < 1):
+            wanted = "a whole number of at least 1" if SETTINGS[name] is int else "true or false"
+            raise InputError(f"{path}: data.{name} is {value!r}; it has to be {wanted}")
     return replace(config, backend=backend, data=replace(config.data, **data))
 
 
@@ -149,18 +155,3 @@ def to_toml(backend: str, data: dict[str, Any], comments: list[str]) -> str:
     lines = [f"# {' '.join(comment.split())}" for comment in comments]
     lines += [f'backend = "{backend}"', "", "[data]"]
     return "\n".join([*lines, *(f"{name} = {str(value).lower()}" for name, value in data.items())]) + "\n"
-
-
-def _refusal(path: Path, name: str, backend: Any) -> str:
-    if name:
-        return f"{path} has {name!r}; it takes backend and, under [data], {', '.join(SETTINGS)}; give others as flags"
-    return f"{path}: unknown backend {backend!r}; valid: {', '.join(BACKENDS)}"
-
-
-def _check(path: Path, name: str, value: Any) -> None:
-    kind = SETTINGS.get(name)
-    if kind is None:
-        raise InputError(_refusal(path, f"data.{name}", None))
-    if type(value) is not kind or (isinstance(value, int) and kind is int and value < 1):
-        wanted = "true or false" if kind is bool else "a whole number of at least 1"
-        raise InputError(f"{path}: data.{name} is {value!r}; it has to be {wanted}")
