@@ -21,9 +21,6 @@ from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
 from shards.schema import Manifest
-from train.scorecard import score_split
-from train.scores import ROUNDS, aurocs, patients_of, truth_of
-from train.zeroshot import NORMAL
 
 TEMPLATE = "{Finding Labels}. {View Position} view."
 FORMS = ("{}. PA view.", "{}. AP view.")
@@ -68,6 +65,8 @@ def run_nih(config: NihConfig) -> dict[str, Any]:
     """Run every command, then the controls; the record that is written as JSON."""
     if config.out.exists() and any(config.out.iterdir()):
         raise InputError(f"{config.out} is not empty; choose another folder with --out")
+    from train.scores import ROUNDS  # after what a mistake need not wait for
+
     commands = nih_commands(config)
     seconds = run_commands(commands, what="bench.nih")
     manifest = read_manifest(config.out / "shards")
@@ -95,6 +94,9 @@ def _scores(config: NihConfig, manifest: Manifest) -> dict[str, dict[str, Any]]:
     """Label, or `mean` -> AUROC on the test split of the model, with its interval, and of what it has to beat."""
     from train.controls import thumbnails, with_mean
     from train.ensemble import find_checkpoints, read_member
+    from train.scorecard import score_split
+    from train.scores import ROUNDS, aurocs, patients_of, truth_of
+    from train.zeroshot import NORMAL
 
     (best,) = find_checkpoints([config.out / "run"])
     member = read_member(best)
