@@ -82,10 +82,7 @@ def _value(manifest: Manifest, split: str, balance: str) -> tuple[list[str], Cal
     if balance in manifest.labels:
         column = LABEL_PREFIX + balance
         return [column], lambda table: table[column].to_numpy().astype(np.float32)
-    try:
-        query = parse_query(balance, manifest.labels)
-    except InputError as error:
-        raise InputError(str(error).replace("--where", "balance", 1)) from None
+    query = parse_query(balance, manifest.labels, setting="balance")
     return list(query.columns) or ["source"], lambda table: query.mask(table, split).astype(np.float32)
 
 

@@ -76,24 +76,24 @@ class Query:
         return self._test(arrays)
 
 
-def parse_query(text: str, labels: tuple[str, ...]) -> Query:
-    """Parse a query over a data set with these labels. InputError, quoting the part that is wrong."""
+def parse_query(text: str, labels: tuple[str, ...], *, setting: str = "where") -> Query:
+    """Parse a query over a data set with these labels. InputError, quoting the part that is wrong of what the setting
+    says.
+    """
     if len(text) > MAX_LENGTH:
         raise InputError(f"the query has {len(text):,} characters; {MAX_LENGTH:,} are the most")
-    source, quoted = _name_backticks(text)
     try:
+        source, quoted = _name_backticks(text)
         tree = ast.parse(" ".join(source.split("\n")).strip(), mode="eval")
         parser = _Parser(labels, quoted)
         test = parser.truth(tree.body)
     except SyntaxError as error:
-        raise _wrong(text, f"it cannot be read ({error.msg})") from None
+        why = f"it cannot be read ({error.msg})"
     except (ValueError, RecursionError, MemoryError) as error:
-        raise _wrong(text, str(error) or "it is nested too deeply") from None
-    return Query(text, tuple(sorted(parser.used - {"split"})), test)
-
-
-def _wrong(text: str, why: str) -> InputError:
-    return InputError(f"--where {text!r}: {why}; write for example: Cardiomegaly == 1 and not `Pleural Effusion` == 1")
+        why = str(error) or "it is nested too deeply"
+    else:
+        return Query(text, tuple(sorted(parser.used - {"split"})), test)
+    raise InputError(f"{setting} {text!r}: {why}; write for example: Cardiomegaly == 1 and not `Pleural Effusion` == 1")
 
 
 def _name_backticks(text: str) -> tuple[str, dict[str, str]]:
@@ -105,7 +105,7 @@ def _name_backticks(text: str) -> tuple[str, dict[str, str]]:
 
     def replace(match: re.Match[str]) -> str:
         if match[0] == "`":
-            raise _wrong(text, "a backtick is not closed")
+            raise ValueError("a backtick is not closed")
         if match[1] is None:
             return match[0]
         name = f"{stem}{len(names)}"
