@@ -21,14 +21,13 @@ from PIL import features
 from xxhash import xxh3_64
 
 from ingest.config import SourceConfig
-from ingest.workdir import version_of
+from ingest.workdir import MARKER, version_of
 from shards.atomic import write_atomic, writing_as
 from shards.errors import InputError
 
 _PACKAGES = ("shardclip", "numpy", "pillow", "simplejpeg", "pyarrow", "xxhash", "h5py", "pydicom", "python-gdcm")
 _CODECS = {"libwebp": "webp", "OpenJPEG": "jpg_2000", "libjpeg": "jpg", "zlib": "zlib"}
 """Libraries inside Pillow, by its name of their feature; a distribution may build it with its own."""
-_MARKER = "shared-"
 
 
 class Sealed:
@@ -64,11 +63,11 @@ class Surroundings:
     @classmethod
     def here(cls, sources: Sequence[SourceConfig], work: Path) -> Self:
         """Those of this process, which leaves a marker in the work folder."""
-        for old in work.glob(f"{_MARKER}*"):
+        for old in work.glob(f"{MARKER}*"):
             old.unlink()
         # A new name for every run: no node remembers whether it was there, and a worker that is still at an earlier
         # run's tasks starts no more of them.
-        marker = work.absolute() / f"{_MARKER}{uuid.uuid4().hex}"
+        marker = work.absolute() / f"{MARKER}{uuid.uuid4().hex}"
         write_atomic(marker, b"")
         places = [
             (number, path.absolute())

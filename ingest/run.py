@@ -28,7 +28,7 @@ from ingest.report import Report, make_report, write_report
 from ingest.rows import Reports, check_texts, write_rows
 from ingest.spill import read_records, spill_path
 from ingest.trial import settle
-from ingest.workdir import check_unchanged, open_work, remove_work
+from ingest.workdir import check_unchanged, fingerprint, open_work, remove_work
 from shards.atomic import write_atomic
 from shards.cli import say
 from shards.errors import InputError
@@ -61,11 +61,12 @@ def ingest(config: IngestConfig) -> Report:
 
     InputError for whatever is wrong with the input, before anything is written where possible.
     """
+    begun = fingerprint(config)
     inputs = read_inputs(config)
-    config, lines = settle(config, inputs)  # before the fingerprint is taken: it holds the codec, not `auto`
+    config, lines = settle(config, inputs)
     for line in lines:
         say(line)
-    with open_work(config) as work:
+    with open_work(config, begun) as work:
         with open_pool(config, inputs, work) as pool:
             tokenizer = _encode(config, inputs, work, pool)
             check_unchanged(config, work)

@@ -29,8 +29,12 @@ from shards.schema import INPUTS_NAME, MANIFEST_NAME, SCHEMA_VERSION, Manifest
 WORK_NAME = ".ingest"
 _INPUTS = "inputs.json"
 _LOCK = "lock"
+MARKER = "shared-"
+"""How the file is called by which workers of a cluster know the folder (`ingest.remote`)."""
 _VERSIONS = ("shardclip", "numpy", "pillow", "simplejpeg", "pyarrow", "ftfy", "regex")
 """Packages that decide the bytes of the result."""
+_READING = 2
+"""Of how image files are read, where it changes: an ingest under way takes no films by another rule for 16 bits."""
 _NOT_INPUTS = ("to_shards", "workers", "scheduler", "scheduler_wait", "dry_run", "max_rejects", "sources")
 _NOT_SETTINGS = ("h5", "csv", "images", "text_folder", "allow_label_numbers")
 """Of a source: paths, of which the files count, and what only says whether to refuse."""
@@ -43,18 +47,24 @@ _REMOVERS = 16
 
 
 def fingerprint(config: IngestConfig) -> dict[str, Any]:
-    """What decides the bytes of the result: settings, digests of the CSV files, size and time of the HDF5 files."""
-    source_fields = {field.name for field in dataclasses.fields(SourceConfig)}
-    settings = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name not in source_fields and field.name not in _NOT_INPUTS
-    }
+    """What decides the bytes of the result: settings, digests of the CSV files, size and time of the HDF5 files.
+
+    Taken before anything is read: what changes from then on is another ingest's.
+    """
     versions = {f"version of {name}": version_of(name) for name in _VERSIONS}
-    inputs: dict[str, Any] = {"schema version": SCHEMA_VERSION, **settings, **versions}
+    inputs: dict[str, Any] = {"schema version": SCHEMA_VERSION, **_settings(config), **versions}
+    if any(source.images for source in config.source_list()):
+        inputs["version of the reading of image files"] = _READING
     for number, source in enumerate(config.source_list()):
         inputs |= {f"source {number} {name}": value for name, value in _source_inputs(source).items()}
     return json.loads(json.dumps(inputs))
+
+
+def _settings(config: IngestConfig) -> dict[str, Any]:
+    """Of all sources together."""
+    source_fields = {field.name for field in dataclasses.fields(SourceConfig)}
+    fields = (field.name for field in dataclasses.fields(config))
+    return {name: getattr(config, name) for name in fields if name not in source_fields and name not in _NOT_INPUTS}
 
 
 def version_of(name: str) -> str:
@@ -82,16 +92,22 @@ def _inode(folder: Path) -> int | None:
         return None
 
 
-def _stamp(path: Path) -> str:
-    """Size and time of change: a digest of 190 GB would cost as much as the ingest."""
-    stat = path.stat()
+def _stamp(path: Path) -> str | None:
+    """Size and time of change: a digest of 190 GB would cost as much as the ingest. None where it is not there."""
+    try:
+        stat = path.stat()
+    except OSError:  # who reads it says so
+        return None
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 @contextlib.contextmanager
-def open_work(config: IngestConfig) -> Iterator[Path]:
-    """Make or reopen OUT/.ingest, locked, for the block. InputError where OUT holds anything but this same ingest."""
-    out, inputs = config.to_shards, fingerprint(config)
+def open_work(config: IngestConfig, begun: dict[str, Any]) -> Iterator[Path]:
+    """Make or reopen OUT/.ingest, locked, for the block. InputError where OUT holds anything but this same ingest.
+
+    `begun`: its fingerprint, of which settings may have been chosen since.
+    """
+    out, inputs = config.to_shards, begun | json.loads(json.dumps(_settings(config)))
     work = out / WORK_NAME
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -185,10 +201,12 @@ def _cannot_write(out: Path, error: OSError) -> InputError:
 
 
 def _check_same(out: Path, work: Path, inputs: dict[str, Any]) -> None:
-    if not any(work.glob("*.spill")) and os.listdir(out) == [WORK_NAME]:  # refused before a film was encoded
+    # Refused before a film was encoded; but of a cluster's run workers may still be at films, by its settings.
+    encoded = os.listdir(out) != [WORK_NAME] or any(work.glob("*.spill")) or any(work.glob(f"{MARKER}*"))
+    if not encoded:
         for path in work.iterdir():
             if path.name != _LOCK:
-                path.unlink()
+                path.unlink(missing_ok=True)  # another start asks for the lock, and removes what it asked with
         return
     try:
         before = json.loads((work / _INPUTS).read_bytes())
@@ -228,7 +246,9 @@ def remove_work(out: Path) -> None:
     shutil.rmtree(out / WORK_NAME, ignore_errors=True)
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path) -> str | None:
+    if not path.is_file():  # who reads it says so; a pipe would never end
+        return None
     try:
         return file_digest(path)
     except OSError as error:

@@ -33,6 +33,7 @@ from ingest.config import IngestConfig
 from ingest.inputs import read_inputs
 from ingest.rows import names_side
 from ingest.tokenizer import Tokenizer
+from ingest.workdir import fingerprint, open_work
 from shards.errors import InputError
 from shards.manifest import read_manifest, signed, write_manifest
 from shards.reader import ShardReader
@@ -343,6 +344,25 @@ class TestMistakes:
         (out / ".ingest" / "rows.json").write_text("of another order")
         assert run_module(*arguments(out, source, "--seed", "2", "--workers", "1")).returncode == 0
         assert run_module("shards", "verify", out).returncode == 0
+
+    def test_what_a_refused_ingest_left_is_removed_where_nobody_works_on_it(
+        self, source: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out"
+        work = out / ".ingest"
+        work.mkdir(parents=True)
+        (work / "inputs.json").write_text(json.dumps({"seed": 1}))
+        config = IngestConfig(to_shards=out, h5=source[:1], csv=source[1:])
+        (work / "shared-0").touch()  # workers of a cluster end the films that they are at, whoever has gone
+        with pytest.raises(InputError, match="interrupted ingest with another"), open_work(config, fingerprint(config)):
+            pass
+        (work / "shared-0").unlink()
+        looked = Path.iterdir
+        # Another start, which asked for the lock, has just removed what it asked with.
+        monkeypatch.setattr(Path, "iterdir", lambda path: iter([*looked(path), path / ".tmp-lock.0"]))
+        monkeypatch.setattr("ingest.workdir._check_folder", lambda _: None)
+        with open_work(config, fingerprint(config)):
+            assert json.loads((work / "inputs.json").read_bytes())["seed"] == 0
 
     def test_impossible_splits(self, refused, tmp_path: Path) -> None:
         refused("split 'val' stays empty", "96 rows", more=("--val-fraction", "0.001"))

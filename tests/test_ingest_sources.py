@@ -8,6 +8,7 @@ import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -24,7 +25,7 @@ from ingest.plan import Plan
 from ingest.reports import cut_section
 from ingest.run import ingest
 from ingest.source import H5Source
-from ingest.trial import dry_run
+from ingest.trial import dry_run, settle
 from ingest.workdir import finished_set
 from shards.encodings import ENCODINGS, decode, encode
 from shards.errors import InputError
@@ -224,6 +225,31 @@ def test_a_file_that_grew_since_it_was_looked_at_is_refused(tmp_path: Path, imag
     files = (H5File(len(images) - 1, 1),)
     with H5Films(source, files) as films, pytest.raises(InputError, match=r"1 of 1 has 40 films, 39 when"):
         next(films.read(0, 1))
+
+
+@pytest.mark.parametrize("what", ["h5", "csv"])
+def test_what_changes_after_it_was_looked_at_is_told(
+    tmp_path: Path, images: np.ndarray, table: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Be it before the output folder is made: workers do not count the chunks again, and would read black films."""
+    path = tmp_path / "a.h5"
+
+    def store(rows: int) -> None:
+        with h5py.File(path, "w") as file:
+            file.create_dataset("cxr", images.shape, "u1", chunks=(4, 320, 320))[:rows] = images[:rows]
+
+    def settle_later(*given: Any) -> Any:
+        if what == "h5":
+            store(36)
+        else:
+            table.write_text(table.read_text().replace("Film", "Chest"))
+        return settle(*given)
+
+    store(40)
+    monkeypatch.setattr("ingest.run.settle", settle_later)
+    config = IngestConfig(to_shards=tmp_path / "out", h5=(path,), csv=(table,), workers=1, allow_blank=True)
+    with pytest.raises(InputError, match=rf"^--{what} \(file 1, its .*\) changed while it was read"):
+        ingest(config)
 
 
 def test_chunks_are_read_once(tmp_path: Path, images: np.ndarray) -> None:
