@@ -5,10 +5,10 @@ import ctypes
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from multiprocessing import get_context
 from typing import Self, TypeVar
 
@@ -65,7 +65,7 @@ class Processes:
     """Processes started afresh (spawn: nothing inherited), with a bounded number of tasks under way."""
 
     def __init__(self, workers: int) -> None:
-        self._workers = workers
+        self._most = _TASKS_PER_WORKER * workers
         self._executor = ProcessPoolExecutor(
             workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(os.getpid(),)
         )
@@ -73,30 +73,30 @@ class Processes:
     def map_unordered(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         """Results as they come. A task is drawn when there is room for it, so that few exist at a time."""
         pending: set[Future[Result]] = set()
-        try:
+        with _deaths_told():
             for task in tasks:
-                with interrupts_held():
-                    pending.add(self._executor.submit(function, task))
-                if len(pending) > _TASKS_PER_WORKER * self._workers:
+                pending.add(self._submit(function, task))
+                if len(pending) > self._most:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
             while pending:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
-        except BrokenProcessPool:
-            raise InputError(
-                "a worker process was killed (out of memory?); run the command again, or with fewer --workers"
-            ) from None
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
-        """The same in the order of the tasks."""
-        done: dict[int, Result] = {}
-        following = 0
-        for number, result in self.map_unordered(partial(_numbered, function), enumerate(tasks)):
-            done[number] = result
-            while following in done:
-                yield done.pop(following)
-                following += 1
+        """The same in the order of the tasks; few results wait for one that is slow."""
+        pending: deque[Future[Result]] = deque()
+        with _deaths_told():
+            for task in tasks:
+                pending.append(self._submit(function, task))
+                if len(pending) > self._most:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+
+    def _submit(self, function: Callable[[Task], Result], task: Task) -> Future[Result]:
+        with interrupts_held():
+            return self._executor.submit(function, task)
 
     def __enter__(self) -> Self:
         return self
@@ -109,5 +109,11 @@ class Processes:
         self._executor.shutdown(cancel_futures=True)
 
 
-def _numbered(function: Callable[[Task], Result], task: tuple[int, Task]) -> tuple[int, Result]:
-    return task[0], function(task[1])
+@contextlib.contextmanager
+def _deaths_told() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool:
+        raise InputError(
+            "a worker process was killed (out of memory?); run the command again, or with fewer --workers"
+        ) from None

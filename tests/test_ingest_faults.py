@@ -13,7 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -318,6 +321,30 @@ def test_a_worker_is_born_deaf_to_interrupts() -> None:
         assert sorted(pool.map_unordered(abs, tasks())) == [1, 2]
     assert len(held) == 2 and any(mask >> (signal.SIGINT - 1) & 1 for mask in held)
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_few_results_wait_for_a_slow_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of phantom's films each is 100 KB, and one worker may be stopped."""
+
+    class Slow(Future[int]):
+        def result(self, *_: object, **__: object) -> int:
+            self.drawn = len(futures)
+            return 0
+
+    def submit(_: object, task: int) -> Future[int]:
+        future = Future[int]() if futures else Slow()
+        futures.append(future)
+        if futures[1:]:
+            future.set_result(task)
+        if task == 99 and not futures[0].done():
+            futures[0].set_result(0)
+        return future
+
+    futures: list[Any] = []
+    with Processes(2) as pool:
+        monkeypatch.setattr(pool, "_executor", SimpleNamespace(submit=submit, shutdown=pool._executor.shutdown))
+        assert list(pool.map(abs, range(100))) == list(range(100))
+    assert futures[0].drawn == 5
 
 
 def test_workers_die_with_their_parent(tmp_path: Path) -> None:
