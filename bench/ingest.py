@@ -83,9 +83,7 @@ Rounds = list[tuple[Floor, Run]]
 
 
 def run_bench(config: IngestBenchConfig) -> dict[str, Any]:
-    settings = {name: getattr(config, name) for name in ("repeat", "rounds", "cold")}
-    settings |= {name: getattr(config.slow, name) for name in ("latency_ms", "bandwidth_mb")}
-    result: dict[str, Any] = {"bench": "ingest", "environment": environment(), "settings": settings}
+    result: dict[str, Any] = {"bench": "ingest", "environment": environment(), "settings": _settings(config)}
     with tempfile.TemporaryDirectory(prefix="bench-ingest-", dir=config.out) as name:
         folder = Path(name)
         if config.csv:
@@ -99,6 +97,14 @@ def run_bench(config: IngestBenchConfig) -> dict[str, Any]:
         if config.memory_gb:
             result["memory"] = measure_sizes(config.memory_gb, folder, max(config.workers))
     return result | {"verdict": verdict(result)}
+
+
+def _settings(config: IngestBenchConfig) -> dict[str, Any]:
+    """Runs are compared where these are the same: what older runs could not be told is there where it is given."""
+    settings = {name: getattr(config, name) for name in ("repeat", "rounds", "cold")}
+    slow, usual = asdict(config.slow), asdict(SlowSettings())
+    given = {name: value for name, value in slow.items() if value != usual[name]}
+    return settings | {name: slow[name] for name in ("latency_ms", "bandwidth_mb")} | given
 
 
 def _measure_speed(config: IngestBenchConfig, table: Path, folder: Path) -> list[tuple[Case, Rounds]]:

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from conftest import run_module
 
-from bench.ingest import IngestBenchConfig
+from bench.ingest import IngestBenchConfig, _settings
 from bench.processes import footprint, run_watched, tree
 from bench.sizes import CHUNK_ROWS, SIDE, store_repeated, write_films, write_reports
-from bench.storage import MOST_RESIDENT, evict, resident_bytes
+from bench.storage import MOST_RESIDENT, SlowSettings, evict, resident_bytes
 from ingest.source import H5Source
 from shards.errors import InputError
 
@@ -119,3 +119,11 @@ def test_the_bench(source: tuple[Path, Path], tmp_path: Path) -> None:
 def test_mistakes(settings: dict[str, Any], word: str) -> None:
     with pytest.raises(InputError, match=word):
         IngestBenchConfig(**settings)
+
+
+def test_runs_on_other_storage_are_not_compared() -> None:
+    usual = _settings(IngestBenchConfig())
+    assert list(usual) == ["repeat", "rounds", "cold", "latency_ms", "bandwidth_mb"]
+    slow = SlowSettings(latency_ms=2, jitter=1, readahead_kb=64)
+    given = {"latency_ms": 2, "jitter": 1, "readahead_kb": 64}
+    assert _settings(IngestBenchConfig(slow=slow)) == usual | given
