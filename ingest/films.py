@@ -99,6 +99,7 @@ class H5Films:
         with closing(chunks):  # else its threads would outlive the file where a film is refused
             for (row, _), images in zip(spans, chunks, strict=True):
                 yield from part.films(images, row, self._config.value_range)
+        part.check_unchanged()
 
     def stored(self, first: int, end: int) -> NDArray[np.int64]:
         """(end - first,) bytes of films first..end, which lie in one file: compressed or not, its mean."""

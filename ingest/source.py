@@ -1,6 +1,7 @@
 """The HDF5 source, read in large contiguous slices. How it is opened: `ingest.h5`."""
 
 import contextlib
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +39,7 @@ class H5Source:
         """Chunks that a row is cut into."""
         self.contiguous = is_plain(self._data)
         """Whether the rows lie in the file end to end, as the bytes of a numpy array of `dtype`."""
+        self._stamp = self._size_and_time()
 
     @property
     def stored_bytes(self) -> int:
@@ -50,6 +52,15 @@ class H5Source:
             return self._data[first:end]
         except (OSError, RuntimeError) as error:
             raise self._unreadable(first, end, error) from None
+
+    def check_unchanged(self) -> None:
+        """InputError where the file was written to since it was opened: HDF5 reads zeros where one ends too early."""
+        if self._size_and_time() != self._stamp:
+            raise InputError(f"{self._name} changed while it was read; leave the file alone and ingest again")
+
+    def _size_and_time(self) -> tuple[int, int]:
+        found = os.fstat(self._file.id.get_vfd_handle())
+        return found.st_size, found.st_mtime_ns
 
     def read_direct(self, spans: Sequence[tuple[int, int]], ahead: int) -> Iterator[NDArray]:
         """Each span of rows as `read` gives it, past the page cache; good until the next is asked for.

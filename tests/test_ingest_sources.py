@@ -252,6 +252,20 @@ def test_what_changes_after_it_was_looked_at_is_told(
         ingest(config)
 
 
+@pytest.mark.parametrize("chunks", [None, (10, 8, 8)])
+def test_a_file_cut_while_it_is_read_gives_no_black_films(tmp_path: Path, chunks: tuple[int, ...] | None) -> None:
+    """HDF5 reads zeros past the end; restored with its old time of change, nobody would look at its films again."""
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("cxr", data=np.full((100, 8, 8), 7, np.uint8), chunks=chunks)
+    with H5Films(SourceConfig(h5=(path,))) as films:
+        found = films.read(0, 100)
+        next(found)
+        os.truncate(path, path.stat().st_size // 2)
+        with pytest.raises(InputError, match="changed while it was read"):
+            list(found)
+
+
 def test_chunks_are_read_once(tmp_path: Path, images: np.ndarray) -> None:
     """Ranges never cut a chunk, and chunks larger than a read are decompressed once."""
     from ingest.config import SourceConfig
