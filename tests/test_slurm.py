@@ -322,6 +322,7 @@ def test_the_lead_time_follows_what_was_measured(tmp_path: Path, capsys: pytest.
     rows += [{"step": 10, "step_ms": 50, "save_s": 4.0}, {"step": 11, "save_s": 6.0, "validate_s": 20.0}]
     assert lead_time(rows) == pytest.approx(2 * (2 * 6 + 20 + 0.05) + 20)
     damaged = b'\xff\xfe{"save_s": 1}\n[1]\n{"step": 2, "save_s": 5.0}\n{"save_s": "x"}\n{"step": 3, "sav'
+    damaged = b'{"step": 1, "save_s": 1%s}\n' % (b"0" * 400) + damaged
     (tmp_path / "metrics.jsonl").write_bytes(damaged)
     main([str(tmp_path)])
     assert capsys.readouterr().out == "40\n"

@@ -246,7 +246,11 @@ for step in range(1, 101):
     display.show(row(step, val_loss=3.25))
     if step == 50:
         sys.stderr.write("warning: a disk is full\\n")
+        print("in pieces", file=sys.stderr)
+        kept = sys.stderr
+        kept.write("begun, ")
 display.close()
+kept.write("ended; ")
 sys.stderr.write("the end\\n")
 """
     primary, secondary = pty.openpty()
@@ -268,7 +272,8 @@ sys.stderr.write("the end\\n")
     assert re.search(whole, shown), shown
     assert re.search(r"\r +\rwarning: a disk is full\r\n", shown), "behind the bar"
     assert re.search(r"warning: a disk is full\r\n\rstep 50/100 \|", shown), "no bar after it"
-    assert shown.endswith("\r\nthe end\r\n") and "the end" not in shown[:-9]
+    assert re.search(r"\r +\rin pieces\r\n\rstep 50/100 \|", shown), "the bar is drawn over it"
+    assert shown.endswith("\r\nbegun, ended; the end\r\n") and "begun" not in shown[:-30]
     assert max(map(len, re.split("[\r\n]", shown))) <= (size[1] or 100)
 
 

@@ -111,9 +111,9 @@ class ProgressDisplay:
             file=sys.stderr,
             **_terminal_size(),
         )
-        self._stderr = sys.stderr
+        self._stderr, self._above = sys.stderr, AboveBar(sys.stderr)
         if not self._bar.disable:
-            sys.stderr = AboveBar(sys.stderr)
+            sys.stderr = self._above
 
     def advance(self) -> None:
         """One more step is done."""
@@ -146,6 +146,7 @@ class ProgressDisplay:
         """Leave the bar as it stands."""
         self._bar.close()
         sys.stderr = self._stderr
+        self._above.end()
 
     def _left(self) -> list[str]:
         seconds = self.seconds_left()
@@ -157,14 +158,29 @@ class ProgressDisplay:
 
 
 class AboveBar:
-    """stderr while a bar is drawn there: what anybody else writes stands above the bar, not behind it."""
+    """stderr while a bar is drawn there: what anybody else writes stands above the bar, not behind it. By whole lines,
+    as the bar would be drawn over one that is begun: `print` and Python's own words on a thread that failed come in
+    pieces."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self._stream, self._begun, self._ended = stream, "", False
 
     def write(self, text: str) -> int:
-        with tqdm.external_write_mode(file=self._stream):
-            return self._stream.write(text)
+        with tqdm.get_lock():
+            lines, newline, self._begun = (self._begun + text).rpartition("\n")
+            if newline:
+                with tqdm.external_write_mode(file=self._stream):
+                    self._stream.write(lines + newline)
+        if self._ended:
+            self.end()
+        return len(text)
+
+    def end(self) -> None:
+        """The bar is gone: lines need not be whole any more."""
+        with tqdm.get_lock():
+            self._ended = True
+            self._stream.write(self._begun)
+            self._begun = ""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
