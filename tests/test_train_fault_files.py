@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from train.checkpoint import (
     write_checkpoint,
 )
 from train.commandline import read_config
+from train.job import set_best_aside
 from train.rows import read_rows
 
 STEPS = ("--steps", "10")
@@ -341,6 +343,32 @@ def test_force_onto_other_films_judges_anew(server: Server, shards_dir: Path, wh
     assert payload["schedule"]["plateau"]["cuts"] == 2 and payload["bad_samples"] == []
     since = [row.get("films_since") for row in read_rows(run / "metrics.jsonl")]
     assert payload["films_since"] == 10 and since == [None] * 10 + [10] * 5
+
+
+def test_the_best_model_of_films_that_a_run_goes_back_to_is_its_best_again(tmp_path: Path) -> None:
+    """Whatever a run on other films, ended before it saved, did meanwhile."""
+    best, aside = tmp_path / "best.pt", tmp_path / "best-until-10.pt"
+    job = SimpleNamespace(folder=SimpleNamespace(best=best), done=10, warn=lambda _: None)
+    job.checkpoint, job.on_other_films = {"best_step": 8}, True
+    best.write_text("first")
+    set_best_aside(job)
+    assert aside.read_text() == "first" and not best.exists()
+    best.write_text("second")  # of the other films, and the run was killed before its checkpoint of that step
+    set_best_aside(job)
+    assert aside.read_text() == "first", "the only one"
+    best.unlink()
+    set_best_aside(job)
+    job.on_other_films = False
+    for job.checkpoint in (None, {"best_step": None}):  # one that the other films' own run begins with has no best yet
+        set_best_aside(job)
+        assert not best.exists()
+    job.checkpoint = {"best_step": 8}
+    for _ in range(2):
+        set_best_aside(job)
+        assert best.read_text() == "first" and not aside.exists()
+    best.unlink()
+    set_best_aside(job)
+    assert not best.exists()
 
 
 # T12: nothing of a patient

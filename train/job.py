@@ -1,5 +1,6 @@
 """A run before it runs: everything that a config asks for, built and checked. Nothing here talks to other ranks."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,8 +119,8 @@ def build_job(setting: Setting, checkpoint: dict[str, Any] | None, lease: Lease 
 
 
 def prepare_folder(job: Job) -> None:
-    """Make the run's folder, which rank 0 alone does, and note what --force went over: the best model on other films is
-    the best one no more. InputError where it cannot be written."""
+    """Make the run's folder, which rank 0 alone does, and note what --force went over. InputError where it cannot be
+    written."""
     if not job.ranks.first:
         return
     forced = differences(job.checkpoint["fingerprint"], job.fingerprint) if job.checkpoint else []
@@ -130,10 +131,20 @@ def prepare_folder(job: Job) -> None:
         job.warn(f"--steps {job.config.steps} counts the {job.done} on other films, too: {left} are left for these")
     shards = [job.fingerprint["shards"], *job.fingerprint.get("data.more_shards", [])]
     job.folder.prepare(job.config, shards, [f"after step {job.done}: {line}" for line in forced])
-    if job.on_other_films and job.folder.best.exists():
-        aside = job.folder.best.with_name(f"best-until-{job.done}.pt")
-        job.folder.best.replace(aside)
+    set_best_aside(job)
+
+
+def set_best_aside(job: Job) -> None:
+    """The best model on other films is the best one no more; it is again where a run goes back to those films before
+    any other was saved."""
+    best = job.folder.best
+    aside = best.with_name(f"best-until-{job.done}.pt")
+    if job.on_other_films and best.exists() and not aside.exists():
+        best.replace(aside)
         job.warn(f"the best model on the other films is {aside} from now on")
+    elif job.checkpoint and job.checkpoint["best_step"] and not job.on_other_films and not best.exists():
+        with contextlib.suppress(FileNotFoundError):
+            aside.replace(best)
 
 
 def _build_learner(
