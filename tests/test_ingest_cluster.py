@@ -22,6 +22,7 @@ from ingest.cluster import open_cluster
 from ingest.config import IngestConfig
 from ingest.remote import Errand, Failure, Sealed, Surroundings, no_task, run_sealed
 from ingest.spill import spill_path
+from ingest.workdir import fingerprint
 from shards.atomic import atomic_file, remove_temporary, writing_as
 from shards.errors import InputError
 
@@ -184,6 +185,10 @@ def test_logs_know_no_patient(cluster: DaskCluster, tmp_path: Path) -> None:
     table = write_csv(tmp_path / "a.csv", ["Path", "impression", "patient", "Edema"], rows)
     ours = ["ingest", "--images", folder, "--csv", table, "--group-column", "patient", "--label-columns", "Edema"]
     obstacles = (spill_path(out / ".ingest", 0), out / "train-000000.tar")
+    # Who finds a spill asks of which ingest it is.
+    config = IngestConfig(to_shards=out, images=folder, csv=(table,), group_column="patient", label_columns=("Edema",))
+    (out / ".ingest").mkdir(parents=True)
+    (out / ".ingest" / "inputs.json").write_text(json.dumps(fingerprint(config)))
     for obstacle in obstacles:
         (obstacle / "in-the-way").mkdir(parents=True)
         done = run_module(*ours, "--to-shards", out, *on(cluster))
