@@ -135,6 +135,8 @@ def prompt_for(label: str, style: Style = "reports", *, labels: tuple[str, ...] 
 ENGLISH = {"the", "and", "with", "are", "there"}
 """Of Indiana's reports 95 in 100 have one of these words, of its impressions, some of them two words long, 36."""
 _FEW = 0.05
+_ENOUGH = 8
+"""Reports: impressions, fewer of them, have none of these words too often."""
 
 
 def language_note(wording: Wording, loader: LoaderConfig, manifest: Manifest) -> list[str]:
@@ -144,7 +146,7 @@ def language_note(wording: Wording, loader: LoaderConfig, manifest: Manifest) ->
     with ShardReader(loader.shards, manifest, manifest.splits[loader.split][0]) as reader:
         texts = retried(lambda: reader.read_text(0), ReadStats())
     spoken = sum(not ENGLISH.isdisjoint(text.lower().split()) for text in texts)
-    if spoken >= _FEW * len(texts):
+    if len(texts) < _ENOUGH or spoken >= _FEW * len(texts):
         return []
     told = f"{spoken} of {len(texts)} have one of the words {', '.join(sorted(ENGLISH))}"
     advice = "for another language give --prompts-file, for texts made of labels --prompts listed"
