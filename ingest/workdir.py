@@ -86,19 +86,23 @@ def _source_inputs(source: SourceConfig) -> dict[str, Any]:
 
 def _inode(folder: Path) -> int | None:
     """Tells folders apart without naming them."""
-    try:
+    with contextlib.suppress(OSError):  # here and below: who reads it says so
         return folder.stat().st_ino
-    except OSError:
-        return None
+    return None
 
 
 def _stamp(path: Path) -> str | None:
-    """Size and time of change: a digest of 190 GB would cost as much as the ingest. None where it is not there."""
-    try:
+    """Size and time of change: a digest of 190 GB would cost as much as the ingest."""
+    with contextlib.suppress(OSError):
         stat = path.stat()
-    except OSError:  # who reads it says so
-        return None
-    return f"{stat.st_size} {stat.st_mtime_ns}"
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+    return None
+
+
+def _digest(path: Path) -> str | None:
+    with contextlib.suppress(OSError):
+        return file_digest(path) if path.is_file() else None  # a pipe would never end
+    return None
 
 
 @contextlib.contextmanager
@@ -244,12 +248,3 @@ def remove_work(out: Path) -> None:
             for path in (out / WORK_NAME).iterdir():
                 threads.submit(path.unlink, missing_ok=True)  # 6 ms a spill, of waiting
     shutil.rmtree(out / WORK_NAME, ignore_errors=True)
-
-
-def _digest(path: Path) -> str | None:
-    if not path.is_file():  # who reads it says so; a pipe would never end
-        return None
-    try:
-        return file_digest(path)
-    except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror})") from None
