@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.machine import environment, write_json
+from bench.machine import environment
+from shards.atomic import write_json
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from bench.case import Task, run_child
-from bench.machine import environment, has_dali, write_json
+from bench.machine import environment, has_dali
 from bench.processes import REPOSITORY, bench_guard, run_module
 from bench.recipe import run_recipe
 from bench.sizes import store_from_shards
+from shards.atomic import write_json
 from shards.cli import parse, say
 from shards.errors import InputError
 from shards.manifest import read_manifest

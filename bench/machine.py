@@ -2,7 +2,6 @@
 JSON."""
 
 import importlib.util
-import json
 import math
 import os
 import platform
@@ -157,7 +156,7 @@ def bench_main(
         config = parse(kind, argv, prog=f"python -m {prog}")
         from bench.page import to_text
         from bench.shapes import tables_of
-        from shards.atomic import check_writable
+        from shards.atomic import check_writable, write_json
 
         if config.json:
             check_writable(config.json)
@@ -170,10 +169,3 @@ def bench_main(
             say(f"written to {config.json}")
         for line in told(result):
             say(line)
-
-
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    """As all results of the bench are written."""
-    from shards.atomic import write_atomic
-
-    write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.demo import run_commands, typed
-from bench.machine import bench_main, environment, write_json
+from bench.machine import bench_main, environment
+from shards.atomic import write_json
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import ShardReader

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ingest.config import IngestConfig, SourceConfig
-from shards.atomic import remove_temporary, sync_folder, write_atomic
+from shards.atomic import remove_temporary, sync_folder, write_json
 from shards.digest import file_digest
 from shards.errors import InputError
 from shards.lock import exclusive
@@ -121,7 +121,7 @@ def open_work(config: IngestConfig, begun: dict[str, Any]) -> Iterator[Path]:
             _check_folder(out)  # that other one may have ended since
             _check_same(out, work, inputs)
             remove_temporary(out, work)
-            write_atomic(work / _INPUTS, (json.dumps(inputs, indent=1) + "\n").encode())
+            write_json(work / _INPUTS, inputs)
             try:
                 yield work
             finally:

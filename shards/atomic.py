@@ -2,11 +2,12 @@
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 TEMPORARY_PREFIX = ".tmp-"
 _BUFFER = 1 << 20
@@ -79,6 +80,11 @@ def check_replaceable(path: Path) -> None:
     """OSError where a file cannot take the place of what is there: a device, a pipe, or a stream of this process."""
     if path.parent == Path("/dev") or (path.exists() and not (path.is_file() or path.is_dir())):
         raise OSError(errno.EEXIST, "it is a device or a pipe", str(path))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """A file of plain values, an item a line, complete or absent."""
+    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def check_writable(path: Path, *, folder: bool = False) -> None:

@@ -239,7 +239,10 @@ def test_a_bad_sample_of_either_set_is_named_and_replaced(
 def test_blocks_are_counted_by_the_rows_of_their_own_set() -> None:
     sets = [
         SimpleNamespace(
-            shards=names, manifest=SimpleNamespace(block_rows=rows), layout=Layout((200,) * len(names), rows)
+            shards=names,
+            rows=200 * len(names),
+            manifest=SimpleNamespace(block_rows=rows),
+            layout=Layout((200,) * len(names), rows),
         )
         for names, rows in (("abc", 16), ("abcdefg", 190))
     ]

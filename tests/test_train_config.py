@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from shards.atomic import write_json
 from shards.errors import InputError
-from train.commandline import parse_config, read_config, to_fields, write_json
+from train.commandline import parse_config, read_config, to_fields
 from train.config import TrainConfig, loader_config
 from train.presets import PRESETS
 from train.rows import read_rows, trim

@@ -405,6 +405,11 @@ def test_mistakes_are_one_line(run: Path, shards_dir: Path, tmp_path: Path, caps
     assert "twice" in refused("--checkpoint", str(run), str(run / "best.pt"), *shards)
     assert "no averaged weights" in refused(*good, "--weights", "ema")
     assert "cannot read the prompts" in refused(*good, "--prompts-file", str(tmp_path / "none.toml"))
+    films = tmp_path / "films.csv"
+    films.write_text("theirs")
+    for name in ("films.json", "other.csv"):
+        assert "would write over" in refused(*good, "--json", str(tmp_path / name))
+    assert films.read_text() == "theirs"
     broken = {name: torch.full_like(value, torch.nan) for name, value in weights(0).items()}
     nan = trained(tmp_path / "nan.pt", shards_dir, 1, model=broken)
     assert "not finite" in refused("--checkpoint", str(nan), *shards)

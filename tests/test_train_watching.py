@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+from shards.atomic import write_json
 from shards.cli import say
 from shards.errors import InputError
-from train.commandline import preset, to_fields, write_json
+from train.commandline import preset, to_fields
 from train.compare import asked, compare, table
 from train.compare import draw as draw_all
 from train.compare import main as lay_out

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shards.atomic import write_atomic
 from shards.cli import parse
 from shards.errors import InputError
 from train.config import TrainConfig
@@ -83,11 +82,6 @@ def read_text(path: Path, parse: Callable[[str], Any], which: str, kind: str) ->
         raise InputError(f"cannot read {which} {path} ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not {kind} ({error})") from None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """A file of plain values, one a line, complete or absent."""
-    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def to_fields(config: Any) -> dict[str, Any]:

@@ -13,10 +13,9 @@ from typing import Any
 import tyro
 from xxhash import xxh3_64_hexdigest
 
-from shards.atomic import check_writable, write_atomic
+from shards.atomic import check_writable, write_atomic, write_json
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
-from train.commandline import write_json
 from train.curves import draw_line, draw_loss, new_figure, to_png
 from train.rows import Row, films_since, is_number, read_rows
 from train.rundir import RunFolder

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from pipeline.batch import World
 from pipeline.loader import build_loader
-from shards.atomic import check_writable
+from shards.atomic import check_writable, write_json
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.schema import Manifest
 from train.checkpoint import newest_good
-from train.commandline import preset, write_json
+from train.commandline import preset
 from train.config import TrainConfig, loader_config
 from train.evaluate import EvaluateConfig, evaluate
 from train.model import build_model

@@ -19,12 +19,11 @@ import torch
 from pipeline.config import LoaderConfig
 from pipeline.loader import make_layout
 from pipeline.selection import Selection
-from shards.atomic import check_writable, write_atomic
+from shards.atomic import check_writable, write_atomic, write_json
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.schema import Manifest
-from train.commandline import write_json
 from train.curves import draw_precision_recall, draw_roc
 from train.device import choose_device, memory_named
 from train.ensemble import Member, Weights, eval_loader, find_checkpoints, model_of, predict_as_one, result_path
@@ -112,6 +111,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     files = find_checkpoints(config.checkpoint, every=config.top is not None)
     path = config.json or result_path(files, split, manifest, of=config.top or len(files))
     check_writable(path)
+    if (beside := path.with_suffix(".csv")) == path or (beside.exists() and not path.exists()):
+        raise InputError(f"--json {path} would write over {beside}, which is no evaluation's; choose another name")
     splits = ("val", split) if choosing and manifest.labels else (split,)
     told, found = _predict(config, manifest, wording, files, splits)
     result, truth = _score(config, manifest, wording, told, found, split=split, choosing=choosing)
@@ -183,8 +184,7 @@ def _score(
     """Every figure with the notes that belong to it, and the truth (N, K) it was scored against."""
     own, names = found[split], manifest.labels
     groups, reports = read_identity(_rows(config, split), manifest)
-    patients = patients_of(groups)
-    truth = truth_of(own.labels, config.uncertain)
+    patients, truth = patients_of(groups), truth_of(own.labels, config.uncertain)
     thresholds = _thresholds(found.get("val"), len(names), config)
     rounds, seed = config.resamples, config.seed
     labels, mean = score_split(names, own.probabilities, truth, thresholds, patients, rounds=rounds, seed=seed)
@@ -220,13 +220,13 @@ def _asked(config: EvaluateConfig, manifest: Manifest, wording: Wording) -> dict
     sides = {name: asdict(wording.prompt(name, manifest.labels)) for name in manifest.labels}
     prompts = {"style": config.prompts, "forms": list(config.prompt_forms), "labels": sides}
     asked = {name: getattr(config, name) for name in ("where", "uncertain", "threshold_by", "resamples", "seed")}
-    excluded = Selection(exclude=config.exclude).keys_digest()
-    return {"shards": manifest.digest, "prompts": prompts, "excluded": excluded, **asked}
+    asked["excluded"] = Selection(exclude=config.exclude).keys_digest()
+    return {"shards": manifest.digest, "prompts": prompts, **asked}
 
 
 def _write(path: Path, record: dict[str, Any], result: Evaluation) -> None:
     write_json(path, record)
-    say(f"{path}")
+    say(str(path))
     if result.labels:
         write_atomic(path.with_suffix(".csv"), to_csv(result.labels, result.mean).encode())
 

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from shards.atomic import TEMPORARY_PREFIX, sync_folder, write_atomic
+from shards.atomic import TEMPORARY_PREFIX, sync_folder, write_atomic, write_json
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
-from train.commandline import to_fields, write_json
+from train.commandline import to_fields
 from train.config import TrainConfig
 from train.ensemble import Member, Weights, build_member, find_checkpoints, read_member
 from train.model import ClipModel, ModelConfig

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from shards.atomic import write_json
 from shards.errors import InputError
-from train.commandline import write_json
 
 if TYPE_CHECKING:
     from train.export import Trained

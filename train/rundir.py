@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from shards import lock
-from shards.atomic import remove_temporary
+from shards.atomic import remove_temporary, write_json
 from shards.errors import InputError
-from train.commandline import to_fields, write_json
+from train.commandline import to_fields
 from train.config import TrainConfig
 from train.saving import LeaseLost
 
