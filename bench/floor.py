@@ -1,15 +1,12 @@
 """What an ingest cannot do without: reading and encoding, by its own functions, with nothing written."""
 
-import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 from ingest.config import SourceConfig
-from shards.processes import start_worker
+from shards.processes import Processes
 from shards.schema import ImageSpec
 
 if TYPE_CHECKING:
@@ -34,14 +31,12 @@ def measure_floor(source: SourceConfig, workers: int, prepare: Callable[[], obje
         spec = ImageSpec(height=films.height, width=films.width)
         tasks = [(source, films.files, spec, *span) for span in films.ranges(range_rows(films.rows))]
         count = films.rows
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(os.getpid(),)
-    ) as pool:
-        for _ in pool.map(read_and_encode, tasks[:1] * workers * 2):  # imports, and the files' first pages
+    with Processes(workers) as pool:
+        for _ in pool.map_unordered(read_and_encode, tasks[:1] * workers * 2):  # imports, and the files' first pages
             pass
         prepare()
         started = time.perf_counter()
-        cpu_s = sum(pool.map(read_and_encode, tasks))
+        cpu_s = sum(pool.map_unordered(read_and_encode, tasks))
         return Floor(seconds=time.perf_counter() - started, cpu_s=cpu_s, films=count)
 
 

@@ -16,6 +16,7 @@ from shards.errors import InputError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Pending = deque[Future[Result]]
 
 _TASKS_PER_WORKER = 2
 """One at work and one that waits: the parent has other work, and is slow to hand out the next."""
@@ -72,27 +73,27 @@ class Processes:
 
     def map_unordered(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         """Results as they come. A task is drawn when there is room for it, so that few exist at a time."""
-        pending: set[Future[Result]] = set()
-        with _deaths_told():
-            for task in tasks:
-                pending.add(self._submit(function, task))
-                if len(pending) > self._most:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
+        return self._through(function, tasks, _finished)
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         """The same in the order of the tasks; few results wait for one that is slow."""
-        pending: deque[Future[Result]] = deque()
+        return self._through(function, tasks, _oldest)
+
+    def _through(
+        self,
+        function: Callable[[Task], Result],
+        tasks: Iterable[Task],
+        take: Callable[[Pending[Result]], Iterator[Result]],
+    ) -> Iterator[Result]:
+        """`take` takes what it gives out of the tasks under way, the oldest of which is the first."""
+        pending: Pending[Result] = deque()
         with _deaths_told():
             for task in tasks:
                 pending.append(self._submit(function, task))
                 if len(pending) > self._most:
-                    yield pending.popleft().result()
+                    yield from take(pending)
             while pending:
-                yield pending.popleft().result()
+                yield from take(pending)
 
     def _submit(self, function: Callable[[Task], Result], task: Task) -> Future[Result]:
         with interrupts_held():
@@ -107,6 +108,17 @@ class Processes:
                 process.kill()
         # Waited for even so: left to itself, the pool's own thread races with the end of the interpreter.
         self._executor.shutdown(cancel_futures=True)
+
+
+def _oldest(pending: Pending[Result]) -> Iterator[Result]:
+    yield pending.popleft().result()
+
+
+def _finished(pending: Pending[Result]) -> Iterator[Result]:
+    done, rest = wait(pending, return_when=FIRST_COMPLETED)
+    pending.clear()
+    pending.extend(rest)
+    yield from (future.result() for future in done)
 
 
 @contextlib.contextmanager
