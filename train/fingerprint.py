@@ -10,7 +10,7 @@ from pipeline.loader import resolve_backend
 from pipeline.selection import Selection
 from shards.manifest import read_manifest
 from shards.schema import Manifest
-from train.commandline import to_fields
+from train.commandline import SETTINGS, to_fields
 from train.config import TrainConfig, loader_config
 from train.device import Precision
 from train.ranks import Ranks
@@ -26,10 +26,7 @@ SETS = ("shards", "data.more_shards")
 JUDGED_ON = ("shards", "tokenizer", *(f"data.{name}" for name in ("where", "exclude", "image_size", "mean", "std")))
 """What makes the films of a validation, and so its loss, others."""
 
-READING = (
-    *("threads", "memory_mb", "read_threads", "ahead", "own_jpeg"),
-    *("max_bad", "stage_dir", "stage_gb", "stall_abort_s"),
-)
+READING = (*SETTINGS, "max_bad", "stage_dir", "stage_gb", "stall_abort_s")
 """Settings of `data` that a run may change on its way: they change no sample."""
 
 
