@@ -2,8 +2,9 @@
 
     visits -> (claim, when memory allows) -> rows, bytes, xxh3 -> handed out in order -> released, buffer reused
 
-A visit that the consumer waits for is always admitted, whatever the limit, so the limit can delay but never block. Who
-waits keeps the time (`stall`): a read that hangs is named, and given up at a limit; its thread is then left behind.
+A visit that the consumer waits for is always admitted, and lies apart where no hole is large enough, so the limit can
+delay but never block. Who waits keeps the time (`stall`): a read that hangs is named, and given up at a limit; its
+thread is then left behind.
 """
 
 import threading
@@ -31,13 +32,18 @@ STARVES_S = 0.05
 
 
 class _Slot:
-    """A visit on its way: planned, then claimed by a thread, then done or failed."""
+    """A visit on its way: planned, then claimed by a thread, then done or failed. Its pool is the reader's memory."""
 
-    def __init__(self, visit: Visit, estimate: int) -> None:
-        self.visit = visit
-        self.estimate = estimate
+    def __init__(self, reader: "BlockReader", visit: Visit, estimate: int) -> None:
+        self._reader, self.visit, self.estimate = reader, visit, estimate
         self.claimed = False
         self.result: list[Loaded] | BaseException | None = None
+
+    def take(self, size: int) -> NDArray[np.uint8]:
+        return self._reader._take(self, size)
+
+    def give(self, buffer: NDArray[np.uint8]) -> None:
+        self._reader._give([buffer])
 
 
 class BlockReader:
@@ -52,7 +58,7 @@ class BlockReader:
         threads: int = 4,
         stall_abort_s: float = 0,
     ) -> None:
-        """`memory`: bytes of encoded blocks; `stall_abort_s`: longest wait for one visit, 0: no limit."""
+        """`memory`: bytes for encoded blocks; `stall_abort_s`: longest wait for one visit, 0: no limit."""
         self.loader, self._visits = loader, visits
         self._stall_abort_s = stall_abort_s
         self._slots: deque[_Slot] = deque()
@@ -65,6 +71,8 @@ class BlockReader:
         """What the consumer waits on."""
         self._room = threading.Condition(self._lock)
         """What threads wait on that may claim a visit. See `_wake_another`."""
+        self._freed = threading.Condition(self._lock)
+        """What threads wait on that have claimed one, for memory."""
         self._threads = [
             threading.Thread(target=self._work, name=f"shardclip-read-{number}", daemon=True)
             for number in range(threads)
@@ -85,17 +93,18 @@ class BlockReader:
     def next_first(self) -> int | None:
         """First position of the visit that `get` hands out next; None after the last."""
         with self._lock:
-            self._plan_until(1)
-            return self._slots[0].visit.first if self._slots else None
+            return self._slots[0].visit.first if self._slots or self._plan() else None
 
     def get(self) -> list[Loaded]:
         """The next visit, in parts, waited for. Raises what its reading raised; InputError where it hangs beyond the
         limit."""
         with self._lock:
-            self._plan_until(1)
+            if not self._slots:
+                self._plan()
             slot = self._slots[0]
             if slot.result is None:
                 self._waiting = True
+                self._freed.notify_all()
                 self._wake_another()
                 self._wait(slot)
                 self._waiting = self._starved = False
@@ -108,7 +117,7 @@ class BlockReader:
 
     def load_one(self, visit: Visit) -> list[Loaded]:
         """A visit out of turn, loaded by the caller's thread; release it too."""
-        return self.loader.load(visit, _Pool(self, _Slot(visit, 0)))
+        return self.loader.load(visit, _Slot(self, visit, 0))
 
     def release(self, loaded: Sequence[Loaded]) -> None:
         """Give the buffers of parts of visits back; their images are no longer valid."""
@@ -119,8 +128,8 @@ class BlockReader:
         """Begin to close: whoever waits in `get` is let go with an error."""
         with self._lock:
             self._closed = True
-            self._arrived.notify_all()
-            self._room.notify_all()
+            for waited_on in (self._arrived, self._room, self._freed):
+                waited_on.notify_all()
 
     def close(self) -> None:
         """Stop the threads and close the files."""
@@ -195,8 +204,11 @@ class BlockReader:
             self._room.notify()
 
     def _admit(self, slot: _Slot) -> bool:
-        wanted_now = self._waiting and slot is self._slots[0]
-        return wanted_now or self._has_room(slot.estimate)
+        return self._wanted_now(slot) or self._has_room(slot.estimate)
+
+    def _wanted_now(self, slot: _Slot) -> bool:
+        """Whether the consumer does nothing until the visit is there."""
+        return self._waiting and slot is self._slots[0]
 
     def _has_room(self, size: int) -> bool:
         return self._buffers.used + self._pending + size <= self._buffers.limit
@@ -208,16 +220,12 @@ class BlockReader:
         if visit is None:
             self._ended = True
             return None
-        self._slots.append(_Slot(visit, len(visit.rows) * row_bytes(self.loader.shards.info(visit.shard))))
+        self._slots.append(_Slot(self, visit, len(visit.rows) * row_bytes(self.loader.shards.info(visit.shard))))
         return self._slots[-1]
-
-    def _plan_until(self, count: int) -> None:
-        while len(self._slots) < count and self._plan() is not None:
-            pass
 
     def _load(self, slot: _Slot) -> list[Loaded]:
         try:
-            return self.loader.load(slot.visit, _Pool(self, slot))
+            return self.loader.load(slot.visit, slot)
         finally:
             with self._lock:
                 self._pending -= slot.estimate
@@ -226,6 +234,8 @@ class BlockReader:
     def _take(self, slot: _Slot, size: int) -> NDArray[np.uint8]:
         """A buffer for a visit, whose true size now stands for as much of the estimate."""
         with self._lock:
+            while slot.claimed and not (self._buffers.fits(size) or self._wanted_now(slot) or self._closed):
+                self._freed.wait()
             planned = min(slot.estimate, size)
             self._pending -= planned
             slot.estimate -= planned
@@ -235,17 +245,5 @@ class BlockReader:
         with self._lock:
             for buffer in buffers:
                 self._buffers.give(buffer)
+            self._freed.notify_all()
             self._wake_another()
-
-
-class _Pool:
-    """The reader's buffers, for one visit."""
-
-    def __init__(self, reader: BlockReader, slot: _Slot) -> None:
-        self._reader, self._slot = reader, slot
-
-    def take(self, size: int) -> NDArray[np.uint8]:
-        return self._reader._take(self._slot, size)
-
-    def give(self, buffer: NDArray[np.uint8]) -> None:
-        self._reader._give([buffer])

@@ -16,10 +16,10 @@ from shards.schema import ShardInfo
 
 PAGE = 4096
 """Buffers are whole pages."""
-HOLES = 8
-"""One part in so many besides, as between buffers there are holes too small for the next."""
-MOST_MEMORY = 256 << 20
-"""Bytes that are read ahead unless more is asked for."""
+HOLES = 9
+"""One part in so many is not given out, as between buffers there are holes too small for the next."""
+MOST_MEMORY = 288 << 20
+"""Bytes for encoded blocks unless more is asked for."""
 PART_BYTES = 512 << 10
 """Of the images of a visit about as many lie in one buffer, which is free again as soon as they are used."""
 AHEAD_BYTES = 8 << 20
@@ -29,17 +29,22 @@ AHEAD_BYTES = 8 << 20
 class Buffers:
     """Memory with a limit, given out by first fit. Not locked: BlockReader calls it under its own lock."""
 
-    def __init__(self, limit: int) -> None:
-        """InputError for more than there is."""
-        self.limit = limit
+    def __init__(self, memory: int) -> None:
+        """`memory`: bytes of it. InputError for more than there is."""
+        self.limit = memory - memory // HOLES
+        """Bytes that should be out at once."""
         self.used = self.total = 0
-        """Bytes that are out, and the most that there were from the first to the last of them."""
-        size = limit + limit // HOLES
-        self._holes = [(0, size)]
+        """Bytes that are out, and the most memory that they took, with the holes between them."""
+        self._holes = [(0, memory // PAGE * PAGE)]
+        self._top = self._apart = 0
         try:
-            self._memory = np.empty(size, dtype=np.uint8)
+            self._memory = np.empty(memory // PAGE * PAGE, dtype=np.uint8)
         except MemoryError:
-            raise InputError(f"memory_mb {limit >> 20} is more than this machine has; lower it") from None
+            raise InputError(f"memory_mb {memory >> 20} is more than this machine has; lower it") from None
+
+    def fits(self, size: int) -> bool:
+        """Whether a hole is large enough for a buffer."""
+        return any(end - begin >= size for begin, end in self._holes)
 
     def take(self, size: int) -> NDArray[np.uint8]:
         """A buffer of at least `size` bytes; one of its own where no hole is large enough."""
@@ -48,14 +53,18 @@ class Buffers:
         for number, (begin, end) in enumerate(self._holes):
             if end - begin >= size:
                 self._holes[number : number + 1] = [(begin + size, end)] if end - begin > size else []
-                self.total = max(self.total, begin + size)
+                self._top = max(self._top, begin + size)
+                self.total = max(self.total, self._top + self._apart)
                 return self._memory[begin : begin + size]
+        self._apart += size
+        self.total = max(self.total, self._top + self._apart)
         return np.empty(size, dtype=np.uint8)
 
     def give(self, buffer: NDArray[np.uint8]) -> None:
         """Take a buffer back."""
         self.used -= buffer.nbytes
         if buffer.base is not self._memory:
+            self._apart -= buffer.nbytes
             return
         begin = buffer.ctypes.data - self._memory.ctypes.data
         end = begin + buffer.nbytes
@@ -86,11 +95,11 @@ def memory_for(sets: Sequence[ShardSet], live: Sequence[tuple[int, int]], thread
         block = each.layout.block_rows * row
         left += min(rows * row + min(rows * row, streams * PART_BYTES / 2), streams * block)
         most = max(most, block)
-    count, limit = sum(streams for streams, _ in live), asked or MOST_MEMORY
-    if left + most > limit:
+    count, memory = sum(streams for streams, _ in live), asked or MOST_MEMORY
+    if left + most > memory:
         raise InputError(
-            f"memory_mb {limit >> 20} is too little: the {count} streams of this rank hold {left / 2**20:.1f} MiB, and "
-            f"a block ahead takes {most / 2**20:.1f} MiB; raise memory_mb or use fewer streams"
+            f"memory_mb {memory >> 20} is too little: the {count} streams of this rank hold {left / 2**20:.1f} MiB, "
+            f"and a block ahead takes {most / 2**20:.1f} MiB; raise memory_mb or use fewer streams"
         )
     ahead = min((count + 4 * threads) * most, max(AHEAD_BYTES, threads * most))
-    return asked or min(int(left + ahead), MOST_MEMORY)
+    return asked or min(int((left + ahead) * HOLES / (HOLES - 1)), MOST_MEMORY)

@@ -50,8 +50,8 @@ class DataConfig:
     """Threads (hdf5: worker processes) that decode on each rank; none: the CPUs this process may use, shared by the
     ranks on this machine."""
     memory_mb: int | None = None
-    """MiB of encoded blocks each rank holds at once; none: what is left of the streams' blocks, the next of each and
-    those being read take, 256 at most."""
+    """MiB for the encoded blocks that each rank holds at once; none: what is left of the streams' blocks, the next of
+    each and those being read take, 288 at most."""
     read_threads: int = 4
     """Threads that read blocks ahead on each rank: requests on the way to the file system at once. They cost next to no
     CPU."""

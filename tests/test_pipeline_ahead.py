@@ -11,14 +11,15 @@ import pytest
 
 from pipeline import blocks
 from pipeline.blocks import BlockReader
-from pipeline.buffers import PAGE
+from pipeline.buffers import HOLES, PAGE
 from pipeline.order import Visit
 from pipeline.visits import Loaded, Pool
 
 SIZE = 4 * PAGE
 """Bytes of a visit."""
 ROOM = 56
-"""Visits that the memory has room for; an eighth of it, KEEPS_UP, are 7."""
+"""Visits that are admitted; an eighth of them, KEEPS_UP, are 7."""
+MEMORY = ROOM * SIZE * HOLES // (HOLES - 1)
 
 
 class Loader:
@@ -50,7 +51,7 @@ def reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[BlockReader]:
 
     monkeypatch.setattr(BlockReader, "_wait", wait_for_somebody)
     visits = (Visit(first=first, step=1, shard=0, block=first, rows=np.zeros(1, np.int64)) for first in range(10_000))
-    reader = BlockReader(Loader(), visits, ROOM * SIZE, threads=2, stall_abort_s=30)  # type: ignore[arg-type]
+    reader = BlockReader(Loader(), visits, MEMORY, threads=2, stall_abort_s=30)  # type: ignore[arg-type]
     until_asleep(reader)
     yield reader
     reader.close()
