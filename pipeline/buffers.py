@@ -19,7 +19,7 @@ PAGE = 4096
 HOLES = 9
 """One part in so many is not given out, as between buffers there are holes too small for the next."""
 MOST_MEMORY = 288 << 20
-"""Bytes for encoded blocks unless more is asked for."""
+"""Bytes for encoded blocks unless more is asked for, or needed."""
 PART_BYTES = 512 << 10
 """Of the images of a visit about as many lie in one buffer, which is free again as soon as they are used."""
 AHEAD_BYTES = 8 << 20
@@ -83,11 +83,12 @@ def row_bytes(shard: ShardInfo) -> int:
 
 
 def memory_for(sets: Sequence[ShardSet], live: Sequence[tuple[int, int]], threads: int, asked: int | None) -> int:
-    """Bytes for encoded blocks: those asked for, or what reading needs not to wait for memory, MOST_MEMORY at most.
+    """Bytes for encoded blocks: those asked for, or what reading needs not to wait for memory, MOST_MEMORY at most; but
+    never less than what is left and a block take, without which InputError.
 
     `live`: streams that each set has on this rank, and the rows that are left of their visits, see `Order.live`. Of a
     part that is used in part half is left besides. Then there are the streams' next visits, some for each thread, or
-    few: reading on would only take memory from others. InputError where what is left and a block do not fit.
+    few: reading on would only take memory from others.
     """
     left = most = 0.0
     for each, (streams, rows) in zip(sets, live, strict=True):
@@ -95,11 +96,12 @@ def memory_for(sets: Sequence[ShardSet], live: Sequence[tuple[int, int]], thread
         block = each.layout.block_rows * row
         left += min(rows * row + min(rows * row, streams * PART_BYTES / 2), streams * block)
         most = max(most, block)
-    count, memory = sum(streams for streams, _ in live), asked or MOST_MEMORY
-    if left + most > memory:
+    count = sum(streams for streams, _ in live)
+    if asked is not None and left + most > asked:
         raise InputError(
-            f"memory_mb {memory >> 20} is too little: the {count} streams of this rank hold {left / 2**20:.1f} MiB, "
+            f"memory_mb {asked >> 20} is too little: the {count} streams of this rank hold {left / 2**20:.1f} MiB, "
             f"and a block ahead takes {most / 2**20:.1f} MiB; raise memory_mb or use fewer streams"
         )
     ahead = min((count + 4 * threads) * most, max(AHEAD_BYTES, threads * most))
-    return asked or min(int((left + ahead) * HOLES / (HOLES - 1)), MOST_MEMORY)
+    with_holes = HOLES / (HOLES - 1)
+    return asked or max(int((left + most) * with_holes), min(int((left + ahead) * with_holes), MOST_MEMORY))

@@ -51,7 +51,7 @@ class DataConfig:
     ranks on this machine."""
     memory_mb: int | None = None
     """MiB for the encoded blocks that each rank holds at once; none: what is left of the streams' blocks, the next of
-    each and those being read take, 288 at most."""
+    each and those being read take; of more than 288, only what one block ahead needs."""
     read_threads: int = 4
     """Threads that read blocks ahead on each rank: requests on the way to the file system at once. They cost next to no
     CPU."""

@@ -297,6 +297,8 @@ def test_memory_is_what_the_streams_of_each_set_hold() -> None:
     assert memory((47, 1), [small, large], 40 << 20) == 40 << 20
     with pytest.raises(InputError, match="memory_mb 40 is too little: the 48 streams of this rank hold"):
         memory((1, 47), [small, large], 40 << 20)
+    huge = shard_set(100_001, 1600)  # 40 MB a block, which nobody asked to fit into less
+    assert 48 * 20 * 10**6 < memory((1,), [huge]) < 1.2 * (48 * 20 + 40) * 10**6
     together, apart = shard_set(48 * 100 * 20, 100), shard_set(48 * 100 * 20 - 71 * 48, 100)
     assert memory((1,), [together]) > 48 * 100 * 25_000 > 1.2 * memory((1,), [apart])
 
