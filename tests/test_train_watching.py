@@ -251,7 +251,7 @@ for step in range(1, 101):
         kept = sys.stderr
         kept.write("begun, ")
 display.close()
-kept.write("ended; ")
+kept.write("ended\\n")
 sys.stderr.write("the end\\n")
 """
     primary, secondary = pty.openpty()
@@ -274,7 +274,7 @@ sys.stderr.write("the end\\n")
     assert re.search(r"\r +\rwarning: a disk is full\r\n", shown), "behind the bar"
     assert re.search(r"warning: a disk is full\r\n\rstep 50/100 \|", shown), "no bar after it"
     assert re.search(r"\r +\rin pieces\r\n\rstep 50/100 \|", shown), "the bar is drawn over it"
-    assert shown.endswith("\r\nbegun, ended; the end\r\n") and "begun" not in shown[:-30]
+    assert shown.endswith("\r\nbegun, ended\r\nthe end\r\n") and "begun" not in shown[:-30]
     assert max(map(len, re.split("[\r\n]", shown))) <= (size[1] or 100)
 
 

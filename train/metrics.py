@@ -9,10 +9,11 @@ import sys
 import time
 from array import array
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib import DummyTqdmFile
 
 from shards.cli import say
 from train.config import TrainConfig
@@ -111,9 +112,9 @@ class ProgressDisplay:
             file=sys.stderr,
             **_terminal_size(),
         )
-        self._stderr, self._above = sys.stderr, AboveBar(sys.stderr)
+        self._above = contextlib.ExitStack()
         if not self._bar.disable:
-            sys.stderr = self._above
+            self._above.enter_context(contextlib.redirect_stderr(AboveBar(sys.stderr)))
 
     def advance(self) -> None:
         """One more step is done."""
@@ -145,8 +146,7 @@ class ProgressDisplay:
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._bar.close()
-        sys.stderr = self._stderr
-        self._above.end()
+        self._above.close()
 
     def _left(self) -> list[str]:
         seconds = self.seconds_left()
@@ -157,33 +157,15 @@ class ProgressDisplay:
         return first or last or "val_loss" in row or row["step"] - self._said >= self._line_every
 
 
-class AboveBar:
-    """stderr while a bar is drawn there: what anybody else writes stands above the bar, not behind it. By whole lines,
-    as the bar would be drawn over one that is begun: `print` and Python's own words on a thread that failed come in
-    pieces."""
+class AboveBar(DummyTqdmFile):
+    """stderr while a bar is drawn there: what anybody else writes stands above the bar, not behind it, by whole lines,
+    as `print` and Python's own words on a thread that failed come in pieces. Those words, `logging` and `warnings` all
+    look for sys.stderr, so nothing narrower than that has them all."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._begun, self._ended = stream, "", False
-
-    def write(self, text: str) -> int:
+    def write(self, text: str) -> None:
+        """Keep what is no whole line; of two threads nothing is lost."""
         with tqdm.get_lock():
-            lines, newline, self._begun = (self._begun + text).rpartition("\n")
-            if newline:
-                with tqdm.external_write_mode(file=self._stream):
-                    self._stream.write(lines + newline)
-        if self._ended:
-            self.end()
-        return len(text)
-
-    def end(self) -> None:
-        """The bar is gone: lines need not be whole any more."""
-        with tqdm.get_lock():
-            self._ended = True
-            self._stream.write(self._begun)
-            self._begun = ""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+            super().write(text)
 
 
 def _terminal_size() -> dict[str, Any]:
