@@ -1,13 +1,11 @@
 """What findings are called: reports' words, CheXzero's pair, texts made of label lists; each in sentences; files."""
 
-import contextlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from shards.errors import InputError
-from train.zeroshot import ALIASES, NORMAL, PROMPTS, SHIPPED, Prompt, Wording, language_note, prompt_for, read_prompts
+from train.zeroshot import ALIASES, NORMAL, PROMPTS, SHIPPED, Prompt, Wording, prompt_for, read_prompts
 
 CHEXPERT = (
     *("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema"),
@@ -105,19 +103,3 @@ def test_a_bad_file_says_where(content: str, words: str, tmp_path: Path) -> None
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not TOML"):
         read_prompts(path)
-
-
-@pytest.mark.parametrize(
-    ("texts", "noted"),
-    [
-        (["No acute disease."] * 7, 0),  # too few to tell
-        (["Kein Erguss."] * 8, 1),
-        (["Kein Erguss."] * 7 + ["There is none."], 0),
-        ([], 0),
-    ],
-)
-def test_reports_in_another_language_are_told_by_no_handful_of_them(texts: list[str], noted: int, monkeypatch) -> None:
-    reader = SimpleNamespace(read_text=lambda _: texts)
-    monkeypatch.setattr("train.zeroshot.ShardReader", lambda *_: contextlib.nullcontext(reader))
-    manifest = SimpleNamespace(labels=NIH, splits={"test": [None]})
-    assert len(language_note(Wording(), SimpleNamespace(shards=Path(), split="test"), manifest)) == noted

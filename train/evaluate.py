@@ -31,7 +31,7 @@ from train.ranks import Ranks
 from train.retrieval import read_identity, retrieve
 from train.scorecard import Evaluation, label_notes, score_split, split_notes, table, to_csv
 from train.scores import ROUNDS, Criterion, Floats, Uncertain, choose_threshold, patients_of, truth_of
-from train.zeroshot import Predicted, Style, Wording, language_note, predict, read_prompts
+from train.zeroshot import Predicted, Style, Wording, predict, read_prompts
 
 PROG = "train.evaluate"
 
@@ -190,7 +190,6 @@ def _score(
     labels, mean = score_split(names, own.probabilities, truth, thresholds, patients, rounds=rounds, seed=seed)
     ranked = retrieve(own.images, own.texts, reports, patients, rounds=rounds, seed=seed) if config.retrieval else None
     notes = split_notes(manifest, split, choosing=choosing, unit=patients.unit)
-    notes += language_note(wording, _rows(config, split), manifest)
     notes += label_notes(labels, unused=wording.unused(names), choosing=choosing)
     result = Evaluation(
         checkpoints=told,

@@ -26,9 +26,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.config import LoaderConfig
-from pipeline.read import ReadStats, retried
 from shards.errors import InputError
-from shards.reader import ShardReader
 from shards.schema import Manifest
 from train.commandline import read_text
 from train.device import choose_precision
@@ -102,17 +100,11 @@ class Wording:
 
     def prompt(self, label: str, labels: tuple[str, ...]) -> Prompt:
         """The prompts of one of the data set's labels."""
-        bare = self._own(label) or prompt_for(label, self.style, labels=labels)
+        own = self.own.get(label) or self.own.get(ALIASES.get(label, label))
+        bare = own or prompt_for(label, self.style, labels=labels)
         sides = ([form.replace("{}", text) for text in side for form in self.forms] for side in bare.sides)
         positive, negative = map(tuple, sides)
         return Prompt(positive=positive, negative=negative)
-
-    def english(self, labels: tuple[str, ...]) -> bool:
-        """Whether a prompt is of this program's own words."""
-        return self.style != "listed" and not all(map(self._own, labels))
-
-    def _own(self, label: str) -> Prompt | None:
-        return self.own.get(label) or self.own.get(ALIASES.get(label, label))
 
     def unused(self, labels: tuple[str, ...]) -> list[str]:
         """Labels of `own` that the data set does not have: a name that is spelt otherwise there, perhaps."""
@@ -130,27 +122,6 @@ def prompt_for(label: str, style: Style = "reports", *, labels: tuple[str, ...] 
         return PROMPTS[known]
     name = known.replace("_", " ").lower()
     return Prompt(positive=(name,), negative=(f"no {name}",))
-
-
-ENGLISH = {"the", "and", "with", "are", "there"}
-"""Of Indiana's reports 95 in 100 have one of these words, of its impressions, some of them two words long, 36."""
-_FEW = 0.05
-_ENOUGH = 8
-"""Reports: impressions, fewer of them, have none of these words too often."""
-
-
-def language_note(wording: Wording, loader: LoaderConfig, manifest: Manifest) -> list[str]:
-    """What to say where the prompts are English sentences and the reports, by those of one block, are not."""
-    if not wording.english(manifest.labels):
-        return []
-    with ShardReader(loader.shards, manifest, manifest.splits[loader.split][0]) as reader:
-        texts = retried(lambda: reader.read_text(0), ReadStats())
-    spoken = sum(not ENGLISH.isdisjoint(text.lower().split()) for text in texts)
-    if len(texts) < _ENOUGH or spoken >= _FEW * len(texts):
-        return []
-    told = f"{spoken} of {len(texts)} have one of the words {', '.join(sorted(ENGLISH))}"
-    advice = "for another language give --prompts-file, for texts made of labels --prompts listed"
-    return [f"the prompts are English sentences, the reports seem to be none ({told}): {advice}"]
 
 
 TOKENIZER = "clip-bpe"
