@@ -47,6 +47,7 @@ class Loop:
         self.progress = self._begin()
         self._recorder = Recorder(job.ranks, scaled=job.learner.scaler.is_enabled())
         self._loss = math.nan
+        """The newest since the last row that is a number."""
         self._saved_step = self.progress.step
         self._meter = Meter()
         self._log: MetricsLog | None = None
@@ -152,6 +153,7 @@ class Loop:
             return
         self._look()
         row = self._row(output, lr) if logging else {}
+        self._loss = math.nan if logging else self._loss
         with self._meter.paused():
             improved = validating and self._validate(row)
             if self._log is not None and logging:
