@@ -29,11 +29,8 @@ def main(argv: list[str] | None = None) -> None:
         if manifest is not None:
             _say_finished(config, manifest)
             return
-        from ingest.inputs import order_lines  # heavy: pyarrow, h5py
-        from ingest.run import ingest
+        from ingest.run import ingest  # heavy: pyarrow, h5py
 
-        for line in order_lines(config.source_list()):
-            say(line)
         started = time.monotonic()
         try:
             report = ingest(config)

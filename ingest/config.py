@@ -24,8 +24,9 @@ class SourceConfig:
     dataset: str = "cxr"
     """Path of the dataset in the HDF5 files."""
     value_range: tuple[float, float] | None = None
-    """Values that become black and white, for pixels that are not whole grey levels 0..255; clipped outside. Of image
-    files those of 16 bits or more (0 4095 where 12 bits are used); without it they must use the upper half of 16."""
+    """Values that become black and white, clipped outside; without it pixels are whole grey levels 0..255, and image
+    files of 16 bits use their upper half. Films of 8 bits are kept as they are where it goes beyond 0..255, as `0 4095`
+    for 12 bits does, and DICOM always."""
     images: Path | None = None
     """Folder of image files, instead of HDF5."""
     path_column: str = "Path"

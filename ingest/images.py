@@ -54,14 +54,15 @@ class Fault(enum.IntEnum):
             Fault.FRAMES: "film file holds several frames",
             Fault.NO_PIXELS: "film file holds no pixels",
             Fault.UNSUPPORTED: "film file is DICOM of a kind that is not read",
-            Fault.NO_RANGE: "film file has more than 8 bits and does not fill 16: --value-range says what is white",
+            Fault.NO_RANGE: "film file has more than 8 bits and does not fill 16: --value-range says what is white "
+            "(0 65535 if it is a dark one of 16)",
         }[self]
 
 
 def read_film(path: Path, size: int, value_range: tuple[float, float] | None = None) -> NDArray[np.uint8] | Fault:
     """(size, size) grey levels of an image file, or why there are none. OSError where the fault is not the film's.
 
-    `value_range` is for films of more than 8 bits; DICOM's say themselves what is black and white.
+    `value_range` as `scaled` takes it; DICOM's films say themselves what is black and white.
     """
     try:
         if not path.is_file():  # a pipe would never end
@@ -105,7 +106,8 @@ def _open_image(file: BinaryIO, value_range: tuple[float, float] | None) -> Imag
         if upright.mode.startswith(("I", "F")):
             return _from_wide(np.asarray(upright), value_range)
         # Alpha is dropped, not blended, as OpenCV's reader does.
-        return upright if upright.mode == "L" else upright.convert("RGB")
+        narrow = upright if upright.mode == "L" else upright.convert("RGB")
+        return narrow if value_range is None else Image.fromarray(scaled(np.asarray(narrow), value_range))
 
 
 def _has_frames(image: Image.Image) -> bool:
@@ -134,8 +136,12 @@ def _from_wide(wide: NDArray, value_range: tuple[float, float] | None) -> Image.
 
 
 def scaled(film: NDArray, value_range: tuple[float, float]) -> NDArray[np.uint8]:
-    """Grey levels: LO becomes 0, HI 255, rounded, clipped."""
+    """Grey levels: LO becomes 0, HI 255, rounded, clipped. What a film of 8 bits cannot hold is said of wider ones,
+    which may lie beside it: it is kept as it is.
+    """
     low, high = value_range
+    if film.dtype == np.uint8 and not 0 <= low < high <= 255:
+        return film
     with np.errstate(over="ignore"):
         levels = (film.astype(np.float64) - low) * (255 / (high - low))
     return np.clip(np.rint(levels), 0, 255).astype(np.uint8)

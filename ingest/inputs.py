@@ -1,5 +1,7 @@
 """Everything that is read before the first film: tables of all sources, what their films look like, the plan."""
 
+import contextlib
+import dataclasses
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ingest.config import IngestConfig, SourceConfig
-from ingest.films import FolderFilms, H5File, H5Films
+from ingest.films import Film, H5File, H5Films, open_films
 from ingest.images import Fault
 from ingest.plan import Plan, make_plan
 from ingest.table import SourceTable, read_table
@@ -53,6 +55,8 @@ class Inputs:
     labels: NDArray[np.float32]
     """(rows, labels), NaN where unknown or where the source has no such label."""
     plan: Plan
+    notes: tuple[str, ...]
+    """Lines that whoever started this should read before it goes on."""
 
     @property
     def rows(self) -> int:
@@ -80,10 +84,13 @@ def read_inputs(config: IngestConfig) -> Inputs:
     sources = config.source_list()
     tables = tuple(read_table(source) for source in sources)
     sizes, ranges, files = [], [], []
+    notes = list(order_lines(sources))
     for number, (source, table) in enumerate(zip(sources, tables, strict=True)):
         size, spans, found = _look(source, table, range_rows(table.rows))
         sizes.append(size)
         files.append(found)
+        of_source = f" of source {number}" if len(sources) > 1 else ""
+        notes += _range_lines(source, found, table, of_source)
         start = sum(each.rows for each in tables[:number])
         ranges += [Range(source=number, first=first, end=end, start=start + first) for first, end in spans]
     height, width = sizes[0]
@@ -112,6 +119,7 @@ def read_inputs(config: IngestConfig) -> Inputs:
         label_names=label_names,
         labels=_stack_labels(tables, label_names),
         plan=make_plan(config, tables),
+        notes=tuple(notes),
     )
 
 
@@ -136,7 +144,6 @@ def _look(
         if not os.access(source.images, os.R_OK | os.X_OK):
             raise InputError(f"the folder of images {source.images} may not be read; change its permissions")
         _check_names(source.images, table.names)
-        _check_scale(source, table.names)
         spans = [(first, min(first + step, table.rows)) for first in range(0, table.rows, step)]
         return (source.image_size,) * 2, spans, ()
     with H5Films(source) as films:
@@ -185,15 +192,34 @@ def _check_names(folder: Path, names: list[str]) -> None:
         )
 
 
-def _check_scale(source: SourceConfig, names: list[str]) -> None:
-    """InputError where films need --value-range, by 8 of them: later the range would be another ingest's setting."""
-    films = FolderFilms(source, names, 0)
-    rows = range(0, len(names), -(-len(names) // 8) or 1)
-    if rows and all(film is Fault.NO_RANGE for row in rows for film in films.read(row, row + 1)):
-        raise InputError(
-            f"each of {len(rows)} films looked at has more than 8 bits and no value in the upper half of 16; say "
-            "with --value-range LO HI which values are black and white (0 4095 for 12 bits)"
-        )
+def _range_lines(source: SourceConfig, files: tuple[H5File, ...], table: SourceTable, whose: str) -> Iterator[str]:
+    """What --value-range, given or not, does not do to 8 films, spread evenly: what a user has to hear at once.
+
+    InputError where they all need one: later it would be another ingest's setting.
+    """
+    rows = range(0, table.rows, -(-table.rows // 8) or 1)
+    if source.value_range is not None:
+        with contextlib.suppress(InputError):  # HDF5 that cannot be read without
+            plain = _try_films(dataclasses.replace(source, value_range=None), files, table, rows)
+            if all(map(np.array_equal, plain, _try_films(source, files, table, rows))):
+                yield (
+                    f"--value-range changes none of {len(rows)} films looked at{whose}: those of 8 bits take one "
+                    "within 0 255, DICOM has its own"
+                )
+    elif source.images is not None:
+        lacking = sum(film is Fault.NO_RANGE for film in _try_films(source, files, table, rows))
+        if lacking and lacking == len(rows):
+            raise InputError(
+                f"each of {len(rows)} films looked at has more than 8 bits and no value in the upper half of 16; say "
+                "with --value-range LO HI which values are black and white (0 4095 for 12 bits)"
+            )
+        if lacking:
+            yield (f"{lacking} of {len(rows)} films looked at{whose} will be rejected: {Fault.NO_RANGE.reason}")
+
+
+def _try_films(source: SourceConfig, files: tuple[H5File, ...], table: SourceTable, rows: Sequence[int]) -> list[Film]:
+    with open_films(source, files, table.names) as films:
+        return [film for row in rows for film in films.read(row, row + 1)]
 
 
 def _stack_labels(tables: Sequence[SourceTable], names: tuple[str, ...]) -> NDArray[np.float32]:

@@ -64,7 +64,7 @@ def ingest(config: IngestConfig) -> Report:
     begun = fingerprint(config)
     inputs = read_inputs(config)
     config, lines = settle(config, inputs)
-    for line in lines:
+    for line in (*inputs.notes, *lines):
         say(line)
     with open_work(config, begun) as work:
         with open_pool(config, inputs, work) as pool:

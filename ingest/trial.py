@@ -25,7 +25,7 @@ from ingest.config import IngestConfig
 from ingest.encode import blank
 from ingest.films import open_films
 from ingest.images import Fault
-from ingest.inputs import Inputs, order_lines, read_inputs
+from ingest.inputs import Inputs, read_inputs
 from ingest.report import warnings
 from shards.encodings import Loss, Pixels, decode, encode, loss, psnr
 from shards.errors import InputError
@@ -47,7 +47,7 @@ _TIMED = 32
 def dry_run(config: IngestConfig) -> Iterator[str]:
     """Lines that say which rows would go where, and what time and disk they would take. InputError as the ingest's."""
     inputs = read_inputs(config)
-    yield from order_lines(inputs.sources)
+    yield from inputs.notes
     several = f" of {len(inputs.sources)} sources" if len(inputs.sources) > 1 else ""
     yield f"{inputs.rows:,} rows{several}, films of {inputs.height} x {inputs.width}"
     for reason, count in Counter(inputs.plan.reasons.values()).most_common():

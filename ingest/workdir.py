@@ -33,8 +33,8 @@ MARKER = "shared-"
 """How the file is called by which workers of a cluster know the folder (`ingest.remote`)."""
 _VERSIONS = ("shardclip", "numpy", "pillow", "simplejpeg", "pyarrow", "ftfy", "regex")
 """Packages that decide the bytes of the result."""
-_READING = 2
-"""Of how image files are read, where it changes: an ingest under way takes no films by another rule for 16 bits."""
+_READING = 3
+"""Of how films become grey levels, where it changes: an ingest under way takes no films by another rule."""
 _NOT_INPUTS = ("to_shards", "workers", "scheduler", "scheduler_wait", "dry_run", "max_rejects", "sources")
 _NOT_SETTINGS = ("h5", "csv", "images", "text_folder", "allow_label_numbers")
 """Of a source: paths, of which the files count, and what only says whether to refuse."""
@@ -53,8 +53,8 @@ def fingerprint(config: IngestConfig) -> dict[str, Any]:
     """
     versions = {f"version of {name}": version_of(name) for name in _VERSIONS}
     inputs: dict[str, Any] = {"schema version": SCHEMA_VERSION, **_settings(config), **versions}
-    if any(source.images for source in config.source_list()):
-        inputs["version of the reading of image files"] = _READING
+    if any(source.images or source.value_range for source in config.source_list()):
+        inputs["version of the reading of films"] = _READING
     for number, source in enumerate(config.source_list()):
         inputs |= {f"source {number} {name}": value for name, value in _source_inputs(source).items()}
     return json.loads(json.dumps(inputs))

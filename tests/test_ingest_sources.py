@@ -18,13 +18,14 @@ from PIL import Image
 
 from ingest.config import IngestConfig, SourceConfig, read_sources
 from ingest.encode import blank
-from ingest.films import H5File, H5Films
+from ingest.films import FolderFilms, H5File, H5Films
 from ingest.images import Fault, read_film
 from ingest.inputs import order_lines, read_inputs
 from ingest.plan import Plan
 from ingest.reports import cut_section
 from ingest.run import ingest
 from ingest.source import H5Source
+from ingest.table import read_table
 from ingest.trial import dry_run, settle
 from ingest.workdir import finished_set
 from shards.encodings import ENCODINGS, decode, encode
@@ -46,6 +47,12 @@ def samples(root: Path) -> dict[str, dict]:
                     content = os.pread(reader.fd, row["size"], row["offset"])
                     found[row["key"]] = row | {"split": split, "pixels": decode(content, manifest.image)}
     return found
+
+
+def _films(config: IngestConfig) -> H5Films | FolderFilms:
+    """The films of a config's one source."""
+    (source,) = config.source_list()
+    return H5Films(source) if source.h5 else FolderFilms(source, read_table(source).names, 0)
 
 
 def run(out: Path, **settings) -> dict[str, dict]:
@@ -366,9 +373,35 @@ class TestImageFolder:
         with pytest.raises(InputError, match="each of 7 films looked at has more than 8 bits"):
             ingest(config)
         assert not (tmp_path / "out").exists()
-        read_inputs(replace(config, value_range=(0.0, 4095.0)))
+        assert read_inputs(replace(config, value_range=(0.0, 4095.0))).notes == ()
         Image.fromarray(images[0]).save(tmp_path / names[0])  # some of them are rejected then, and counted
-        read_inputs(config)
+        (note,) = read_inputs(config).notes
+        assert "6 of 7 films looked at will be rejected" in note and "--value-range" in note
+
+    @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
+    def test_a_range_is_of_8_bits_too_where_they_can_hold_it(
+        self, tmp_path: Path, images: np.ndarray, mode: str
+    ) -> None:
+        """As of an HDF5 file of bytes; one of 12 bits is of other films that may lie beside them, and said to be."""
+        names = [f"{number}.png" for number in range(20)]
+        table = write_csv(tmp_path / "a.csv", ["Path", "impression"], [[name, "x"] for name in names])
+        for name, film in zip(names, images, strict=False):
+            Image.fromarray(film).convert(mode).save(tmp_path / name)
+        h5 = write_h5(tmp_path / "a.h5", images[:20])
+        files = IngestConfig(to_shards=tmp_path / "a", images=tmp_path, csv=(table,), encoding="raw")
+        data = replace(files, to_shards=tmp_path / "b", images=None, h5=(h5,))
+        expected = np.clip(np.rint((images[3] - 60.0) * (255 / 100)), 0, 255)
+        for source in (files, data):
+            config = replace(source, value_range=(60.0, 160.0), workers=1)
+            assert read_inputs(config).notes == ()
+            ingest(config)
+            assert np.array_equal(samples(config.to_shards)[key(3)]["pixels"], expected)
+            for value_range in ((0.0, 4095.0), (-1.0, 200.0)):
+                config = replace(source, value_range=value_range, to_shards=tmp_path / "none")
+                assert "--value-range changes none of 7 films looked at" in read_inputs(config).notes[0]
+                assert any("--value-range changes none" in line for line in dry_run(config))
+                found = next(_films(config).read(3, 4))
+                assert np.array_equal(found, images[3])
 
     def test_real_numbers_need_a_range(self, tmp_path: Path, images: np.ndarray) -> None:
         film = images[0].astype(np.float32) / 255
