@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, assert_refused, run_module
+from conftest import REPOSITORY
 
 OURS = ("shards", "ingest", "pipeline", "train", "bench")
 ALLOWED = {
@@ -77,9 +77,19 @@ def test_ingest_workers_stay_light() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_explain_themselves_and_refuse_nonsense(command: str) -> None:
-    done = run_module(command, "--help")
-    assert done.returncode == 0 and "--" in done.stdout, done.stderr
-    assert_refused(run_module(command, "--no-such-flag", "1"), "--no-such-flag")
+    """Both in one process, as a start is mostly imports."""
+    code = (
+        "import runpy, sys\n"
+        "for sys.argv[1:] in (['--help'], ['--no-such-flag', '1']):\n"
+        f"    try: runpy.run_module({command!r}, run_name='__main__', alter_sys=True)\n"
+        "    except SystemExit as stop: print('\\nexit', stop.code, flush=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=400)
+    helped, explained, refused = done.stdout.partition("\nexit 0\n")
+    assert explained and "--" in helped, (done.stdout, done.stderr)
+    assert refused == "\nexit 2\n" and done.returncode == 0, (refused, done.stderr)
+    (line,) = done.stderr.splitlines()
+    assert "--no-such-flag" in line
 
 
 def test_a_wheel_holds_all_five_packages_and_no_tests(tmp_path: Path) -> None:
