@@ -10,11 +10,9 @@ the positions p = r mod R and R divides C, which gives it whole streams.
 Where only some rows are selected (`selection`), N, B and the permutations are those of the selected rows and of the
 blocks that hold one; nothing else changes, and selecting all rows changes nothing.
 
-How random that is, for 460,000 films in blocks of 190 (bench/results/cpu-2core-order.json, `python -m bench.order`): a
-film is used a third of the set away from where it is stored, as in a perfect shuffle; 0.8 % of the pairs in a batch of
-64 share a block (perfect: 0.04 %); films that met in a batch meet again in the next epoch's no more often than by
-chance (0.016 % of pairs, 0.014 %). Neighbours of a stream, C positions apart, do share a block, which tells nothing
-of them as long as the shards were written in random order, as ingest does.
+How random that is stands in bench/results/cpu-2core-scale.json: 0.8 % of the pairs in a batch of 64 share a block, and
+films that met in a batch meet again in the next epoch's by chance. Neighbours of a stream, C positions apart, do share
+one, which tells nothing of them, as ingest writes shards in random order.
 
 A *visit* is one stay of one stream in one block: what the reader reads, and in which order its rows are used.
 """

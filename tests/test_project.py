@@ -1,6 +1,7 @@
 """The project as a whole: who may import whom, what a wheel holds, that every command explains itself."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ ALLOWED = {
     "bench": {"shards", "ingest", "pipeline", "train"},
 }
 """The map of the design."""
+NAMED = re.compile(r"python -m ([a-z_.]*[a-z])|(cpu-2core-[a-z0-9-]+\.[a-z]+)")
+"""A command, or a file of bench/results."""
 COMMANDS = (
     "ingest",
     "ingest.phantom",
@@ -122,3 +125,22 @@ def test_the_readme_names_every_source_file() -> None:
         for path in (REPOSITORY / package).glob("*.py"):
             if path.name != "__init__.py":
                 assert path.name in readme, f"{package}/{path.name} is not in the README's tree"
+
+
+def test_commands_and_results_that_a_text_names_are_there() -> None:
+    """A docstring goes on naming a command long after it went."""
+    folders = (*OURS, "tests")
+    texts = [
+        path
+        for folder in folders
+        for kind in ("py", "md", "sbatch")
+        for path in (REPOSITORY / folder).rglob(f"*.{kind}")
+    ]
+    named = [match for path in (*texts, REPOSITORY / "README.md") for match in NAMED.findall(path.read_text())]
+    assert len({command for command, _ in named}) > 20 and len({result for _, result in named}) > 10
+    for command, result in named:
+        path = REPOSITORY / command.replace(".", "/")
+        if command.split(".")[0] in OURS:
+            source = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+            assert source.exists() and '__name__ == "__main__"' in source.read_text(), command
+        assert (REPOSITORY / "bench" / "results" / result).exists(), result
