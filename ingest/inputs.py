@@ -214,7 +214,7 @@ def _range_lines(source: SourceConfig, files: tuple[H5File, ...], table: SourceT
                 "with --value-range LO HI which values are black and white (0 4095 for 12 bits)"
             )
         if lacking:
-            yield (f"{lacking} of {len(rows)} films looked at{whose} will be rejected: {Fault.NO_RANGE.reason}")
+            yield f"{lacking} of {len(rows)} films looked at{whose} will be rejected: {Fault.NO_RANGE.reason}"
 
 
 def _try_films(source: SourceConfig, files: tuple[H5File, ...], table: SourceTable, rows: Sequence[int]) -> list[Film]:

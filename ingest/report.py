@@ -3,7 +3,6 @@
 Numbers and opaque keys only: no path, no patient, no report. The same input gives the same report.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from ingest.images import Fault
 from ingest.inputs import Inputs
-from shards.atomic import write_atomic
+from shards.atomic import write_atomic, write_json
 from shards.encodings import psnr
 from shards.schema import REPORT_NAME, REPORT_PAGE_NAME, Manifest, sample_key
 from shards.stats import Stats
@@ -127,7 +126,7 @@ def make_report(
 
 def write_report(root: Path, report: Report) -> None:
     """Write both files."""
-    write_atomic(root / REPORT_NAME, (json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n").encode())
+    write_json(root / REPORT_NAME, asdict(report))
     write_atomic(root / REPORT_PAGE_NAME, ("\n".join(page(report)) + "\n").encode())
 
 

@@ -82,9 +82,17 @@ def check_replaceable(path: Path) -> None:
         raise OSError(errno.EEXIST, "it is a device or a pipe", str(path))
 
 
+def encode_json(content: Any) -> bytes:
+    """Plain values as JSON in UTF-8, an item a line, letters as they are for whoever reads it.
+
+    Python's half letters, which stand for the bytes of a file's name that is not UTF-8, are written as JSON escapes.
+    """
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
 def write_json(path: Path, content: Any) -> None:
-    """A file of plain values, an item a line, complete or absent."""
-    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+    """A file of plain values, complete or absent."""
+    write_atomic(path, encode_json(content))
 
 
 def check_writable(path: Path, *, folder: bool = False) -> None:

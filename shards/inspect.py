@@ -84,4 +84,4 @@ def _describe_row(reader: ShardReader, manifest: Manifest, number: int, row: dic
     yield f"tokens       {row['token_count']}{cut}: {row['tokens'][: row['token_count']]}"
     yield f"side words   {'yes' if row['side_words'] else 'no'}"
     yield f"group        {row['group']}"
-    yield f"labels       {json.dumps(labels)}"
+    yield f"labels       {json.dumps(labels, ensure_ascii=False)}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
-from shards.atomic import write_atomic
+from shards.atomic import encode_json, write_atomic
 from shards.errors import InputError
 from shards.schema import (
     MANIFEST_NAME,
@@ -38,10 +38,10 @@ _HEX = re.compile(r"[0-9a-f]{32}")
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """JSON, UTF-8, in the order of the dataclass fields, one item a line."""
+    """Its JSON, in the order of the dataclass fields."""
     fields = asdict(manifest)
     del fields["digest"]
-    return (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode()
+    return encode_json(fields)
 
 
 def signed(manifest: Manifest) -> Manifest:

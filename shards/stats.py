@@ -1,7 +1,6 @@
 """`python -m shards stats DIR`: a data set in numbers, as a page of text and as JSON; the films that splits share."""
 
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from shards.atomic import check_writable, write_atomic
+from shards.atomic import check_writable, write_atomic, write_json
 from shards.cli import check_outside, say
 from shards.errors import InputError
 from shards.manifest import read_manifest
@@ -73,7 +72,7 @@ def run(config: StatsConfig) -> None:
     for line in page(stats):
         say(line)
     if config.json is not None:
-        write_atomic(config.json, (json.dumps(asdict(stats), indent=1, ensure_ascii=False) + "\n").encode())
+        write_json(config.json, asdict(stats))
     if config.shared is not None:
         keys = list(_shared_keys(config.root, manifest, tallies))
         write_atomic(config.shared, "".join(f"{key}\n" for key in keys).encode())

@@ -1,5 +1,6 @@
 """Outputs that cannot be: one line and exit code 2, before the work where that is long. By real mounts."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from conftest import REPOSITORY, assert_refused, run_module
 
 from ingest.config import IngestConfig, SourceConfig
-from shards.atomic import check_writable, write_atomic
+from shards.atomic import check_writable, write_atomic, write_json
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from shards.export import ExportConfig
@@ -174,6 +175,14 @@ def test_nothing_said_steers_the_terminal(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit), main_guard("x"):
         raise InputError("no\x1b]0;label\x07")
     assert capsys.readouterr() == ("a\\x1b[2Jb\\x0dc\\x9bd\té\n\n", "x: no\\x1b]0;label\\x07\n")
+
+
+def test_json_keeps_letters_and_whatever_a_file_may_be_called(tmp_path: Path) -> None:
+    content = {"Herzgröße": ["心", Path(os.fsdecode(b"films-\xe4.h5")).name, "\\udce4", None, 1.5]}
+    write_json(tmp_path / "a.json", content)
+    written = (tmp_path / "a.json").read_bytes()
+    assert json.loads(written) == content
+    assert "Herzgröße" in written.decode() and "心" in written.decode() and written.count(b"\n") == 9
 
 
 def test_check_writable_leaves_nothing(tmp_path: Path) -> None:
