@@ -127,16 +127,13 @@ def _draw_chunk(seed: int, chunk: tuple[int, list[int]]) -> tuple[NDArray[np.uin
     start, patients = chunk
     cases = [make_case(seed, start + i, patient) for i, patient in enumerate(patients)]
     films = np.stack([draw_film(case) for case in cases]).astype(np.uint8)
-    return films, [_csv_row(case.index, case.patient_index, *_told(case)) for case in cases]
+    return films, [_csv_row(case) for case in cases]
 
 
-def _told(case: Case) -> tuple[str, list]:
-    report = write_report(case)
-    return report.text, ["" if report.labels[label] is None else report.labels[label] for label in LABELS]
-
-
-def _csv_row(index: int, patient: int, text: str, labels: list) -> list:
-    return [f"phantom/patient{patient:05d}/study{index:06d}/view1_frontal.jpg", text, f"p{patient:05d}", *labels]
+def _csv_row(case: Case) -> list[str | int | None]:
+    report, patient = write_report(case), case.patient_index
+    path = f"phantom/patient{patient:05d}/study{case.index:06d}/view1_frontal.jpg"
+    return [path, report.text, f"p{patient:05d}", *(report.labels[label] for label in LABELS)]  # None is written empty
 
 
 def draw_film(case: Case) -> Array:
@@ -149,10 +146,10 @@ def draw_film(case: Case) -> Array:
 def _develop(density: Array, case: Case) -> Array:
     """Density to grey levels: beam edge, tone curve, blur, noise, marker, padding, rounding."""
     e, field = case.exposure, Field(case.seed, case.index)
-    even = density - np.float32(0.5) * (_coarse(density) - np.float32(0.75))
-    z = (even - np.float32(e.level) + np.float32(0.10) * field.smooth(40, 3)) * np.float32(1.4 * e.gain)
-    grey = np.float32(127.5) * (1 + z / np.sqrt(1 + z * z))
-    grey = gaussian_filter(grey, e.blur, truncate=2.5) + np.float32(e.noise) * field.grain(41)
+    even = density - 0.5 * (_coarse(density) - 0.75)
+    z = (even - e.level + 0.10 * field.smooth(40, 3)) * (1.4 * e.gain)
+    grey = 127.5 * (1 + z / np.sqrt(1 + z * z))
+    grey = gaussian_filter(grey, e.blur, truncate=2.5) + e.noise * field.grain(41)
     if e.marker:
         grey = np.maximum(grey, 235 * _marker(case))
     edge = round(e.collimation * SIZE)

@@ -23,7 +23,7 @@ class Body:
         self.base = self.p.apex + (self.p.base - self.p.apex) * self.e.breath
         self.height = self.base - self.p.apex
         self.down = np.clip((self.y - self.p.apex) / self.height, 0, 1.3)
-        self.lateral = self._lateral_array()
+        self.lateral = self._lateral(np.clip(self.down, 0, 1))
         self.lungs = {side: self._lung(side) for side in ("right", "left")}
         self.heart = self._heart()
 
@@ -31,35 +31,29 @@ class Body:
 
     def lateral_at(self, t: float) -> float:
         """Distance of the lung's lateral border from the midline, `t` of the way from apex to base."""
-        t = min(max(t, 0.0), 1.0)
-        top = math.sqrt(1 - (1 - t) ** 3)
-        return self.p.chest * (top * (1 - 0.35 * self.p.taper) + 0.35 * self.p.taper * t)
+        return float(self._lateral(min(max(t, 0.0), 1.0)))
 
-    def _lateral_array(self) -> Array:
-        t = np.clip(self.down, 0, 1)
+    def _lateral(self, t: Array | float) -> Array:
         rest = 1 - t
         top = np.sqrt(1 - rest * rest * rest)
-        return self.p.chest * (top * np.float32(1 - 0.35 * self.p.taper) + np.float32(0.35 * self.p.taper) * t)
-
-    def _dome_top(self, side: str) -> float:
-        return self.base - self.p.right_higher * (0.5 if side == "right" else -0.5)
+        return self.p.chest * (top * (1 - 0.35 * self.p.taper) + 0.35 * self.p.taper * t)
 
     def _lung(self, side: str) -> Array:
         """Mask of one lung inside the rib cage, the mediastinum's strip left out."""
         across = self.x * sign(side)
-        off = (across - np.float32(0.42 * self.p.chest)) / np.float32(0.58 * self.p.chest)
-        floor = np.float32(self._dome_top(side)) + np.float32(self.p.dome) * off * off
+        off = (across - 0.42 * self.p.chest) / (0.58 * self.p.chest)
+        floor = self.base + sign(side) * 0.5 * self.p.right_higher + self.p.dome * off * off
         inner = np.float32(self.p.mediastinum * 0.75) + sign(side) * np.float32(self.e.turn)
         return (
             step((self.lateral - across) * 45)
             * step((across - inner) * 40)
             * step((floor - self.y) * 40)
-            * step((self.y - np.float32(self.p.apex)) * 50)
+            * step((self.y - self.p.apex) * 50)
         )
 
     def _heart(self) -> Array:
         """Mask of heart and great vessels, 0-1."""
-        p, x = self.p, self.x - np.float32(self.e.turn)
+        p, x = self.p, self.x - self.e.turn
         width = (
             p.chest
             * p.heart
@@ -74,26 +68,26 @@ class Body:
         knob = self._oval(
             x - p.mediastinum * 0.75, self.y - (p.apex + 0.36 * self.height), p.knob * 1.1, p.knob * 1.2, 0.0
         )
-        strip = step((np.float32(p.mediastinum) * (1 + 0.5 * step((self.y + 0.25) * 4)) - np.abs(x)) * 28)
-        return np.maximum.reduce([left, right, knob, strip * step((np.float32(floor + 0.3) - self.y) * 20)])
+        strip = step((p.mediastinum * (1 + 0.5 * step((self.y + 0.25) * 4)) - np.abs(x)) * 28)
+        return np.maximum.reduce([left, right, knob, strip * step((floor + 0.3 - self.y) * 20)])
 
     @staticmethod
     def _oval(x: Array, y: Array, rx: float, ry: float, lean: float) -> Array:
-        u = (x - np.float32(lean * 0.5) * y) / np.float32(rx)
-        v = (y + np.float32(lean * 0.25) * x) / np.float32(ry)
-        return step((1 - np.sqrt(u * u + v * v)) * np.float32(18 * rx))
+        u = (x - lean * 0.5 * y) / rx
+        v = (y + lean * 0.25 * x) / ry
+        return step((1 - np.sqrt(u * u + v * v)) * (18 * rx))
 
     def room(self) -> Array:
         """Where air can be replaced."""
-        return (self.lungs["right"] + self.lungs["left"]) * (1 - np.float32(0.8) * self.heart)
+        return (self.lungs["right"] + self.lungs["left"]) * (1 - 0.8 * self.heart)
 
     def expanded(self) -> Array:
         """Mask: 0 where the pneumothorax has displaced the lung, 1 elsewhere."""
         assert self.f.pneumothorax is not None
         depth, side = self.f.pneumothorax.depth, self.f.pneumothorax.side
-        t = np.clip(self.down - np.float32(0.22 * depth), 0, 1)
+        t = np.clip(self.down - 0.22 * depth, 0, 1)
         rest = 1 - t
-        edge = self.lateral * (1 - np.float32(depth) * (1 - np.float32(0.75) * t)) * np.sqrt(1 - rest**4)
+        edge = self.lateral * (1 - depth * (1 - 0.75 * t)) * np.sqrt(1 - rest**4)
         return 1 - step((self.x * sign(side) - edge) * 48) * (self.lungs[side] > 0.05)
 
     # Tissue
@@ -102,28 +96,22 @@ class Body:
         """Chest wall, mediastinum, abdomen and air."""
         p, ax = self.p, np.abs(self.x)
         wide = np.float32(p.chest + 0.10 + 0.13 * p.soft)
-        half = (
-            np.float32(0.26)
-            + (wide - np.float32(0.26)) * step((self.y + np.float32(0.84)) * 6)
-            + np.float32(0.12) * np.clip(self.y, 0, 1)
-        )
+        half = 0.26 + (wide - 0.26) * step((self.y + 0.84) * 6) + 0.12 * np.clip(self.y, 0, 1)
         wall = np.sqrt(np.clip(1 - (ax / half) * (ax / half), 0, 1))
-        density = np.float32(0.42 * p.soft) * np.sqrt(wall) + np.float32(0.52) * step((half - ax) * 9)
-        density += np.float32(0.10) * self.field.smooth(1, 5) * wall + np.float32(0.03) * self.field.smooth(2, 24)
+        density = 0.42 * p.soft * np.sqrt(wall) + 0.52 * step((half - ax) * 9)
+        density += 0.10 * self.field.smooth(1, 5) * wall + 0.03 * self.field.smooth(2, 24)
         density -= self._air()
-        density += np.float32(0.10) * self.heart + self._abdomen() + self._arms(ax, half)
+        density += 0.10 * self.heart + self._abdomen() + self._arms(ax, half)
         return density + self._breasts()
 
     def _air(self) -> Array:
         """What the lungs take away, with trachea; vessels are left standing in it."""
-        open_lung = 1 - np.float32(0.86) * self.heart
+        open_lung = 1 - 0.86 * self.heart
         lungs = self.lungs["right"] + self.lungs["left"]
-        depth = np.float32(0.44) + np.float32(0.10) * bump(((self.down - 0.55) * 1.1) ** 2)
+        depth = 0.44 + 0.10 * bump(((self.down - 0.55) * 1.1) ** 2)
         air = lungs * open_lung * depth
-        trachea = bump(((self.x - np.float32(self.e.turn * 0.6)) * 19) ** 2) * step(
-            (np.float32(self.p.apex + 0.42) - self.y) * 8
-        )
-        return air + np.float32(0.13) * trachea - lungs * open_lung * self._vessels()
+        trachea = bump(((self.x - self.e.turn * 0.6) * 19) ** 2) * step((self.p.apex + 0.42 - self.y) * 8)
+        return air + 0.13 * trachea - lungs * open_lung * self._vessels()
 
     def _vessels(self) -> Array:
         """Branching vessels from both hila; more and thicker with edema, none outside a collapsed lung."""
@@ -134,12 +122,12 @@ class Body:
                 self._branch(lines, s, hilum, self.hand.between(-1.3, 1.45), self.hand.between(0.18, 0.42))
         hila = sum(
             bump(
-                ((self.x - sign(s) * np.float32(0.06 + self.p.mediastinum)) * 9) ** 2
-                + ((self.y - np.float32(self.p.apex + 0.5 * self.height)) * 6.5) ** 2
+                ((self.x - sign(s) * (0.06 + self.p.mediastinum)) * 9) ** 2
+                + ((self.y - (self.p.apex + 0.5 * self.height)) * 6.5) ** 2
             )
             for s in ("right", "left")
         )
-        layer = lines.layer(0.7 + 0.5 * self.f.edema) * np.float32(0.22 + 0.12 * self.f.edema) + np.float32(0.16) * hila
+        layer = lines.layer(0.7 + 0.5 * self.f.edema) * (0.22 + 0.12 * self.f.edema) + 0.16 * hila
         return layer * self.expanded() if self.f.pneumothorax else layer
 
     def _branch(self, lines: Lines, s: int, start: Point, angle: float, length: float) -> None:
@@ -152,26 +140,22 @@ class Body:
 
     def _abdomen(self) -> Array:
         """Liver and spleen are thick; a gas bubble lies under the left dome."""
-        below = step((self.y - np.float32(self.base + 0.06)) * 6)
-        gas = ((self.x - 0.26) * 5) ** 2 + ((self.y - np.float32(self.base + 0.16)) * 8) ** 2
-        return np.float32(0.12) * below - np.float32(0.16) * bump(gas) * below
+        below = step((self.y - (self.base + 0.06)) * 6)
+        gas = ((self.x - 0.26) * 5) ** 2 + ((self.y - (self.base + 0.16)) * 8) ** 2
+        return 0.12 * below - 0.16 * bump(gas) * below
 
     def _arms(self, ax: Array, half: Array) -> Array:
         if not self.p.arms:
             return np.zeros_like(ax)
-        arm = (ax - half - np.float32(0.16)) * 7
-        return np.float32(0.5) * np.sqrt(np.clip(1 - arm * arm, 0, 1)) * step((self.y + np.float32(0.45)) * 8)
+        arm = (ax - half - 0.16) * 7
+        return 0.5 * np.sqrt(np.clip(1 - arm * arm, 0, 1)) * step((self.y + 0.45) * 8)
 
     def _breasts(self) -> Array:
         if not self.p.breast:
             return np.zeros_like(self.x)
-        u = (np.abs(self.x) - np.float32(0.62 * self.p.chest)) * np.float32(3.2)
-        v = (self.y - np.float32(self.base - 0.08)) * np.float32(3.4)
-        return (
-            np.float32(self.p.breast)
-            * step((1 - np.sqrt(u * u + v * v)) * 5)
-            * (1 - np.float32(0.5) * np.clip(-v, 0, 1))
-        )
+        u = (np.abs(self.x) - 0.62 * self.p.chest) * 3.2
+        v = (self.y - (self.base - 0.08)) * 3.4
+        return self.p.breast * step((1 - np.sqrt(u * u + v * v)) * 5) * (1 - 0.5 * np.clip(-v, 0, 1))
 
     # Bones
 
@@ -184,10 +168,8 @@ class Body:
             self._shoulder(ribs, side)
         for number in range(13):
             self._vertebra(spine, self.p.apex - 0.22 + number * 0.125)
-        layer = np.float32(0.13) * ribs.layer(0.8) * (
-            1 - np.float32(0.75) * step((self.y - np.float32(self.base + 0.04)) * 7)
-        ) + np.float32(0.22) * spine.layer(2.2)
-        return np.float32(self.p.bone) * layer
+        layer = 0.13 * ribs.layer(0.8) * (1 - 0.75 * step((self.y - (self.base + 0.04)) * 7)) + 0.22 * spine.layer(2.2)
+        return self.p.bone * layer
 
     def _rib(self, lines: Lines, side: int, top: float) -> None:
         """A posterior rib with brighter edges, and the fainter anterior one that crosses it."""

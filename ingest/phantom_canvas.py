@@ -1,8 +1,8 @@
 """How the phantom's films are taken and drawn: random numbers and noise from counters, exposure, smooth masks, lines.
 
-Only sums, products and square roots of float32 are used on pixels (no exp, no pow), so that a film is the same on every
-CPU, whatever vector units NumPy finds there. Arrays are (320, 320) float32 unless said otherwise; lengths are half film
-widths in the patient's frame (phantom_case).
+Only sums, products and square roots of float32 are used on pixels (no exp, no power but the square), so that a film is
+the same on every CPU, whatever vector units NumPy finds there. Arrays are (320, 320) float32 unless said otherwise, and
+Python's numbers become float32 beside them; lengths are half film widths in the patient's frame (phantom_case).
 """
 
 import math
@@ -24,7 +24,8 @@ SIZE = 320
 _FINE = 2  # lines are drawn at twice the resolution and averaged
 
 Item = TypeVar("Item")
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
+"""float32; NumPy's stubs take the quotient by one of Python's numbers for float64."""
 Point = tuple[float, float]
 Points = list[Point]
 
@@ -115,7 +116,7 @@ def sign(side: str) -> int:
 
 def step(z: Array) -> Array:
     """Smooth step from 0 at z = -1 to 1 at z = 1."""
-    t = np.clip(z * np.float32(0.5) + np.float32(0.5), 0, 1)
+    t = np.clip(z * 0.5 + 0.5, 0, 1)
     return t * t * (3 - 2 * t)
 
 
@@ -140,11 +141,11 @@ class Field:
         """Independent pixels, near Gaussian (a sum of four uniforms), standard deviation 1."""
         words = hash64(*self._key, purpose, np.arange(SIZE * SIZE)).view(np.uint16).reshape(SIZE, SIZE, 4)
         total = words[..., 0].astype(np.float32) + words[..., 1] + words[..., 2] + words[..., 3]
-        return (total - np.float32(131070.0)) * np.float32(1 / 37837.2)
+        return (total - 131070.0) * (1 / 37837.2)
 
 
 def _signed(hashes: NDArray[np.uint64]) -> Array:
-    return (hashes >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
+    return (hashes >> np.uint64(40)).astype(np.float32) * 2.0**-23 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +156,10 @@ class Frame:
 
     def grids(self) -> tuple[Array, Array]:
         """The patient's x and y at each pixel."""
-        axis = ((np.arange(SIZE, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / SIZE)) - np.float32(1)
+        axis = (np.arange(SIZE, dtype=np.float32) + 0.5) * (2 / SIZE) - 1
         e, cos, sin = self.exposure, math.cos(self.exposure.roll), math.sin(self.exposure.roll)
         x, y = (axis[None, :] - e.shift[0]) / e.zoom, (axis[:, None] - e.shift[1]) / e.zoom
-        return (cos * x + sin * y).astype(np.float32), (cos * y - sin * x).astype(np.float32)
+        return cos * x + sin * y, cos * y - sin * x
 
     def pixels(self, points: Iterable[Point]) -> Points:
         """Patient points as (column, row) on the fine canvas."""
@@ -191,7 +192,7 @@ class Lines:
 
     def layer(self, blur: float = 0.0) -> Array:
         """The layer as an array, blurred by `blur` film pixels."""
-        small = np.asarray(self._image.reduce(_FINE), dtype=np.float32) * np.float32(1 / 255)
+        small = np.asarray(self._image.reduce(_FINE), dtype=np.float32) * (1 / 255)
         return gaussian_filter(small, blur, truncate=2.5) if blur else small
 
 

@@ -22,11 +22,11 @@ PREVALENCE = {
     "Pneumothorax": 0.26,
     "Support Devices": 0.45,
 }
-"""How often a finding is present in films that are not wholly normal; spelled and sorted as CheXpert's columns."""
+"""How often a finding is present in films that are not drawn as normal; spelled as CheXpert's columns."""
 LABELS = tuple(PREVALENCE)
 
 NORMAL_RATE = 0.18
-"""Share of films without any finding."""
+"""Share of films drawn as normal; one in fifteen of the others comes out without a finding too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class Patient:
     taper: float
     """0: barrel-shaped lungs, 1: narrow at the top."""
     heart: float
-    """Half width of a healthy heart relative to `chest`, 0.40-0.50."""
+    """Half width of a healthy heart relative to `chest`, 0.38-0.47."""
     tilt: float
     """How far the heart leans to the left, 0-1."""
     knob: float
@@ -231,5 +231,5 @@ def _devices(draw: Draw, drained: str | None) -> tuple[Device, ...]:
 
 def _device(draw: Draw, kind: str, drained: str | None) -> Device:
     usual = "right" if draw.chance(0.7) else "left"
-    side = drained if kind == "drain" and drained else ("left" if kind == "pacemaker" and usual == "right" else usual)
+    side = {"drain": drained, "pacemaker": "left"}.get(kind) or usual
     return Device(kind=kind, side=side, wobble=draw.bell(0.5))

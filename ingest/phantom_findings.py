@@ -20,7 +20,7 @@ def lung_findings(body: Body) -> Array:
     for number, _ in enumerate(body.f.opacities):
         density = np.maximum(density, _opacity(body, number))
     fluid = _fluid(body)
-    density = density * (1 - fluid) + np.float32(0.54) * fluid
+    density = density * (1 - fluid) + 0.54 * fluid
     return density + _free_air(body) if body.f.pneumothorax else density
 
 
@@ -30,36 +30,32 @@ def _opacity(body: Body, number: int) -> Array:
     y = body.p.apex + body.height * (0.05 + 0.90 * o.down)
     x = sign(o.side) * (0.12 + (body.lateral_at(0.05 + 0.90 * o.down) - 0.12) * o.across)
     rough = body.field.smooth(10 + 3 * number, 12)
-    r2 = (((body.x - np.float32(x)) ** 2) * np.float32(1.25) + (body.y - np.float32(y)) ** 2) * np.float32(
-        1 / (o.size * o.size)
-    )
-    patch = step((1 - r2 + np.float32(0.9) * rough) * np.float32(1.1))
-    broken = 1 + np.float32(0.2 + 0.6 * o.grain) * body.field.smooth(11 + 3 * number, 34)
-    return (
-        np.float32(0.55 * o.strength) * patch * np.clip(broken, 0, 2) * body.room() * step(body.x * sign(o.side) * 30)
-    )
+    r2 = (((body.x - x) ** 2) * 1.25 + (body.y - y) ** 2) * (1 / (o.size * o.size))
+    patch = step((1 - r2 + 0.9 * rough) * 1.1)
+    broken = 1 + (0.2 + 0.6 * o.grain) * body.field.smooth(11 + 3 * number, 34)
+    return 0.55 * o.strength * patch * np.clip(broken, 0, 2) * body.room() * step(body.x * sign(o.side) * 30)
 
 
 def _edema(body: Body) -> Array:
     """Haze around both hila with fine reticular lines and fluid-lined septa at the bases."""
     if not body.f.edema:
         return np.zeros_like(body.x)
-    u = (np.abs(body.x) - np.float32(0.5 * body.p.chest)) / np.float32(0.62 * body.p.chest)
-    v = (body.down - np.float32(0.62)) * np.float32(1.7)
-    haze = bump((u * u + v * v) * np.float32(0.8))
+    u = (np.abs(body.x) - 0.5 * body.p.chest) / (0.62 * body.p.chest)
+    v = (body.down - 0.62) * 1.7
+    haze = bump((u * u + v * v) * 0.8)
     net = np.abs(body.field.smooth(20, 46)) + np.abs(body.field.smooth(21, 70))
-    return np.float32(body.f.edema) * body.room() * haze * (np.float32(0.10) + np.float32(0.20) * net)
+    return body.f.edema * body.room() * haze * (0.10 + 0.20 * net)
 
 
 def _fluid(body: Body) -> Array:
     """Share of the beam's air that fluid replaces, 0-1, with the meniscus that climbs the lateral wall."""
     total = np.zeros_like(body.x)
     for effusion in body.f.effusions:
-        across = np.clip(body.x * sign(effusion.side) / np.maximum(body.lateral, np.float32(0.1)), 0, 1.2)
+        across = np.clip(body.x * sign(effusion.side) / np.maximum(body.lateral, 0.1), 0, 1.2)
         surface = body.base + body.p.dome * 0.9 - 0.10 - 0.58 * effusion.amount
-        top = surface + np.float32(0.16) * (1 - across * across) + np.float32(0.02) * body.field.smooth(30, 9)
-        total = np.maximum(total, step((body.y - top) * np.float32(12)) * (body.lungs[effusion.side]))
-    return total * (1 - np.float32(0.8) * body.heart)
+        top = surface + 0.16 * (1 - across * across) + 0.02 * body.field.smooth(30, 9)
+        total = np.maximum(total, step((body.y - top) * 12) * body.lungs[effusion.side])
+    return total * (1 - 0.8 * body.heart)
 
 
 def _free_air(body: Body) -> Array:
@@ -67,7 +63,7 @@ def _free_air(body: Body) -> Array:
     inside = body.expanded()
     assert body.f.pneumothorax is not None
     line = 4 * inside * (1 - inside) * body.lungs[body.f.pneumothorax.side]
-    return np.float32(0.45) * line - np.float32(0.22) * (1 - inside) * body.room()
+    return 0.45 * line - 0.22 * (1 - inside) * body.room()
 
 
 def devices(body: Body) -> Array:
@@ -77,7 +73,7 @@ def devices(body: Body) -> Array:
     lines = Lines(body.frame)
     for device in body.f.devices:
         _DEVICES[device.kind](lines, body, device)
-    return np.float32(0.75) * lines.layer(0.4)
+    return 0.75 * lines.layer(0.4)
 
 
 def _ett(lines: Lines, body: Body, device: Device) -> None:
