@@ -36,8 +36,10 @@ from shards.processes import Processes
 PROG = "python -m ingest.phantom"
 DATASET = "cxr"
 COLUMNS = ("Path", "impression", "patient", *LABELS)
-VERSION = 1
-"""Grows whenever the same seed would draw other films or reports."""
+VERSION = 2
+"""Grows whenever the same seed would draw other films or reports. In 1 a pixel of 77 million was another grey level on
+another kind of CPU.
+"""
 
 _ROW_BYTES = SIZE * SIZE * 4
 _CHUNK = 16

@@ -87,7 +87,7 @@ class Body:
         depth, side = self.f.pneumothorax.depth, self.f.pneumothorax.side
         t = np.clip(self.down - 0.22 * depth, 0, 1)
         rest = 1 - t
-        edge = self.lateral * (1 - depth * (1 - 0.75 * t)) * np.sqrt(1 - rest**4)
+        edge = self.lateral * (1 - depth * (1 - 0.75 * t)) * np.sqrt(1 - rest * rest * rest * rest)
         return 1 - step((self.x * sign(side) - edge) * 48) * (self.lungs[side] > 0.05)
 
     # Tissue

@@ -3,13 +3,16 @@
 import csv
 import errno
 import hashlib
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import h5py
 import numpy as np
 import pytest
-from conftest import assert_refused, run_module
+from conftest import REPOSITORY, assert_refused, run_module
 
 from ingest import phantom
 from ingest.phantom import COLUMNS, PhantomConfig, draw_film, make_phantom
@@ -30,6 +33,42 @@ def test_golden_films_and_reports():
     texts = "\n".join(f"{write_report(case).text} {write_report(case).labels}" for case in CASES)
     assert digest(films.tobytes()) == "d38f031ea51ba0ea"
     assert digest(texts.encode()) == "5635c5290e017723"
+
+
+_DENSITY = """
+import hashlib
+from dataclasses import replace
+from ingest.phantom_body import Body
+from ingest.phantom_case import Device, Effusion, Findings, Opacity, Pneumothorax, make_case
+from ingest.phantom_findings import devices, lung_findings
+
+for index in range(4):
+    case = make_case(7, index, index)
+    findings = Findings(
+        opacities=(Opacity(side="left", across=0.6, down=0.5, size=0.2, strength=0.9, grain=0.5),),
+        effusions=(Effusion(side="left", amount=0.6),),
+        pneumothorax=Pneumothorax(side="right", depth=0.4),
+        heart=0.5,
+        edema=0.8,
+        devices=(Device(kind="picc", side="right", wobble=0.3),),
+    )
+    body = Body(replace(case, findings=findings))
+    density = body.tissue() + body.bones() + lung_findings(body) + devices(body)
+    print(density.dtype, hashlib.sha256(density.tobytes()).hexdigest())
+"""
+
+
+def test_same_films_whatever_vector_units_numpy_finds():
+    """Before they are rounded to grey levels. NumPy knows its units by other names since 2.4."""
+    without = {"NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX2 FMA3 AVX512F AVX512CD AVX512_SKX"}
+    plain, plainer = (
+        subprocess.run(
+            [sys.executable, "-c", _DENSITY], cwd=REPOSITORY, env=os.environ | env, capture_output=True, text=True
+        )
+        for env in ({}, without)
+    )
+    assert plain.stdout.count("float32") == 4, plain.stderr
+    assert plain.stdout == plainer.stdout
 
 
 def test_same_bytes_whatever_the_workers(tmp_path):
