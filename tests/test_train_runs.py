@@ -247,6 +247,7 @@ def test_mistakes_are_one_line(
     )
     assert not (alone / "forced.txt").exists(), "refused, and yet noted"
     assert "is a data set's folder" in refused(capsys, *shards, "--out", str(shards_dir), "--resume", "auto")
+    assert "lies in the data set" in refused(capsys, *shards, "--out", str(shards_dir / "run"))
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").touch()
     assert "cannot write" in refused(capsys, *shards, "--out", str(tmp_path / "file" / "run"))
@@ -272,6 +273,22 @@ def test_a_shard_damaged_after_ingest_is_named(
     tar.write_bytes(content)
     line = refused(capsys, "--shards", str(damaged), "--out", str(tmp_path / "run"), "--validate-every", "0")
     assert "train-000001" in line and "damaged" in line
+
+
+@pytest.mark.parametrize("name", ["train-000002.tar", "train-000001.parquet", "val-000000.tar"])
+def test_half_a_copy_of_a_set_is_refused_before_the_first_step(
+    name: str, shards_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = Path(shutil.copytree(shards_dir, tmp_path / "set"))
+    os.truncate(half / name, 1000)
+    arguments = ("--out", str(tmp_path / "run"))
+    assert f"{name} has 1,000 bytes" in refused(capsys, "--shards", str(half), *arguments)
+    (half / name).unlink()
+    assert f"cannot read {name}" in refused(capsys, "--shards", str(half), *arguments)
+    more = ("--data.more-shards", str(half), "--validate-every", "0")
+    if name.startswith("train"):
+        assert f"cannot read {name}" in refused(capsys, "--shards", str(shards_dir), *arguments, *more)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mistake_on_two_ranks_is_said_once(shards_dir: Path, tmp_path: Path) -> None:

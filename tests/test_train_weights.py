@@ -455,6 +455,8 @@ def test_names_of_the_hub() -> None:
     for wrong in ("hub:a/b", "hub:a//c", "hub:a/b/c/d", "hub:../b/c"):
         with pytest.raises(InputError, match="hub:ORG/REPO/FILE"):
             parse_hub(wrong)
+    with pytest.raises(InputError, match="--text-weights gone is not there; name"):
+        find_weights("gone", option="--text-weights", preset="tiny")
     assert [str(file) for file in files_of("cxr-dinov3-clip")] == [
         "hub:timm/vit_base_patch16_dinov3.lvd1689m/model.safetensors",
         "hub:timm/vit_base_patch32_clip_224.openai/open_clip_model.safetensors",

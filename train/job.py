@@ -1,16 +1,20 @@
 """A run before it runs: everything that a config asks for, built and checked. Nothing here talks to other ranks."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.batch import World
 from pipeline.loader import Loader, build_loader, make_layout
+from shards.cli import check_outside
 from shards.errors import InputError
 from shards.lock import Lease
 from shards.manifest import read_manifest
+from shards.reader import check_file
 from shards.schema import MANIFEST_NAME, Manifest
 from train.config import TrainConfig, loader_config
 from train.device import Precision, choose_device, choose_precision, pin_threads
@@ -84,6 +88,10 @@ def build_setting(config: TrainConfig, ranks: Ranks) -> Setting:
     pin_threads(config.threads, ranks)
     check_parts(config.batch_size, ranks.size, config.accumulate)
     manifest = read_manifest(config.shards)
+    for root in (config.shards, *config.data.more_shards):
+        check_outside(config.out, root, "--out")
+        if ranks.first:  # once is enough of a question to a file system
+            _check_files(root, ("train", "val") if config.validate_every else ("train",))
     if config.validate_every and not manifest.rows("val"):
         raise InputError(
             f"{config.shards} has no val split to validate on; ingest with --val-fraction, or add --validate-every 0"
@@ -98,6 +106,14 @@ def build_setting(config: TrainConfig, ranks: Ranks) -> Setting:
         precision=precision,
         fingerprint=fingerprint(config, manifest, ranks, precision),
     )
+
+
+def _check_files(root: Path, splits: Sequence[str]) -> None:
+    """InputError for a shard that is missing or cut short, as half a copy is: the loader would find it hours later."""
+    manifest = read_manifest(root)
+    for info in (info for split in splits for info in manifest.splits.get(split, ())):
+        for kind in ("tar", "idx", "parquet"):
+            check_file(root / f"{info.name}.{kind}", getattr(info, kind))
 
 
 def build_job(setting: Setting, checkpoint: dict[str, Any] | None, lease: Lease | None) -> Job:

@@ -138,7 +138,9 @@ class Loop:
 
         def say_why() -> None:
             if failure is not None:
-                raise InputError(f"{failure} (stopped after step {self.progress.step}, which is saved)")
+                step = self.progress.step
+                told = f"stopped after step {step}, which is saved" if step else "before the first step"
+                raise InputError(f"{failure} ({told})")
 
         together(self._ranks, "train.main", say_why)
         raise AssertionError("unreachable")

@@ -70,6 +70,10 @@ def find_weights(source: str, *, option: str, preset: str) -> Path:
     """The file that a --vision-weights or --text-weights means. InputError says where it was looked for."""
     file = parse_hub(source)
     if file is None:
+        if not Path(source).exists():
+            raise InputError(
+                f"{option} {source} is not there; name a weight file, a run's folder, or hub:ORG/REPO/FILE"
+            )
         return _in_folder(Path(source), option) if Path(source).is_dir() else Path(source)
     found = file.cached()
     if found is None:
