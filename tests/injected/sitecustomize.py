@@ -1,7 +1,8 @@
 """Put first on PYTHONPATH by a test: counts the durable steps of a whole process tree and breaks it at the Nth.
 
 SHARDCLIP_FAULT=KIND:N with KIND kill (the process group dies as in a power cut), enospc or eio (that one call fails);
-SHARDCLIP_COUNT names a file that gains a byte at each fsync or rename of any process. SHARDCLIP_CLOCK=SECONDS sets the
+SHARDCLIP_COUNT names a file that gains a byte at each fsync or rename of any process. With hold:NAME whoever would
+give a file a name that ends so makes the file SHARDCLIP_COUNT and waits to be killed. SHARDCLIP_CLOCK=SECONDS sets the
 clock that Python sees.
 """
 
@@ -34,7 +35,20 @@ def _counted(function):
     return call
 
 
-if _count:
+def _held(function):
+    def call(old, new, **named):
+        if os.fspath(new).endswith(_number):
+            os.close(os.open(_count, os.O_WRONLY | os.O_CREAT))
+            while True:
+                time.sleep(60)
+        return function(old, new, **named)
+
+    return call
+
+
+if _kind == "hold":
+    os.replace = _held(os.replace)
+elif _count:
     os.fsync = _counted(os.fsync)
     os.replace = _counted(os.replace)
 

@@ -7,7 +7,8 @@ One JSON object a line in, one out.
 
 `fault` counts what rank 0 does to its files (pieces of a checkpoint, fsync, rename, link, unlink) and its validation
 batches. `clock: true` has the clock jump by a day with every look at it. `raise: [1, 5]` raises on rank 1 in step 5,
-`sleep: [1, 5, 2.5]` sleeps there (rank -1: on all; step -1: in every step). `slow_save: 0.3` draws out every save.
+`sleep: [1, 5, 2.5]` sleeps there (rank -1: on all; step -1: in every step), `hold: [1, 5, PATH]` waits there until the
+file is there, and `slow_save: PATH` has every save wait for it.
 """
 
 import gc
@@ -48,17 +49,23 @@ def fault(command: dict) -> None:
         train.objective._embed_batch = counted(train.objective._embed_batch)
     if command.get("slow_save"):
         write = train.checkpoint.write_stream
-        train.checkpoint.write_stream = lambda *what: (time.sleep(command["slow_save"]), write(*what))
+        train.checkpoint.write_stream = lambda *what: (until(command["slow_save"]), write(*what))
     if command.get("clock"):
         now, jumps = time.time, itertools.cycle((0, 86400, -86400))
         time.time = lambda: now() + next(jumps)
         time.time_ns = lambda: int(time.time() * 1e9)
 
 
+def until(path: str) -> None:
+    """Return when a file is there."""
+    while not os.path.exists(path):
+        time.sleep(0.01)
+
+
 def trouble(command: dict, rank: int) -> None:
     """In the fork: break a step."""
-    kind = "raise" if "raise" in command else "sleep"
-    which, when, *seconds = command.get(kind, (None, None))
+    kind = next((each for each in ("raise", "hold") if each in command), "sleep")
+    which, when, *more = command.get(kind, (None, None))
     if which not in (rank, -1):
         return
     digest, steps = train.loop.digest_batch, itertools.count(1)
@@ -67,7 +74,7 @@ def trouble(command: dict, rank: int) -> None:
         if next(steps) == when or when == -1:
             if kind == "raise":
                 raise RuntimeError("made to fail")
-            time.sleep(seconds[0])
+            (until if kind == "hold" else time.sleep)(*more)
         return digest(*arguments)
 
     train.loop.digest_batch = broken
