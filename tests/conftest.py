@@ -30,8 +30,8 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
         signal.signal(_number, _handler)
 
 
-# A property that takes 0.2 s on a busy machine is no less true.
-hypothesis.settings.register_profile("untimed", deadline=None)
+# A property that takes 0.2 s on a busy machine, or examples that take seconds to draw, are no less true.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
 
 
@@ -43,7 +43,7 @@ def real_data() -> Path:
     return REAL_DATA
 
 
-def run_module(*arguments: str | Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_module(*arguments: str | Path, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m ARGUMENTS` as a user would and return what it printed."""
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
@@ -53,6 +53,14 @@ def run_module(*arguments: str | Path, timeout: float = 120, **environment: str)
         text=True,
         timeout=timeout,
     )
+
+
+def state(pid: int) -> str:
+    """R, S, Z (dead, not waited for) ...; empty where there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:

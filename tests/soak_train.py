@@ -26,7 +26,9 @@ from torch import Tensor
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
-from train.checkpoint import read_checkpoint  # noqa: E402  (it is run as a script)
+from conftest import state  # noqa: E402  (it is run as a script)
+
+from train.checkpoint import read_checkpoint  # noqa: E402
 
 SERVER = Path(__file__).parent / "injected" / "train_server.py"
 COLUMNS = ("loss", "val_loss", "order_digest", "logit_scale", "grad_norm", "lr", "bad_samples", "skipped_steps")
@@ -75,7 +77,7 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(600)
 
     def _ask(self, command: dict) -> dict:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -150,8 +152,8 @@ class Life:
         if self.agent is None:
             return self._server.wait(self._pids)
         orphans = self.ranks()
-        _, errors = self.agent.communicate(timeout=300)
-        deadline = time.monotonic() + 60
+        _, errors = self.agent.communicate(timeout=600)
+        deadline = time.monotonic() + 300
         while any(state(pid) for pid in orphans) and time.monotonic() < deadline:
             time.sleep(0.05)
         return [self.agent.returncode], errors
@@ -163,14 +165,6 @@ def children(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
-
-
-def state(pid: int) -> str:
-    """R, S, Z (dead, not waited for) ...; empty where there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
 
 
 def last_step(out: Path) -> int:

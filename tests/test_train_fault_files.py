@@ -238,15 +238,16 @@ def unlike(run: Path, whole: Path) -> list[str]:
     ]
 
 
-def test_a_full_disk(small_disk: tuple[Server, Path, Path], shards_dir: Path, whole: Path) -> None:
+def test_a_full_disk(small_disk: tuple[Server, Path, Path], shards_dir: Path, whole: Path, tmp_path: Path) -> None:
     """Training goes on for as many saves as may fail, then ends; what was there is whole, and goes on with room."""
     server, folder, seen = small_disk
     command = arguments(shards_dir, folder / "full", *STEPS, "--save-retries", "1")
-    life = Life(server, command, 1, real=False, sleep=[0, -1, 0.3])
+    life = Life(server, command, 1, real=False, hold=[0, 4, str(tmp_path / "go")])
     wait_for_step(seen / "full", 3, life.running)
     while not list_checkpoints(seen / "full" / "checkpoints"):
         assert life.running()
     fill(seen)
+    (tmp_path / "go").touch()
     codes, errors = life.join()
     assert codes == [2] and "Traceback" not in errors, errors
     assert errors.count("cannot write the checkpoint") == 2 and "No space left on device" in errors
@@ -262,17 +263,20 @@ def test_a_full_disk(small_disk: tuple[Server, Path, Path], shards_dir: Path, wh
     shutil.rmtree(seen / "full")
 
 
-def test_a_disk_that_turns_read_only(small_disk: tuple[Server, Path, Path], shards_dir: Path, whole: Path) -> None:
+def test_a_disk_that_turns_read_only(
+    small_disk: tuple[Server, Path, Path], shards_dir: Path, whole: Path, tmp_path: Path
+) -> None:
     server, folder, seen = small_disk
     inside = ["nsenter", "-t", str(server.pid), "-U", "-m", "--preserve-credentials", "sh", "-c"]
     out, checkpoints = seen / "ro", folder / "ro" / "checkpoints"
     command = arguments(shards_dir, folder / "ro", *STEPS, "--save-retries", "0")
-    life = Life(server, command, 1, real=False, sleep=[0, -1, 0.15])
+    life = Life(server, command, 1, real=False, hold=[0, 4, str(tmp_path / "go")])
     wait_for_step(out, 3, life.running)
     while not list_checkpoints(out / "checkpoints"):
         assert life.running()
     freeze = f"mount --bind {checkpoints} {checkpoints} && mount -o remount,bind,ro {checkpoints}"
     subprocess.run([*inside, freeze], check=True)
+    (tmp_path / "go").touch()
     codes, errors = life.join()
     assert codes == [2] and "Read-only file system" in errors and "Traceback" not in errors, errors
     codes, errors = server.run(command)

@@ -11,15 +11,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
-from soak_train import SMALL, Life, Server, arguments, differing, outcome, soak_once, state
+from conftest import REPOSITORY, state
+from soak_train import SMALL, Life, Server, arguments, differing, outcome, soak_once
 
 from shards import lock
 from shards.errors import InputError
@@ -130,7 +129,7 @@ def test_killed_at_a_system_call(
             time.sleep(0.01)
         go.touch()
         codes, errors = server.wait(pids)
-        _, complaints = tracer.communicate(timeout=60)
+        _, complaints = tracer.communicate(timeout=600)
         if "not permitted" in complaints:
             pytest.skip("strace may not attach to processes here")
         assert codes in ([-signal.SIGKILL], [0]), errors
@@ -238,7 +237,7 @@ def test_a_dead_rank_ends_the_others(server: Server, shards_dir: Path, tmp_path:
     begin = time.monotonic()
     life.send([life.ranks()[rank]], signal.SIGKILL)
     codes, errors = life.join()
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 600
     assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1, errors
     assert errors.count("another rank ended, so this one stops") == 1 and "Traceback" not in errors
 
@@ -253,7 +252,7 @@ def test_a_hung_rank_ends_the_others(server: Server, shards_dir: Path, tmp_path:
     begin = time.monotonic()
     os.kill(stopped, signal.SIGSTOP)
     while state(other) not in ("Z", ""):
-        assert time.monotonic() - begin < 60
+        assert time.monotonic() - begin < 600
         time.sleep(0.02)
     assert time.monotonic() - begin >= 3.5
     os.kill(stopped, signal.SIGKILL)
@@ -279,7 +278,7 @@ class Store:
 Watch(Ranks(rank=1, size=2), 0.4, Store()).start()
 time.sleep(60)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and done.stderr.startswith("train.main: no sign of life from rank 0"), done.stderr
 
 
@@ -349,35 +348,44 @@ def test_a_run_that_was_stopped_and_replaced_writes_nothing_more(
 
 def test_a_dead_holder_elsewhere_is_replaced_after_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its clock may be a day off: what counts is that its heartbeat stands still while we look."""
-    monkeypatch.setattr(lock, "DEAD_AFTER_S", 0.4)
     path = tmp_path / NAME
     path.write_text(json.dumps({"host": "another-node", "boot": "x", "pid": 1}))
     os.utime(path, (time.time() + 86400,) * 2)
-    begin = time.monotonic()
-    with leased(tmp_path, wait_s=5) as lease:
-        assert time.monotonic() - begin >= 0.4 and lease.mine()
+    clock = Clock(lambda: None)
+    monkeypatch.setattr(lock, "time", clock)
+    with leased(tmp_path, wait_s=90) as lease:
+        assert 60 <= clock.now < 62 and lease.mine()
     assert not path.exists()
 
 
+class Clock:
+    """Goes on only when somebody sleeps."""
+
+    def __init__(self, meanwhile: Callable[[], None]) -> None:
+        self.now, self._meanwhile = 0.0, meanwhile
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self._meanwhile()
+
+
 def test_a_living_holder_elsewhere_is_waited_for_then_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "DEAD_AFTER_S", 1.0)
-    path, stop = tmp_path / NAME, threading.Event()
+    path = tmp_path / NAME
     path.write_text(json.dumps({"host": "another-node", "boot": "x", "pid": 1}))
+    os.utime(path, (1, 1))  # its clock is behind
 
     def beat() -> None:
-        day = 86400
-        while not stop.wait(0.1):
-            os.utime(path, (time.time() - day,) * 2)  # its clock is behind
+        if clock.now % 30 == 0:
+            os.utime(path, (clock.now,) * 2)
 
-    beating = threading.Thread(target=beat)
-    beating.start()
-    try:
-        with pytest.raises(InputError, match="another-node"), leased(tmp_path, wait_s=3):
-            pass
-    finally:
-        stop.set()
-        beating.join()
-    assert json.loads(path.read_text())["host"] == "another-node"
+    clock = Clock(beat)
+    monkeypatch.setattr(lock, "time", clock)
+    with pytest.raises(InputError, match="another-node"), leased(tmp_path, wait_s=200):
+        pass
+    assert clock.now >= 200 and json.loads(path.read_text())["host"] == "another-node"
 
 
 def test_a_start_that_fails_leaves_no_folders(tmp_path: Path) -> None:
@@ -475,12 +483,12 @@ def test_workers_of_the_hdf5_backends_die_with_their_rank(shards_dir: Path, sour
         os.kill(parent, signal.SIGKILL)"""
     command = [sys.executable, "-c", code, str(shards_dir), str(source[0])]
     with open(os.devnull, "w") as nothing:  # a pipe would be held by workers that live
-        done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=nothing, timeout=120)
+        done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=nothing, timeout=600)
     assert done.returncode == -signal.SIGKILL
     workers = [int(word) for word in done.stdout.split()]
     assert workers
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers):
+    deadline = time.monotonic() + 300
+    while any(state(pid) not in ("Z", "") for pid in workers):
         assert time.monotonic() < deadline, "a worker lives on"
         time.sleep(0.05)
 
@@ -498,5 +506,5 @@ def test_workers_of_the_hdf5_backends_may_come_from_a_fork_server(shards_dir: Pa
         with build_loader(config, World()) as loader:
             print(len(next(loader)))"""
     command = [sys.executable, "-c", code, str(shards_dir), str(source[0])]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.stdout == "8\n", done.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from soak_train import Life, Server
 
 from shards.manifest import read_manifest
 from train.checkpoint import list_checkpoints, read_checkpoint
@@ -41,7 +42,7 @@ def start(arguments: list[str], **more) -> subprocess.Popen:
 def train(ranks: int, shards: Path, out: Path, *more: str) -> tuple[int, str]:
     """Run to the end; exit code and stderr."""
     process = start(command(ranks, shards, out, *more))
-    _, errors = process.communicate(timeout=180)
+    _, errors = process.communicate(timeout=600)
     return process.returncode, errors
 
 
@@ -58,10 +59,8 @@ def column(out: Path, name: str) -> dict[int, float]:
 
 def wait_for_rows(process: subprocess.Popen, out: Path, count: int) -> None:
     """Return as soon as a run has written so many rows."""
-    deadline = time.monotonic() + 90
     while len(rows(out)) < count:
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no rows"
         time.sleep(0.05)
 
 
@@ -170,19 +169,21 @@ def test_sigterm_saves_and_asks_for_the_rest(shards_dir: Path, tmp_path: Path) -
     process = start(command(2, shards_dir, out, "--steps", "100000", "--validate-every", "0"))
     wait_for_rows(process, out, 3)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     done = rows(out)[-1]["step"]
     assert (out / "requeue").read_text() == f"{done}\n"
     assert read_checkpoint(list_checkpoints(out / "checkpoints")[0][1])["step"] == done
 
 
-def test_sigkill_loses_no_sample(alone: Path, shards_dir: Path, tmp_path: Path) -> None:
+def test_sigkill_loses_no_sample(server: Server, alone: Path, shards_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = start(command(1, shards_dir, out, "--save-every", "2"))
-    wait_for_rows(process, out, 5)
-    process.kill()
-    process.communicate(timeout=60)
-    assert rows(out)[-1]["step"] < 60
+    more = ("--shards", str(shards_dir), "--out", str(out), *SMALL, "--save-every", "2")
+    life = Life(server, [*more], 1, real=False, hold=[0, 7, str(tmp_path / "never")])
+    while len(rows(out)) < 6 or not list_checkpoints(out / "checkpoints"):
+        assert life.running()
+        time.sleep(0.05)
+    life.send(life.ranks(), signal.SIGKILL)
+    assert life.join()[0] == [-signal.SIGKILL]
     go_on(shards_dir, out)
     for name in ("loss", "val_loss", "order_digest"):
         assert column(out, name) == column(alone, name), name
