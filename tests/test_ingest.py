@@ -134,8 +134,11 @@ def test_the_same_command_after_the_end_has_nothing_to_do(source: tuple[Path, Pa
 def test_ctrl_c_says_that_nothing_is_lost(source: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "set"
     command = [sys.executable, "-m", "ingest", "--to-shards", out, "--h5", source[0], "--csv", source[1]]
-    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
-        while not (out / ".ingest" / "inputs.json").exists():
+    injected = str(Path(__file__).parent / "injected")
+    stuck = {"PYTHONPATH": injected, "SHARDCLIP_FAULT": "hold:.spill", "SHARDCLIP_COUNT": str(tmp_path / "stuck")}
+    environment = {**os.environ, **stuck}
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "stuck").exists():
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)

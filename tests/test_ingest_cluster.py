@@ -51,12 +51,21 @@ class DaskCluster:
         return self.workers[-1]
 
     def ready(self) -> "DaskCluster":
-        """Wait until the last worker is registered."""
-        log, deadline = self.folder / f"worker-{len(self.workers) - 1}.log", time.monotonic() + WAIT_S
-        while "Registered to" not in log.read_text():
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
+        """Wait until all workers are registered."""
+        deadline = time.monotonic() + WAIT_S
+        for number in range(len(self.workers)):
+            log = self.folder / f"worker-{number}.log"
+            while "Registered to" not in log.read_text():
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.05)
         return self
+
+    def add_stuck_worker(self) -> Path:
+        """Start a worker that never ends its first spill; the file that says when it has come so far."""
+        stuck = self.folder / f"stuck-{len(self.workers)}"
+        fault = {"SHARDCLIP_FAULT": "hold:.spill", "SHARDCLIP_COUNT": str(stuck)}
+        self.add_worker(PYTHONPATH=os.pathsep.join([str(INJECTED), str(REPOSITORY)]), **fault)
+        return stuck
 
     def logs(self) -> str:
         return "".join(path.read_text() for path in self.folder.glob("*.log"))
@@ -294,7 +303,7 @@ def test_settings_that_contradict(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def longer(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
-    """An ingest that takes a few seconds: time to kill something."""
+    """An ingest of several spills."""
     folder = tmp_path_factory.mktemp("longer")
     h5 = write_h5(folder / "a.h5", np.repeat(made_up_images(50), 20, axis=0))
     table = write_csv(folder / "a.csv", ["impression"], [[f"Film {i}"] for i in range(1000)])
@@ -308,10 +317,8 @@ def longer_expected(longer: list[str | Path], tmp_path_factory: pytest.TempPathF
     return tree(out)
 
 
-def begin(ours: list[str | Path], out: Path, cluster: DaskCluster) -> subprocess.Popen[str]:
-    """Start an ingest and wait until it has made a spill and is at another."""
-    work = out / ".ingest"
-    before = len(list(work.glob("[0-9]*.spill")))
+def begin(ours: list[str | Path], out: Path, cluster: DaskCluster, stuck: Path) -> subprocess.Popen[str]:
+    """Start an ingest and wait until a worker is stuck."""
     process = subprocess.Popen(
         [sys.executable, "-m", *map(str, ours), "--to-shards", str(out), *map(str, on(cluster))],
         cwd=REPOSITORY,
@@ -319,7 +326,7 @@ def begin(ours: list[str | Path], out: Path, cluster: DaskCluster) -> subprocess
         stderr=subprocess.PIPE,
         text=True,
     )
-    while len(list(work.glob("[0-9]*.spill"))) == before or not list(work.glob(".tmp-*.spill")):
+    while not stuck.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     return process
@@ -332,9 +339,10 @@ def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]
 
 def test_a_worker_is_killed(longer: list[str | Path], longer_expected: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with started(tmp_path, 2) as cluster:
-        process = begin(longer, out, cluster.ready())
-        cluster.workers[0].kill()
+    with started(tmp_path, 1) as cluster:
+        stuck = cluster.add_stuck_worker()
+        process = begin(longer, out, cluster.ready(), stuck)
+        cluster.workers[1].kill()
         done = finished(process)
         assert done.returncode == 0, done.stderr
         assert "Removing worker" in cluster.logs() or "Remove worker" in cluster.logs()
@@ -344,11 +352,13 @@ def test_a_worker_is_killed(longer: list[str | Path], longer_expected: dict[str,
 def test_all_is_killed(longer: list[str | Path], longer_expected: dict[str, str], tmp_path: Path) -> None:
     """A task that ends workers, then the scheduler: a line each; processes go on with what is there."""
     out = tmp_path / "out"
-    with started(tmp_path, 2, DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="0") as cluster:
-        process = begin(longer, out, cluster.ready())
+    with started(tmp_path, 0, DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="0") as cluster:
+        stuck = cluster.add_stuck_worker()
+        process = begin(longer, out, cluster.ready(), stuck)
         cluster.workers[0].kill()
         assert_refused(finished(process), "ended 1 workers", "run the command again")
-        process = begin(longer, out, cluster)
+        stuck = cluster.add_stuck_worker()
+        process = begin(longer, out, cluster.ready(), stuck)
         cluster.scheduler.kill()
         assert_refused(finished(process), "scheduler is lost", "run the command again")
     done = run_module(*longer, "--to-shards", out, "--workers", "2")
