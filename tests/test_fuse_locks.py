@@ -7,7 +7,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,27 +29,30 @@ def leave_lock(path: Path, *, age_s: float) -> None:
     os.utime(path, (time.time() - age_s,) * 2)
 
 
-def claims(paths: Iterator[tuple[float, Path]]) -> list[str]:
-    """What comes of claims begun so many seconds from now; whoever gets the lock holds it to the end."""
-    over, begin = threading.Event(), time.monotonic()
+def claims(first: Path, others: Path, stands_still: Callable[[], bool]) -> list[str]:
+    """What comes of three claims: a second while the first stands still, a third when one of them has come to its end,
+    or holds the lock; whoever gets it holds it until all have."""
+    over, settled = threading.Event(), threading.Semaphore(0)
 
-    def claim(at: float, path: Path) -> str:
-        time.sleep(max(0.0, at - (time.monotonic() - begin)))
+    def claim(path: Path) -> str:
         try:
             with exclusive(path, "taken"):
-                over.wait(30)
+                settled.release()
+                assert over.wait(600)
                 return "held"
         except Held:
+            settled.release()
             return "refused"
-        finally:
-            if at == last:
-                over.set()
 
-    every = list(paths)
-    last = max(at for at, _ in every)
-    with ThreadPoolExecutor(len(every)) as threads:
-        pending = [threads.submit(claim, at, path) for at, path in every]
-        threading.Timer(last + 1.5, over.set).start()
+    with ThreadPoolExecutor(3) as threads:
+        pending = [threads.submit(claim, first)]
+        while not (stands_still() or pending[0].done()):
+            time.sleep(0.01)
+        for _ in range(2):
+            pending.append(threads.submit(claim, others))
+            assert settled.acquire(timeout=600)
+        assert settled.acquire(timeout=600)
+        over.set()
         return [each.result() for each in pending]
 
 
@@ -62,7 +65,7 @@ def test_one_of_several_nodes_takes_over_a_dead_holders_lock(tmp_path: Path, lin
         mounted(tmp_path / "disk", tmp_path / "b", links=links, rules=slow) as slow_node,
     ):
         leave_lock(tmp_path / "disk" / "lock", age_s=100)
-        came = claims([(0, slow_node.root / "lock"), (0.4, quick.root / "lock"), (1.5, quick.root / "lock")])
+        came = claims(slow_node.root / "lock", quick.root / "lock", lambda: slow_node.fired()["rename hang"] == 1)
         assert sorted(came) == ["held", "refused", "refused"], came
         assert slow_node.fired()["rename hang"] == 1
     assert list((tmp_path / "disk").iterdir()) == []

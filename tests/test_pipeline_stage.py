@@ -17,6 +17,7 @@ from pipeline.batch import World, digest_batch
 from pipeline.config import LoaderConfig
 from pipeline.loader import Loader, build_loader
 from pipeline.stage import Stage
+from shards import lock
 from shards.digest import file_digest
 from shards.errors import InputError
 from shards.manifest import read_manifest
@@ -55,7 +56,7 @@ def folder(root: Path, node: Path) -> Path:
 
 
 def wait(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not done():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -96,6 +97,7 @@ def test_a_shard_is_read_from_the_shared_folder_until_its_copy_is_whole(
     place = folder(copy, tmp_path / "node")
     place.mkdir(parents=True)
     monkeypatch.setattr(stage, "RETRY_S", 0.01)
+    monkeypatch.setattr(lock, "DEAD_AFTER_S", float("inf"))  # however long the digest takes
     (place / ".lock").write_text(json.dumps({"host": "another-node", "boot": "x", "pid": 1}))
     (place / ".tmp-train-000000.tar").write_bytes(b"half of it")
     with build_loader(settings(copy, tmp_path / "node"), World()) as loader:
@@ -139,7 +141,7 @@ stage.Stage(Path(sys.argv[1]), Path(sys.argv[2]), manifest, manifest.splits["tra
 def test_a_copier_that_is_killed_leaves_nothing_in_the_way(copy: Path, tmp_path: Path, number: int) -> None:
     node = tmp_path / "node"
     command = [sys.executable, "-c", KILLED, str(copy), str(node), str(number)]
-    assert subprocess.run(command, cwd=REPOSITORY, timeout=60).returncode == -9
+    assert subprocess.run(command, cwd=REPOSITORY, timeout=600).returncode == -9
     names = {path.name for path in folder_content(node)}
     assert ".lock" in names and any(name.startswith(".tmp-") for name in names)
     manifest = read_manifest(copy)
@@ -204,7 +206,7 @@ def test_a_damaged_shard_is_not_copied(copy: Path, tmp_path: Path, caplog: pytes
     (copy / "train-000001.tar").write_bytes(content)
     manifest = read_manifest(copy)
     copies = Stage(copy, tmp_path / "node", manifest, manifest.splits["train"])
-    copies._thread.join(60)
+    copies._thread.join(600)
     copies.close()
     assert copies.count() == len(manifest.splits["train"]) - 1 and not copies.has(1)
     assert "shard train-000001 is not copied" in caplog.text and "not the file that the manifest" in caplog.text
@@ -251,7 +253,7 @@ def test_copying_ends_where_no_loader_can_be_made(copy: Path, tmp_path: Path, mo
 
     def wait(self: Stage) -> None:
         begun.append(self)
-        assert self._stopped.wait(60)
+        assert self._stopped.wait(600)
         copies(self)
 
     def refuse(limit: int) -> None:
@@ -301,7 +303,7 @@ config = LoaderConfig(shards=sys.argv[1], backend="cpu", batch_size=8, threads=1
                       stage_dir=Path(sys.argv[2]))
 with build_loader(config, World()) as loader:
     print(sum(digest_batch(next(loader), World()) for _ in range(30)))
-    loader._reader.loader.shards.sets[0].copies._thread.join(60)
+    loader._reader.loader.shards.sets[0].copies._thread.join(600)
     print(loader.stats()["staged"])
 """
 
@@ -319,7 +321,7 @@ def test_a_full_disk_is_done_without(shards_dir: Path, tmp_path: Path, expected:
     done = subprocess.run(
         ["unshare", "-Urm", "sh", "-c", mount, str(tmp_path / "node"), sys.executable, "-c", FULL, str(shards_dir),
          str(tmp_path / "node"), notice],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     order, staged = done.stdout.split()
@@ -361,7 +363,7 @@ def test_two_ranks_have_one_copier(shards_dir: Path, tmp_path: Path, expected: i
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "rank.py"),
          str(shards_dir), str(tmp_path / "node"), str(tmp_path / "log"), str(count)],
-        cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120,
+        cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "log").read_text().splitlines()
