@@ -89,7 +89,7 @@ def test_the_bench(source: tuple[Path, Path], tmp_path: Path) -> None:
     command = ["bench.ingest", "--h5", h5, "--csv", table, "--rounds", "1", "--repeat", "2", "--workers", "1"]
     command.append("--cold")
     command += ["--memory-gb", "0.02", "0.05", "--out", tmp_path / "work", "--json", tmp_path / "r.json"]
-    done = run_module(*command, timeout=400)
+    done = run_module(*command, timeout=600)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "work").iterdir()) == []
     result = json.loads((tmp_path / "r.json").read_bytes())

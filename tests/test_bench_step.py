@@ -321,7 +321,7 @@ def test_make_gpu_can_be_gone_without_one(shards_dir: Path, tmp_path: Path, monk
     arguments += ["--seconds", "0.1", "--batch-size", "4", "--largest-batch", "0", "--no-compiled", "--threads", "1"]
     (tmp_path / "dry-run.json").write_text('{"bench": "gpu", "loader": {"kept": true}}')
     done = run_module(
-        "bench.gpu", *map(str, arguments), "--recipe-steps", "4", "--parts", "step", "together", "recipe", timeout=400
+        "bench.gpu", *map(str, arguments), "--recipe-steps", "4", "--parts", "step", "together", "recipe", timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert "no DALI here" in done.stdout

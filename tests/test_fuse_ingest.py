@@ -109,7 +109,7 @@ def test_the_server_goes_away(disk: Path, tmp_path: Path, shards_dir: Path) -> N
             assert running.poll() is None
             time.sleep(0.05)
         os.kill(node.daemon, 9)
-        stdout, stderr = running.communicate(timeout=60)
+        stdout, stderr = running.communicate(timeout=600)
         assert_refused(subprocess.CompletedProcess([], running.returncode, stdout, stderr), "not connected")
     again = run_module(*command(disk))
     assert again.returncode == 0, again.stderr
@@ -122,7 +122,7 @@ def test_two_nodes_at_once(disk: Path, tmp_path: Path, shards_dir: Path) -> None
         mounted(disk, tmp_path / "b", links=False, cache_s=1) as second,
     ):
         running = [start(first), start(second)]
-        ends = [(*each.communicate(timeout=120), each.returncode) for each in running]
+        ends = [(*each.communicate(timeout=600), each.returncode) for each in running]
         assert sorted(code for *_, code in ends) == [0, 2], ends
         (refused,) = (stderr for _, stderr, code in ends if code)
         assert "another ingest is writing to" in refused or "already holds a finished data set" in refused

@@ -32,7 +32,7 @@ def disk(tmp_path: Path, shards_dir: Path) -> Path:
 
 def until(happened: Callable[[], bool]) -> None:
     """Wait for it."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not happened():
         assert time.monotonic() < end
         time.sleep(0.05)

@@ -74,7 +74,7 @@ def in_namespace(script: str, *arguments: str | Path) -> subprocess.CompletedPro
     if probe is None or probe.returncode:
         pytest.skip("unshare -Urm does not work here")
     call = ["unshare", "-Urm", "sh", "-c", script, "sh", *map(str, arguments)]
-    return subprocess.run(call, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    return subprocess.run(call, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
 
 
 class TestI5:
@@ -538,7 +538,7 @@ class TestI11:
         )
         paths = [str(tmp_path / f"{number}.h5") for number in range(60)]
         call = [sys.executable, "-c", code, str(tmp_path / "images.npy"), *paths]
-        done = subprocess.run(call, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(call, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
         said = done.stdout.split()
         assert done.returncode == 0 and len(said) == 60, done.stderr[-2000:]
         assert set(said) <= {"same", "refused"} and said.count("refused") >= 20, said

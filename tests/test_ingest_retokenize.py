@@ -184,7 +184,7 @@ def test_killed_anywhere_it_reads_as_old_or_new_and_goes_on(tmp_path: Path) -> N
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     states = done.stdout.strip()

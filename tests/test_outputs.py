@@ -35,7 +35,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def mounted(places: tuple[Path, Path], *python: str | Path) -> subprocess.CompletedProcess[str]:
     """Run Python with the two folders mounted: root ignores permission bits, not mounts."""
     command = ["unshare", "-Urm", "sh", "-c", _MOUNTS, *places, sys.executable, *python]
-    return subprocess.run(list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    return subprocess.run(list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ class Loader:
     def load(self, visit: Visit, pool: Pool) -> list[Loaded]:
         self.threads.append(threading.get_ident())
         if visit.first == self.hangs:
-            assert self.released.wait(20)
+            assert self.released.wait(600)
         elif visit.first == self.hangs + 1 and self.hangs >= 0:
             self.released.set()
         return [Loaded(visit=visit, images=[], records=np.empty(0), buffer=pool.take(SIZE))]
@@ -63,7 +63,7 @@ def asleep(reader: BlockReader) -> int:
 
 
 def until_asleep(reader: BlockReader) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while True:
         with reader._lock:
             if asleep(reader) == 2:
@@ -138,5 +138,5 @@ def test_memory_that_was_planned_for_is_free_again_where_reading_fails(
     reader.release(held)
     with pytest.raises(OSError, match="no"):
         reader.get()
-    until_failed = [thread.join(60) for thread in reader._threads]
+    until_failed = [thread.join(600) for thread in reader._threads]
     assert until_failed and reader._pending == 0 and reader._buffers.used == 0

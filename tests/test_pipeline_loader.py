@@ -91,7 +91,7 @@ def test_a_closed_loader_leaves_no_buffers_to_the_garbage_collector(
 
     def late(*arguments: object) -> int:
         """Comes after the loader was closed, whose thread waits for it then, which is an error there."""
-        assert stopped.wait(60)
+        assert stopped.wait(600)
         return preadv(*arguments)  # type: ignore[arg-type]
 
     def stop_and_tell(self: BlockReader) -> None:

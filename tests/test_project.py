@@ -87,7 +87,7 @@ def test_commands_explain_themselves_and_refuse_nonsense(command: str) -> None:
         f"    try: runpy.run_module({command!r}, run_name='__main__', alter_sys=True)\n"
         "    except SystemExit as stop: print('\\nexit', stop.code, flush=True)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=400)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     helped, explained, refused = done.stdout.partition("\nexit 0\n")
     assert explained and "--" in helped, (done.stdout, done.stderr)
     assert refused == "\nexit 2\n" and done.returncode == 0, (refused, done.stderr)

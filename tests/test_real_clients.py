@@ -47,7 +47,7 @@ def test_open_clip_trains_on_our_shards(shards_dir: Path, tmp_path: Path) -> Non
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     log = (tmp_path / "run" / "out.log").read_text()

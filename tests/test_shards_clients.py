@@ -77,7 +77,7 @@ def test_webdataset_needs_no_trust(shards_dir: Path) -> None:
         env={**os.environ, "WDS_SECURE": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == read_manifest(shards_dir).rows("train")

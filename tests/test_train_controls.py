@@ -61,7 +61,7 @@ def test_data_without_labels_or_splits_is_refused(tmp_path):
 @pytest.mark.slow
 def test_the_whole_command(shards_dir, tmp_path):
     arguments = ["--shards", shards_dir, "--out", tmp_path, "--steps", "2", "--ranks", "1"]
-    done = run_module("train.controls", *arguments, timeout=300)
+    done = run_module("train.controls", *arguments, timeout=600)
     assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
     record = json.loads((tmp_path / "controls.json").read_text())
     assert set(record["auroc"]) == {"untrained", "shuffled", "thumbnails", "model"}

@@ -146,7 +146,7 @@ def on_two_ranks(shards: Path, out: Path, *more: str) -> tuple[int, str]:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
     )
     return done.returncode, done.stderr
 

@@ -143,7 +143,7 @@ def test_two_ranks_have_the_gradients_of_one(plain: tuple[float, Gradients], tmp
         process.start()
     both = [results.get() for _ in processes]
     for process in processes:
-        process.join(60)
+        process.join(600)
     for loss, found, reduced in (each for told in both for each in told):
         assert reduced == list(range(len(reduced))) and reduced, "gradients are summed once, in parts too"
         assert loss == pytest.approx(plain[0], rel=1e-5)

@@ -11,7 +11,7 @@ from conftest import REPOSITORY, assert_refused, run_module
 STEPS = 30
 
 
-def torchrun(*arguments: str | Path, ranks: int = 2, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments: str | Path, ranks: int = 2, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """Run a module under a real torchrun with gloo ranks on this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
     return subprocess.run(
