@@ -49,6 +49,7 @@ def test_a_resolved_config_reads_back(tmp_path: Path) -> None:
         (("--stepz", "3"), "stepz"),
         (("--resume", "always"), "always"),
         (("--keep", "0"), "keep is 0"),
+        (("--threads", "100000"), "threads is 100000"),
         (("--seed", "99999999999999999999"), "seed is 99999999999999999999"),
         (("--optim.lr", "nan"), "--optim.lr nan"),
         (("--optim.lr", "inf"), "--optim.lr inf"),

@@ -375,6 +375,18 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys) -> None:
         draw([str(run)])
     told = capsys.readouterr().err
     assert stop.value.code == 2 and "no rows yet" in told and told.count("\n") == 1
+    (run / "best.pt").touch()
+    for main, arguments in (
+        (lay_out, ("--png", "best.pt")),
+        (lay_out, ("--json", "config.json")),
+        (draw, ("--out", "best.pt")),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            (run / "metrics.jsonl").write_text(json.dumps(row(10)) + "\n")
+            main([str(run), arguments[0], str(run / arguments[1])])
+        told = capsys.readouterr().err
+        assert stop.value.code == 2 and ("does not end in .png" in told or "would write over" in told), told
+    assert not (run / "best.pt").read_bytes() and read_rows(run / "metrics.jsonl")
     with pytest.raises(InputError, match=r"config.json .*give folders of runs"):
         compare([tmp_path])
     with pytest.raises(InputError, match="named twice"):

@@ -13,12 +13,12 @@ from typing import Any
 import tyro
 from xxhash import xxh3_64_hexdigest
 
-from shards.atomic import check_writable, write_atomic, write_json
+from shards.atomic import write_atomic, write_json
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from train.curves import draw_line, draw_loss, new_figure, to_png
 from train.rows import Row, films_since, is_number, read_rows
-from train.rundir import RunFolder
+from train.rundir import RunFolder, check_result
 
 PROG = "train.compare"
 _OWN = {"shards", "out", "h5", "dataset", "resume", "stop_at", "watch", "data.stage_dir"}
@@ -232,9 +232,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = parse(CompareConfig, argv, prog=PROG)
         if not config.runs:
             raise InputError("no run is named; give folders of runs (train.main --out)")
-        for path in (config.png, config.json):
+        for path, flag in ((config.png, "--png"), (config.json, "--json")):
             if path:
-                check_writable(path)
+                check_result(path, f".{flag[2:]}", flag)
         record = compare(config.runs)
         say("\n".join(table(record)))
         if config.json:

@@ -10,6 +10,9 @@ from shards.errors import InputError
 from train.model import ModelConfig
 from train.tracking import WatchConfig
 
+MAX_THREADS = 1024
+"""More than the largest machines have CPUs. torch that is given more than the system allows ends by a signal."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
@@ -158,6 +161,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; it has to be at least 1")
+        if self.threads is not None and self.threads > MAX_THREADS:
+            raise InputError(f"threads is {self.threads}; it has to be at most {MAX_THREADS:,}")
         if not -(2**63) <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}; it has to fit 64 bits")
         for name in ("validate_every", "save_retries", "rank_timeout_s"):

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import tyro
 
-from shards.atomic import check_writable, write_atomic
+from shards.atomic import write_atomic
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from train.rows import Row, films_since, is_number, read_rows
-from train.rundir import RunFolder
+from train.rundir import RunFolder, check_result
 from train.scorecard import LabelScores
 from train.scores import Floats
 
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not rows:
             raise InputError(f"{folder.metrics} has no rows yet; give the folder of a run (train.main --out)")
         out = config.out or folder.curves
-        check_writable(out)
+        check_result(out, ".png", "--out")
         draw_curves(folder.metrics, out)
         say(f"{out}: up to step {rows[-1]['step']}")
 

@@ -155,7 +155,10 @@ def read_members(paths: Sequence[Path], weights: Weights) -> Iterator[Member]:
 
 def _check_enough(count: int, top: int) -> None:
     if count < top:
-        raise InputError(f"--top {top}: here are {count} checkpoints; a run keeps its best and its newest --keep")
+        kept = "a run keeps its best and its newest --keep"
+        raise InputError(
+            f"--top {top}: here are {count} checkpoints; {kept}; name more runs, or train with more --keep"
+        )
 
 
 def model_of(member: Member, manifest: Manifest) -> nn.Module:

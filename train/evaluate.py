@@ -19,8 +19,8 @@ import torch
 from pipeline.config import LoaderConfig
 from pipeline.loader import make_layout
 from pipeline.selection import Selection
-from shards.atomic import check_writable, write_atomic, write_json
-from shards.cli import main_guard, parse, say
+from shards.atomic import write_atomic, write_json
+from shards.cli import check_outside, main_guard, parse, say
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.schema import Manifest
@@ -29,6 +29,7 @@ from train.device import choose_device, memory_named
 from train.ensemble import Member, Weights, eval_loader, find_checkpoints, model_of, predict_as_one, result_path
 from train.ranks import Ranks
 from train.retrieval import read_identity, retrieve
+from train.rundir import check_result
 from train.scorecard import Evaluation, label_notes, score_split, split_notes, table, to_csv
 from train.scores import ROUNDS, Criterion, Floats, Uncertain, choose_threshold, patients_of, truth_of
 from train.zeroshot import Predicted, Style, Wording, predict, read_prompts
@@ -85,8 +86,7 @@ class EvaluateConfig:
     prompts: Style = "reports"
     """What a finding is called: as reports say it, CheXzero's `no X`, or as in texts made of a list of labels."""
     prompts_file: Path | None = None
-    """TOML file of prompts that go before those, in the form of train/chexpert.toml; phrasings of a side are averaged.
-    """
+    """TOML file of prompts that go before those, in train/chexpert.toml's form; a side's phrasings are averaged."""
     prompt_forms: tuple[str, ...] = ("{}",)
     """Sentences that prompts stand in, `"{}. PA view."`; averaged. For texts made by ingest's --text-template."""
 
@@ -110,8 +110,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         raise InputError(f"--top chooses by the loss on val, of which {config.shards} has no film here")
     files = find_checkpoints(config.checkpoint, every=config.top is not None)
     path = config.json or result_path(files, split, manifest, of=config.top or len(files))
-    check_writable(path)
-    if (beside := path.with_suffix(".csv")) == path or (beside.exists() and not path.exists()):
+    if config.json:
+        check_outside(path, config.shards, "--json")
+    check_result(path, ".json", "--json")
+    if (beside := path.with_suffix(".csv")).exists() and not path.exists():
         raise InputError(f"--json {path} would write over {beside}, which is no evaluation's; choose another name")
     splits = ("val", split) if choosing and manifest.labels else (split,)
     told, found = _predict(config, manifest, wording, files, splits)

@@ -90,6 +90,8 @@ def build_setting(config: TrainConfig, ranks: Ranks) -> Setting:
     manifest = read_manifest(config.shards)
     for root in (config.shards, *config.data.more_shards):
         check_outside(config.out, root, "--out")
+        if config.data.stage_dir:
+            check_outside(config.data.stage_dir, root, "--data.stage-dir")
         if ranks.first:  # once is enough of a question to a file system
             _check_files(root, ("train", "val") if config.validate_every else ("train",))
     if config.validate_every and not manifest.rows("val"):

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from shards import lock
-from shards.atomic import remove_temporary, write_json
+from shards.atomic import check_writable, remove_temporary, write_json
 from shards.errors import InputError
+from shards.schema import MANIFEST_NAME
 from train.commandline import to_fields
 from train.config import TrainConfig
 from train.saving import LeaseLost
@@ -117,6 +118,17 @@ class RunFolder:
             raise InputError(f"cannot write to the run's folder {self.root} ({error.strerror})") from None
 
 
+def check_result(path: Path, ending: str, flag: str) -> None:
+    """Before work whose result goes to `path`: InputError where its name does not end so, or is that of a file which a
+    run or a data set cannot do without; OSError where it cannot be written."""
+    if path.suffix.lower() != ending:
+        raise InputError(f"{flag} {path} does not end in {ending}; give such a name")
+    if path.name in _KEPT and path.exists():
+        raise InputError(f"{flag} {path} would write over a file of a run or a data set; choose another name")
+    check_writable(path)
+
+
+_KEPT = {"config.json", "versions.json", MANIFEST_NAME}
 NAME = "lock"
 WAIT_S = 90.0
 """A heartbeat that has stopped is believed to have after 60 s; what a save takes at the end of a run."""

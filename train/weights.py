@@ -174,7 +174,10 @@ def show(what: str) -> None:
 
 def fetch_all(what: str) -> None:
     """Download what is missing, and read each file once, as training will."""
-    for file in files_of(what):
+    files = files_of(what)
+    if not files:
+        show(what)
+    for file in files:
         path = fetch(file)
         tensors = read_tensors(path)
         say(f"{file}: {path}, {len(tensors)} tensors, {path.stat().st_size:,} bytes, xxh3 {file_digest(path)}")
