@@ -64,7 +64,7 @@ def _open(path: Path) -> h5py.File:
         why = reason(error)
         if "unable to lock" in str(error):
             why = "another program is writing to it; if none is, set HDF5_USE_FILE_LOCKING=FALSE"
-        raise InputError(f"{path} cannot be opened as HDF5 ({why})") from None
+        raise InputError(f"{path} cannot be opened as HDF5 ({why}); mend that, or give another --h5") from None
 
 
 def reason(error: Exception) -> str:

@@ -40,6 +40,7 @@ class Fault(enum.IntEnum):
     NO_PIXELS = 7
     UNSUPPORTED = 8
     NO_RANGE = 9
+    DENIED = 10
 
     @property
     def reason(self) -> str:
@@ -56,6 +57,7 @@ class Fault(enum.IntEnum):
             Fault.UNSUPPORTED: "film file is DICOM of a kind that is not read",
             Fault.NO_RANGE: "film file has more than 8 bits and does not fill 16: --value-range says what is white "
             "(0 65535 if it is a dark one of 16)",
+            Fault.DENIED: "film file may not be read: look at its permissions",
         }[self]
 
 
@@ -81,6 +83,8 @@ def read_film(path: Path, size: int, value_range: tuple[float, float] | None = N
         raise
     except FileNotFoundError:
         return Fault.MISSING
+    except PermissionError:
+        return Fault.DENIED
     except Image.DecompressionBombError:
         return Fault.TOO_LARGE
     except MemoryError:

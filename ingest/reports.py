@@ -68,11 +68,13 @@ def _header(path: Path) -> list[str]:
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise InputError(f"{path} is a pipe or a device; it is read more than once, so save it as a file")
     try:
+        if advice := _no_text(path):
+            raise InputError(f"{path} is not CSV in UTF-8; {advice}")
         # What follows the header is read with it; whatever is wrong there is said of its own row.
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             header = next(csv.reader(file), [])
     except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror})") from None
+        raise InputError(f"cannot read {path} ({error.strerror}); mend that, or give another --csv") from None
     except csv.Error:
         header = ["\udc80"]
     if _is_foreign(header):
@@ -85,14 +87,20 @@ def _header(path: Path) -> list[str]:
     return header
 
 
-def _conversion(path: Path) -> str:
-    """How to make UTF-8 of a file, which is from Windows in most cases, or no text at all."""
+def _no_text(path: Path) -> str | None:
+    """What to do with a file that begins as no CSV does."""
+    start = _start(path)
+    return next((advice for signature, advice in _NO_TEXT.items() if start.startswith(signature)), None)
+
+
+def _start(path: Path) -> bytes:
     with open(path, "rb") as file:
-        start = file.read(4)
-    for signature, advice in _NO_TEXT.items():
-        if start.startswith(signature):
-            return advice
-    wide = start[:2] in (b"\xff\xfe", b"\xfe\xff")
+        return file.read(4)
+
+
+def _conversion(path: Path) -> str:
+    """How to make UTF-8 of a text file, which is from Windows in most cases."""
+    wide = _start(path)[:2] in (b"\xff\xfe", b"\xfe\xff")
     return f"convert it (iconv -f {'UTF-16' if wide else 'CP1252, or what it is in,'} -t UTF-8 OLD > NEW)"
 
 

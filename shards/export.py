@@ -91,7 +91,7 @@ def run(config: ExportConfig) -> None:
             _verify(folder)
         else:
             write_files(config.root, manifest, chosen, folder)
-        folder.rename(config.out)
+        folder.rename(config.out.resolve())
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -200,18 +200,20 @@ def _copy_rejects(path: Path, into: BinaryIO) -> None:
 
 def _check_out(root: Path, out: Path) -> None:
     check_outside(out, root, "--out")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    place = out.resolve()  # where a link leads, or `gone/..`
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise InputError(f"{out} is there already and not an empty folder; choose another")
 
 
 def _begin(out: Path, chosen: Chosen) -> Path:
     """The folder to write in, empty, with room for what was chosen."""
-    folder = out.resolve().with_name(f"{TEMPORARY_PREFIX}{out.name}")
+    place = out.resolve()
+    folder = place.with_name(f"{TEMPORARY_PREFIX}{place.name}")
     try:
         shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
         folder.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"cannot make a folder in {folder.parent} ({error.strerror})") from None
+        raise InputError(f"cannot make a folder in {folder.parent} ({error.strerror}); give another --out") from None
     need, free = chosen.image_bytes + chosen.samples * SAMPLE_OVERHEAD, shutil.disk_usage(folder).free
     if need > free:
         folder.rmdir()

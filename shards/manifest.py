@@ -59,6 +59,8 @@ def read_manifest(root: Path) -> Manifest:
     path = Path(root) / MANIFEST_NAME
     try:
         content = _read(path)
+    except NotADirectoryError:
+        raise InputError(f"{root} is a file; name the folder of shards") from None
     except OSError as error:
         raise InputError(
             f"no shards here: cannot read {path} ({error.strerror}); make them with python -m ingest"

@@ -36,6 +36,8 @@ class StatsConfig:
         for flag, path in self.files.items():
             if not path.parent.is_dir():
                 raise InputError(f"no folder {path.parent} for {flag}; make it first")
+        if self.json is not None and self.shared is not None and self.json.resolve() == self.shared.resolve():
+            raise InputError(f"--json and --shared both name {self.json}; give each a file of its own")
 
     @property
     def files(self) -> dict[str, Path]:

@@ -263,6 +263,7 @@ class TestMistakes:
         for name, content, words in (
             ("a.csv.gz", b"\x1f\x8b\x08\x00\xff", "gunzip it"),
             ("a.xlsx", b"PK\x03\x04\xff", "save it as CSV"),
+            ("b.xlsx", b"PK\x03\x04\x14\0\x06\0, all of it letters\n", "save it as CSV"),
             ("a.h5", b"\x89HDF\r\n\x1a\n", "it is HDF5, which --h5 takes"),
         ):
             (tmp_path / name).write_bytes(content)

@@ -1,6 +1,7 @@
 """Everything a lab's films and reports may lie in, and what must come out of it."""
 
 import csv
+import errno
 import io
 import os
 import resource
@@ -402,6 +403,16 @@ class TestImageFolder:
                 assert any("--value-range changes none" in line for line in dry_run(config))
                 found = next(_films(config).read(3, 4))
                 assert np.array_equal(found, images[3])
+
+    def test_a_film_that_may_not_be_read_is_called_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Root may read everything."""
+
+        def denied(*_) -> bool:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(Path, "is_file", denied)
+        assert read_film(tmp_path / "a.png", 320) is Fault.DENIED
+        assert "permissions" in Fault.DENIED.reason
 
     def test_real_numbers_need_a_range(self, tmp_path: Path, images: np.ndarray) -> None:
         film = images[0].astype(np.float32) / 255

@@ -509,6 +509,24 @@ def test_export_to_files(small: Path, tmp_path: Path) -> None:
 FILES = ("jpg", "txt", "json")
 
 
+def test_export_goes_where_a_link_leads(small: Path, tmp_path: Path) -> None:
+    """It was found to be none of its folders once everything was written."""
+    (tmp_path / "disk").mkdir()
+    for name in ("disk", "disk/there"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(tmp_path / name)
+        export(ExportConfig(root=small, where="row < 9", out=tmp_path / "link"))
+        assert problems(tmp_path / name) == []
+        shutil.rmtree(tmp_path / name)
+        (tmp_path / "disk").mkdir(exist_ok=True)
+
+
+def test_mistaken_paths_are_named(small: Path, tmp_path: Path) -> None:
+    assert_refused(run_module("shards", "inspect", small / "manifest.json"), "manifest.json is a file; name the folder")
+    both = tmp_path / "a.txt"
+    assert_refused(run_module("shards", "stats", small, "--json", both, "--shared", both), "a file of its own")
+
+
 def test_export_refuses_and_leaves_nothing(copy: Path, tmp_path: Path) -> None:
     def refused(where: str, out: Path, *words: str) -> None:
         with pytest.raises(InputError) as caught:
@@ -522,6 +540,7 @@ def test_export_refuses_and_leaves_nothing(copy: Path, tmp_path: Path) -> None:
     refused("row > 1", copy, "lies in")
     refused("row > 1", copy / "sub", "lies in")
     refused("row > 1", tmp_path, "there already")
+    refused("row > 1", tmp_path / "gone" / "..", "there already")
     assert_refused(run_module("shards", "export", copy, "--where", "row = 1", "--out", out), "cannot be read")
     content = bytearray((copy / "train-000001.tar").read_bytes())
     content[600] ^= 1
