@@ -145,7 +145,6 @@ def test_a_compiled_run_counts_its_graphs(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--accumulate", "3"), "batch_size 64 is not a multiple of accumulate 3"),
         (("--accumulate", "0"), "accumulate is 0"),
         (("--ema", "1"), "ema is 1.0"),
         (("--label-smoothing", "1"), "label_smoothing is 1.0"),
@@ -169,6 +168,8 @@ def test_options_that_cannot_be_are_named(arguments: tuple[str, ...], words: str
 
 def test_parts_that_no_rank_can_make_are_refused() -> None:
     check_parts(8, 2, 4)
+    with pytest.raises(InputError, match="--accumulate 3 does not divide the 8 samples"):
+        check_parts(8, 1, 3)
     with pytest.raises(InputError, match="--accumulate 4 does not divide the 2 samples that each of 4 ranks"):
         check_parts(8, 4, 4)
 

@@ -249,6 +249,8 @@ def test_mistakes_are_one_line(
     assert not (alone / "forced.txt").exists(), "refused, and yet noted"
     assert "is a data set's folder" in refused(capsys, *shards, "--out", str(shards_dir), "--resume", "auto")
     assert "lies in the data set" in refused(capsys, *shards, "--out", str(shards_dir / "run"))
+    stage = ("--data.stage-dir", str(shards_dir / "stage"))
+    assert "--data.stage-dir" in refused(capsys, *shards, *out, *stage)
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").touch()
     assert "cannot write" in refused(capsys, *shards, "--out", str(tmp_path / "file" / "run"))

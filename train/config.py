@@ -179,8 +179,6 @@ def _check_shares(config: TrainConfig) -> None:
         raise InputError(f"ema is {config.ema}; it has to lie between 0 and 1, as 0.9999 does")
     if not 0 <= config.min_delta < math.inf:
         raise InputError(f"min_delta is {config.min_delta}; it has to be a number of at least 0")
-    if config.batch_size % config.accumulate:
-        raise InputError(f"batch_size {config.batch_size} is not a multiple of accumulate {config.accumulate}")
     if not config.validate_every and (config.patience is not None or config.optim.schedule == "plateau"):
         name = "--patience" if config.patience is not None else "--optim.schedule plateau"
         raise InputError(f"{name} goes by the validation loss, and --validate-every is 0; validate now and then")

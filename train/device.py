@@ -67,11 +67,9 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     return Precision(name=name, device=device)
 
 
-def pin_threads(threads: int | None, ranks: Ranks) -> int:
-    """Fix the threads of this rank's arithmetic, so that sums run in the same order every time; returns their number.
+def pin_threads(threads: int | None, ranks: Ranks) -> None:
+    """Fix the threads of this rank's arithmetic, so that sums run in the same order every time.
 
     Default: the CPUs of the affinity mask, which a batch system sets, shared by the ranks on this machine.
     """
-    count = threads or max(1, available_cpus() // ranks.local_size)
-    torch.set_num_threads(count)
-    return count
+    torch.set_num_threads(threads or max(1, available_cpus() // ranks.local_size))

@@ -1,9 +1,7 @@
 """A run before it runs: everything that a config asks for, built and checked. Nothing here talks to other ranks."""
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,12 +86,7 @@ def build_setting(config: TrainConfig, ranks: Ranks) -> Setting:
     pin_threads(config.threads, ranks)
     check_parts(config.batch_size, ranks.size, config.accumulate)
     manifest = read_manifest(config.shards)
-    for root in (config.shards, *config.data.more_shards):
-        check_outside(config.out, root, "--out")
-        if config.data.stage_dir:
-            check_outside(config.data.stage_dir, root, "--data.stage-dir")
-        if ranks.first:  # once is enough of a question to a file system
-            _check_files(root, ("train", "val") if config.validate_every else ("train",))
+    _check_places(config, files=ranks.first)  # on one rank: a file system is asked thousands of times
     if config.validate_every and not manifest.rows("val"):
         raise InputError(
             f"{config.shards} has no val split to validate on; ingest with --val-fraction, or add --validate-every 0"
@@ -110,12 +103,18 @@ def build_setting(config: TrainConfig, ranks: Ranks) -> Setting:
     )
 
 
-def _check_files(root: Path, splits: Sequence[str]) -> None:
-    """InputError for a shard that is missing or cut short, as half a copy is: the loader would find it hours later."""
-    manifest = read_manifest(root)
-    for info in (info for split in splits for info in manifest.splits.get(split, ())):
-        for kind in ("tar", "idx", "parquet"):
-            check_file(root / f"{info.name}.{kind}", getattr(info, kind))
+def _check_places(config: TrainConfig, *, files: bool) -> None:
+    """InputError where a run would write into a data set; with `files` for a shard that is missing or cut short, too,
+    as half a copy is: the loader would find it hours later."""
+    splits = ("train", "val") if config.validate_every else ("train",)
+    for root in (config.shards, *config.data.more_shards):
+        check_outside(config.out, root, "--out")
+        if config.data.stage_dir:
+            check_outside(config.data.stage_dir, root, "--data.stage-dir")
+        found = read_manifest(root).splits if files else {}
+        for info in (info for split in splits for info in found.get(split, ())):
+            for kind in ("tar", "idx", "parquet"):
+                check_file(root / f"{info.name}.{kind}", getattr(info, kind))
 
 
 def build_job(setting: Setting, checkpoint: dict[str, Any] | None, lease: Lease | None) -> Job:

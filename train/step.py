@@ -63,7 +63,7 @@ class Step:
         `channels_last`: the layout that the model's weights have; images are brought to it where they are not in it.
         """
         self._model, self._optimizer, self._scaler = learner.model, learner.optimizer, learner.scaler
-        self.objective, self._precision, self.parts = objective, precision, parts
+        self.objective, self._precision, self._parts = objective, precision, parts
         self._clip = math.inf if clip is None else clip
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._wrapped = distribute(learner.model, precision.device, ranks)
@@ -107,9 +107,9 @@ class Step:
             return output
 
         inputs = tuple(self._laid_out(tensor) for tensor in self.objective.inputs(batch))
-        if self.parts == 1:
+        if self._parts == 1:
             return loss(forward(*inputs))
-        return backward_in_parts(forward, inputs, self.parts, loss, self._no_sync)
+        return backward_in_parts(forward, inputs, self._parts, loss, self._no_sync)
 
     def _laid_out(self, tensor: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) in the layout of the model's weights; the loaders' are already, but for hdf5's."""
