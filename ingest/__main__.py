@@ -17,17 +17,17 @@ def main(argv: list[str] | None = None) -> None:
     with main_guard("ingest"):
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's way to say Ctrl-C
         config = parse(IngestConfig, argv, prog="python -m ingest")
-        if config.dry_run:
-            from ingest.trial import dry_run
-
-            for line in dry_run(config):
-                say(line)
-            return
         from ingest.workdir import finished_set
 
         manifest = finished_set(config)
         if manifest is not None:
             _say_finished(config, manifest)
+            return
+        if config.dry_run:
+            from ingest.trial import dry_run
+
+            for line in dry_run(config):
+                say(line)
             return
         from ingest.run import ingest  # heavy: pyarrow, h5py
 

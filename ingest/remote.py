@@ -21,7 +21,8 @@ from PIL import features
 from xxhash import xxh3_64
 
 from ingest.config import SourceConfig
-from ingest.workdir import MARKER, version_of
+from ingest.fingerprint import version_of
+from ingest.workdir import MARKER
 from shards.atomic import write_atomic, writing_as
 from shards.errors import InputError
 

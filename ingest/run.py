@@ -21,6 +21,7 @@ from xxhash import xxh3_128_hexdigest
 from ingest.assemble import AssembleTask, assemble_shard, shard_tasks
 from ingest.config import IngestConfig
 from ingest.encode import EncodeTask, encode_range
+from ingest.fingerprint import fingerprint
 from ingest.images import Fault
 from ingest.inputs import Inputs, read_inputs
 from ingest.plan import Plan
@@ -28,7 +29,7 @@ from ingest.report import Report, make_report, write_report
 from ingest.rows import Reports, check_texts, write_rows
 from ingest.spill import read_records, spill_path
 from ingest.trial import settle
-from ingest.workdir import check_unchanged, fingerprint, open_work, remove_work
+from ingest.workdir import check_unchanged, open_work, remove_work
 from shards.atomic import write_atomic
 from shards.cli import say
 from shards.errors import InputError

@@ -30,10 +30,11 @@ from PIL import Image
 
 from ingest.__main__ import main
 from ingest.config import IngestConfig
+from ingest.fingerprint import fingerprint
 from ingest.inputs import read_inputs
 from ingest.rows import names_side
 from ingest.tokenizer import Tokenizer
-from ingest.workdir import fingerprint, open_work
+from ingest.workdir import open_work
 from shards.errors import InputError
 from shards.manifest import read_manifest, signed, write_manifest
 from shards.reader import ShardReader
@@ -111,11 +112,11 @@ def test_the_same_command_after_the_end_has_nothing_to_do(source: tuple[Path, Pa
     before = tree(out)
     (out / ".ingest").mkdir()  # as a kill after the manifest leaves it
     (out / "ingest.json").rename(out / ".ingest" / "inputs.json")
-    done = run_module(*command, "--workers", "2")
-    assert (
-        done.returncode == 0
-        and done.stdout == f"{out}: 96 samples, finished before by this same ingest; nothing to do\n"
-    )
+    for more in (("--dry-run",), ("--workers", "2")):
+        done = run_module(*command, *more)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"{out}: 96 samples, finished before by this same ingest; nothing to do\n"
+        assert (out / ".ingest").exists() == ("--dry-run" in more)
     assert tree(out) == before
     manifest = read_manifest(out)  # as after `ingest.retokenize --tokenizer PE-Core-B-16`
     write_manifest(out, signed(replace(manifest, tokenizer=replace(manifest.tokenizer, context=32))))
@@ -125,8 +126,14 @@ def test_the_same_command_after_the_end_has_nothing_to_do(source: tuple[Path, Pa
         run_module(*command, "--seed", "1", "--group-column", "patient"),
         "finished data set of 96 samples, made with another --seed, --group-column; choose another folder",
     )
+    assert_refused(run_module(*command, "--seed", "1", "--dry-run"), "made with another --seed;")
     os.utime(h5, (1, 1))
     assert_refused(run_module(*command), "made with another --h5 (file 1, its size or time of change);")
+    table.unlink()
+    assert_refused(
+        run_module(*command),
+        "whether of the same inputs cannot be told without --csv (file 1, which cannot be read); put it back",
+    )
     (out / "ingest.json").unlink()
     assert_refused(run_module(*command), "no ingest.json")
 
@@ -386,6 +393,10 @@ def test_dry_run_writes_nothing(source: tuple[Path, Path], tmp_path: Path) -> No
         "ingest", "--dry-run", "--to-shards", tmp_path / "out", "--h5", h5, "--csv", table, "--val-fraction", "0.2"
     )
     assert "patients are not named: films of one may be in train and val; see --group-column\n" in done.stdout
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").touch()
+    assert_refused(run_module(*arguments(tmp_path / "out", source, "--dry-run")), "is not empty and holds no")
+    assert_refused(run_module(*arguments(h5, source, "--dry-run")), "cannot be made a folder")
 
 
 def test_uint8_and_float32_make_the_same_images(tmp_path: Path) -> None:

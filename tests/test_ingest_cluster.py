@@ -20,9 +20,9 @@ from PIL import Image
 
 from ingest.cluster import open_cluster
 from ingest.config import IngestConfig
+from ingest.fingerprint import fingerprint
 from ingest.remote import Errand, Failure, Sealed, Surroundings, no_task, run_sealed
 from ingest.spill import spill_path
-from ingest.workdir import fingerprint
 from shards.atomic import atomic_file, remove_temporary, writing_as
 from shards.errors import InputError
 

@@ -248,6 +248,7 @@ def test_a_mount_that_takes_nothing(small: list[str], tmp_path: Path, mount: str
     command = [*prefix, sys.executable, "-m", *small, "--to-shards", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert_refused(done, "cannot write", str(tmp_path / "out"), *words)
+    assert ("make room" in done.stderr) == ("tmpfs" in mount)
     assert not list(tmp_path.iterdir())
     if "tmpfs" in mount:
         tried = subprocess.run([*command, "--dry-run"], cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
