@@ -61,6 +61,8 @@ def read_manifest(root: Path) -> Manifest:
         content = _read(path)
     except NotADirectoryError:
         raise InputError(f"{root} is a file; name the folder of shards") from None
+    except PermissionError as error:
+        raise InputError(f"{path} may not be read ({error.strerror}); change its permissions") from None
     except OSError as error:
         raise InputError(
             f"no shards here: cannot read {path} ({error.strerror}); make them with python -m ingest"

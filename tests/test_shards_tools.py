@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import assert_refused, run_module
+from conftest import REPOSITORY, assert_refused, run_module
 from PIL import Image
 from xxhash import xxh3_128_hexdigest
 
@@ -525,6 +527,17 @@ def test_mistaken_paths_are_named(small: Path, tmp_path: Path) -> None:
     assert_refused(run_module("shards", "inspect", small / "manifest.json"), "manifest.json is a file; name the folder")
     both = tmp_path / "a.txt"
     assert_refused(run_module("shards", "stats", small, "--json", both, "--shared", both), "a file of its own")
+
+
+def test_a_set_that_may_not_be_read_is_not_called_absent(copy: Path) -> None:
+    rights = "-dac_override,-dac_read_search"  # root has them, whatever the permissions say
+    drop = [] if os.getuid() else ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}"]
+    if drop and (shutil.which("setpriv") is None or subprocess.run([*drop, "true"], capture_output=True).returncode):
+        pytest.skip("setpriv cannot drop rights here")
+    (copy / "manifest.json").chmod(0)
+    command = [*drop, sys.executable, "-m", "shards", "verify", str(copy)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert_refused(done, "manifest.json may not be read (Permission denied)")
 
 
 def test_export_refuses_and_leaves_nothing(copy: Path, tmp_path: Path) -> None:
