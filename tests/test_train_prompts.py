@@ -1,11 +1,14 @@
 """What findings are called: reports' words, CheXzero's pair, texts made of label lists; each in sentences; files."""
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from shards.errors import InputError
-from train.zeroshot import ALIASES, NORMAL, PROMPTS, SHIPPED, Prompt, Wording, prompt_for, read_prompts
+from train.zeroshot import ALIASES, NORMAL, PROMPTS, SHIPPED, Prompt, Wording, listed_note, prompt_for, read_prompts
 
 CHEXPERT = (
     *("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema"),
@@ -103,3 +106,23 @@ def test_a_bad_file_says_where(content: str, words: str, tmp_path: Path) -> None
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not TOML"):
         read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("texts", "noted"),
+    [
+        (["Mass|Edema. PA view.", "No Finding. AP view."], 1),
+        (["Mass|Edema. PA view.", "No Finding. No Mass."], 0),  # names what is not there
+        (["Mass. PA view.", "No Finding. AP view."], 0),  # leaves one out
+        (["There is a mass.", "No acute disease."], 0),
+    ],
+)
+def test_prompts_of_another_form_than_texts_made_of_labels_are_told(texts: list[str], noted: int, monkeypatch) -> None:
+    labels = np.array([[1, 1, 0], [0, np.nan, 1]], np.float32)
+    reader = SimpleNamespace(read_text=lambda _: texts, read_rows=lambda _: SimpleNamespace(labels=labels))
+    monkeypatch.setattr("train.zeroshot.ShardReader", lambda *_: contextlib.nullcontext(reader))
+    manifest = SimpleNamespace(labels=("Mass", "Edema", "No Finding"), splits={"test": [None]})
+    loader = SimpleNamespace(shards=Path(), split="test")
+    assert len(listed_note(Wording(), loader, manifest)) == noted
+    assert not listed_note(Wording(style="listed"), loader, manifest)
+    assert not listed_note(Wording(own=PROMPTS), loader, manifest)

@@ -32,7 +32,7 @@ from train.retrieval import read_identity, retrieve
 from train.rundir import check_result
 from train.scorecard import Evaluation, label_notes, score_split, split_notes, table, to_csv
 from train.scores import ROUNDS, Criterion, Floats, Uncertain, choose_threshold, patients_of, truth_of
-from train.zeroshot import Predicted, Style, Wording, predict, read_prompts
+from train.zeroshot import Predicted, Style, Wording, listed_note, predict, read_prompts
 
 PROG = "train.evaluate"
 
@@ -81,8 +81,7 @@ class EvaluateConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     """What the towers compute in; auto: as training does."""
     json: Path | None = None
-    """Where the results go, CSV and plots beside it; none: evaluation-SPLIT.json in the run's folder,
-    or evaluation-SPLIT-DIGEST.json where that one is of other shards."""
+    """Where the results go; none: in the run's folder, evaluation-SPLIT.json, or -SPLIT-DIGEST.json of other shards."""
     prompts: Style = "reports"
     """What a finding is called: as reports say it, CheXzero's `no X`, or as in texts made of a list of labels."""
     prompts_file: Path | None = None
@@ -192,6 +191,7 @@ def _score(
     labels, mean = score_split(names, own.probabilities, truth, thresholds, patients, rounds=rounds, seed=seed)
     ranked = retrieve(own.images, own.texts, reports, patients, rounds=rounds, seed=seed) if config.retrieval else None
     notes = split_notes(manifest, split, choosing=choosing, unit=patients.unit)
+    notes += listed_note(wording, _rows(config, split), manifest)
     notes += label_notes(labels, unused=wording.unused(names), choosing=choosing)
     result = Evaluation(
         checkpoints=told,

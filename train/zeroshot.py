@@ -26,7 +26,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.config import LoaderConfig
+from pipeline.read import ReadStats, retried
 from shards.errors import InputError
+from shards.reader import ShardReader
 from shards.schema import Manifest
 from train.commandline import read_text
 from train.device import choose_precision
@@ -122,6 +124,20 @@ def prompt_for(label: str, style: Style = "reports", *, labels: tuple[str, ...] 
         return PROMPTS[known]
     name = known.replace("_", " ").lower()
     return Prompt(positive=(name,), negative=(f"no {name}",))
+
+
+def listed_note(wording: Wording, loader: LoaderConfig, manifest: Manifest) -> list[str]:
+    """What to say where the reports, by all of one block, name each film's labels as the columns do, and no others:
+    prompts of another form than such texts can turn a score upside down."""
+    if wording.style == "listed" or wording.own or not manifest.labels:
+        return []
+    with ShardReader(loader.shards, manifest, manifest.splits[loader.split][0]) as reader:
+        texts = retried(lambda: reader.read_text(0), ReadStats())
+        labels = retried(lambda: reader.read_rows(0), ReadStats()).labels  # (rows, K)
+    named = np.array([[label in text for label in manifest.labels] for text in texts])
+    if not named.any() or (named != (labels == 1)).any():
+        return []
+    return ["the reports are made of the labels' names, the prompts are not: see --prompts listed, --prompt-forms"]
 
 
 TOKENIZER = "clip-bpe"
