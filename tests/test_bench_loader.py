@@ -25,6 +25,7 @@ from bench.processes import tree, usage
 from bench.shapes import read_results, tables_of
 from bench.storage import Counts, SlowSettings, counts, evict, resident_bytes, slow_file_system
 from bench.summary import summarise, verdict
+from pipeline.buffers import AHEAD_BYTES
 from shards.errors import InputError
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None and shutil.which("gcc") is None, reason="no C compiler")
@@ -47,7 +48,7 @@ def slow_run(source: tuple[Path, Path], shards_dir: Path) -> tuple[dict[str, Any
     h5, csv = source
     config = LoaderBenchConfig(
         shards=shards_dir, h5=h5, csv=(csv,), uint8=True, peers=True, only=(*MEASURED, "ffcv", "litdata"),
-        rounds=1, seconds=0.3, memory_s=0.2, warmup_batches=1, batch_size=16,
+        rounds=1, seconds=0.3, memory_s=0.2, warmup_batches=1, batch_size=16, threads=2,
         latency_ms=(1.0,), bandwidth_mb=400, jitter=0.1, readahead_kb=0,
     )  # fmt: skip
     result = run_bench(config)
@@ -73,16 +74,17 @@ def test_a_run_has_every_case_with_every_figure(slow_run: tuple[dict[str, Any], 
 
 
 def test_the_slow_file_system_is_under_every_case(slow_run: tuple[dict[str, Any], str]) -> None:
-    """Requests counted in the measured stretch: a film each from HDF5, of its size; less than a film from shards."""
+    """Requests counted in the measured stretch: a film each from HDF5, of its size; less than a film from shards. Where
+    little was measured, on a busy machine, all of it may have been read before."""
     cases = {case["name"]: case for case in slow_run[0]["cases"]}
     film = 320 * 320
     for name, size in (("hdf5", 4 * film), ("hdf5 uint8", film)):
         (taken,) = cases[name]["rounds"]
-        assert taken["requests"] >= 0.5 * taken["images"]  # workers are ahead or behind by some batches
-        assert size <= taken["request_bytes"] / taken["requests"] < 1.1 * size
-    for name in ("webdataset", "dali reader", "cpu"):
+        assert taken["requests"] >= taken["images"] - 16 * 3 * 2  # two workers, each at a batch and two ahead
+        assert taken["requests"] * size <= taken["request_bytes"] <= taken["requests"] * 1.1 * size
+    for name, ahead in (("webdataset", 64), ("dali reader", 64), ("cpu", AHEAD_BYTES // 20_000)):
         (taken,) = cases[name]["rounds"]
-        assert taken["requests"] > 0 and taken["request_bytes"] > 0
+        assert taken["images"] <= ahead or (taken["requests"] > 0 and taken["request_bytes"] > 0)
 
 
 def test_a_peer_that_is_absent_is_a_row_with_the_reason(slow_run: tuple[dict[str, Any], str]) -> None:
