@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     with main_guard("ingest"):
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's way to say Ctrl-C
         config = parse(IngestConfig, argv, prog="python -m ingest")
-        from ingest.workdir import finished_set
+        from ingest.workdir import check_place, finished_set
 
         manifest = finished_set(config)
         if manifest is not None:
@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         if config.dry_run:
             from ingest.trial import dry_run
 
+            check_place(config.to_shards)
             for line in dry_run(config):
                 say(line)
             return
