@@ -56,7 +56,10 @@ class H5Source:
     def check_unchanged(self) -> None:
         """InputError where the file was written to since it was opened: HDF5 reads zeros where one ends too early."""
         if self._size_and_time() != self._stamp:
-            raise InputError(f"{self._name} changed while it was read; leave the file alone and ingest again")
+            raise self._changed()
+
+    def _changed(self) -> InputError:
+        return InputError(f"{self._name} changed while it was read; leave the file alone and ingest again")
 
     def _size_and_time(self) -> tuple[int, int]:
         found = os.fstat(self._file.id.get_vfd_handle())
@@ -95,6 +98,8 @@ class H5Source:
         return np.ndarray((end - first, self.height, self.width), self.dtype, target, start - begin)
 
     def _unreadable(self, first: int, end: int, error: Exception) -> InputError:
+        if self._size_and_time() != self._stamp:
+            return self._changed()
         return InputError(f"rows {first} to {end} of {self._name} cannot be read ({reason(error)}); restore the file")
 
     def films(
