@@ -200,14 +200,16 @@ def _range_lines(source: SourceConfig, files: tuple[H5File, ...], table: SourceT
     rows = range(0, table.rows, -(-table.rows // 8) or 1)
     if source.value_range is not None:
         with contextlib.suppress(InputError):  # HDF5 that cannot be read without
-            plain = _try_films(dataclasses.replace(source, value_range=None), files, table, rows)
-            if all(map(np.array_equal, plain, _try_films(source, files, table, rows))):
+            plain = _films_at(dataclasses.replace(source, value_range=None), files, table, rows)
+            both = zip(plain, _films_at(source, files, table, rows), strict=True)
+            found = [pair for pair in both if not all(isinstance(film, Fault) for film in pair)]
+            if found and all(np.array_equal(*pair) for pair in found):
                 yield (
-                    f"--value-range changes none of {len(rows)} films looked at{whose}: those of 8 bits take one "
+                    f"--value-range changes none of {len(found)} films looked at{whose}: those of 8 bits take one "
                     "within 0 255, DICOM has its own"
                 )
     elif source.images is not None:
-        lacking = sum(film is Fault.NO_RANGE for film in _try_films(source, files, table, rows))
+        lacking = sum(film is Fault.NO_RANGE for film in _films_at(source, files, table, rows))
         if lacking and lacking == len(rows):
             raise InputError(
                 f"each of {len(rows)} films looked at has more than 8 bits and no value in the upper half of 16; say "
@@ -217,7 +219,7 @@ def _range_lines(source: SourceConfig, files: tuple[H5File, ...], table: SourceT
             yield f"{lacking} of {len(rows)} films looked at{whose} will be rejected: {Fault.NO_RANGE.reason}"
 
 
-def _try_films(source: SourceConfig, files: tuple[H5File, ...], table: SourceTable, rows: Sequence[int]) -> list[Film]:
+def _films_at(source: SourceConfig, files: tuple[H5File, ...], table: SourceTable, rows: Sequence[int]) -> list[Film]:
     with open_films(source, files, table.names) as films:
         return [film for row in rows for film in films.read(row, row + 1)]
 

@@ -75,6 +75,8 @@ def read_table(config: SourceConfig) -> SourceTable:
     names = dict.fromkeys([*fields, *config.label_columns, *(name for name in optional if name), *path])
     columns = read_columns(config.csv, tuple(names))
     rows = len(columns[fields[0]])
+    if not rows:
+        raise InputError(f"{', '.join(map(str, config.csv))}: a header and no row; row i must describe film i")
     texts, reasons = _texts(config, columns)
     patients = _patients(config, columns) if config.group_column else None
     return SourceTable(

@@ -343,6 +343,15 @@ class TestI9:
         with pytest.raises(InputError, match=rf"row 1 of .*field larger than field limit \({MAX_FIELD}\)"):
             read_table(SourceConfig(h5=(path,), csv=(path,)))
 
+    @pytest.mark.parametrize("content", ["Path,impression\n", "Path,impression"])
+    def test_a_header_alone(self, tmp_path: Path, content: str) -> None:
+        table = tmp_path / "a.csv"
+        table.write_text(content)
+        for films in ({"images": tmp_path}, {"h5": (write_h5(tmp_path / "a.h5", made_up_images(2)),)}):
+            config = IngestConfig(to_shards=tmp_path / "out", csv=(table,), **films)
+            with pytest.raises(InputError, match=r"a\.csv: a header and no row"):
+                read_inputs(config)
+
     def test_report_files(self, tmp_path: Path) -> None:
         """Whatever a CSV names as a report file, the row is rejected or the report is read; nothing hangs."""
         folder = tmp_path / "reports"

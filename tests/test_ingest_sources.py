@@ -416,6 +416,20 @@ class TestImageFolder:
                 found = next(_films(config).read(3, 4))
                 assert np.array_equal(found, images[3])
 
+    def test_films_that_cannot_be_had_are_none_that_a_range_does_not_change(
+        self, tmp_path: Path, images: np.ndarray
+    ) -> None:
+        names = [f"{number}.png" for number in range(8)]
+        table = write_csv(tmp_path / "a.csv", ["Path", "impression"], [[name, "x"] for name in names])
+        config = IngestConfig(
+            to_shards=tmp_path / "out", images=tmp_path, csv=(table,), val_fraction=0, value_range=(0.0, 4095.0)
+        )
+        for name in names:
+            (tmp_path / name).write_bytes(b"no film")
+        assert read_inputs(config).notes == ()
+        Image.fromarray(images[0]).save(tmp_path / "5.png")
+        assert "changes none of 1 films looked at" in read_inputs(config).notes[0]
+
     def test_a_film_that_may_not_be_read_is_called_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Root may read everything."""
 
