@@ -209,10 +209,15 @@ def _beat(lease: Lease, stop: threading.Event) -> None:
 
 
 def _started(pid: object) -> str | None:
-    """When a process started, in ticks since boot, for its number may be another's by now; None where there is none."""
+    """When a process started, in ticks since boot, for its number may be another's by now; None where there is none.
+
+    One that ended is none, although nobody has asked yet how: in a container perhaps nobody ever will. A thread of it
+    that still hangs in a write may end that.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" and int(fields[16]) <= 1 else fields[18]
+    except (OSError, IndexError, ValueError):
         return None
 
 

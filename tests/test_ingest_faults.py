@@ -292,6 +292,29 @@ def test_two_ingests_into_one_folder(small: list[str], forked: Ingest, tmp_path:
         assert json.loads(lock.read_bytes())["started"] != "1"
 
 
+def test_a_holder_that_was_killed_is_dead_before_its_parent_asks(tmp_path: Path) -> None:
+    from shards.lock import Held, exclusive
+
+    holds = (
+        "import pathlib, sys, time, shards.lock; lock = shards.lock.exclusive(pathlib.Path(sys.argv[1]), sys.argv[1])"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        f"{holds}; lock.__enter__(); print(flush=True); time.sleep(600)",
+        tmp_path / "lock",
+    ]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout and holder.stdout.readline()
+        with pytest.raises(Held), exclusive(tmp_path / "lock", "taken"):
+            pass
+        holder.kill()
+        while state(holder.pid) != "Z" or len(list(Path(f"/proc/{holder.pid}/task").iterdir())) > 1:
+            time.sleep(0.01)
+        with exclusive(tmp_path / "lock", "taken"):
+            pass
+
+
 def test_a_silent_holder_elsewhere_is_dead_after_a_while(tmp_path: Path) -> None:
     from shards.errors import InputError
     from shards.lock import DEAD_AFTER_S, exclusive
