@@ -1,11 +1,13 @@
 """Whole training runs, on real processes where several ranks are needed: what was promised about resuming them."""
 
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from conftest import REPOSITORY
 from soak_train import Life, Server
 
+from shards.errors import InputError
 from shards.manifest import read_manifest
 from train.checkpoint import list_checkpoints, read_checkpoint
 from train.main import main
@@ -292,6 +295,41 @@ def test_half_a_copy_of_a_set_is_refused_before_the_first_step(
     if name.startswith("train"):
         assert f"cannot read {name}" in refused(capsys, "--shards", str(shards_dir), *arguments, *more)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_lies_in_a_data_set_goes_on(alone: Path, stopped: Path, shards_dir: Path, tmp_path: Path) -> None:
+    """A new one is refused there; and what a network file system says once is no half a copy."""
+    own = Path(shutil.copytree(shards_dir, tmp_path / "set"))
+    out = Path(shutil.copytree(stopped, own / "run"))
+    stat, failures = Path.stat, iter([errno.ESTALE, errno.EIO])
+
+    def failing(path: Path, **more: bool) -> os.stat_result:
+        if path.suffix == ".tar" and (number := next(failures, 0)):
+            raise OSError(number, os.strerror(number), str(path))
+        return stat(path, **more)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Path, "stat", failing)
+        go_on(own, out)
+    assert next(failures, None) is None
+    assert column(out, "order_digest") == column(alone, "order_digest")
+
+
+def test_a_slow_file_system_is_asked_for_several_shards_at_once(
+    shards_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, three = [], threading.Event()
+
+    def slow(path: Path, _: object) -> None:
+        asked.append(path)
+        if len(asked) >= 3:
+            three.set()
+        if not three.wait(300):
+            raise InputError("one at a time")
+        raise InputError(f"{path.name} is gone")
+
+    monkeypatch.setattr("train.job.check_file", slow)
+    assert "train-000000.tar is gone" in refused(capsys, "--shards", str(shards_dir), "--out", str(tmp_path / "run"))
 
 
 def test_a_mistake_on_two_ranks_is_said_once(shards_dir: Path, tmp_path: Path) -> None:

@@ -1,19 +1,23 @@
 """A run before it runs: everything that a config asks for, built and checked. Nothing here talks to other ranks."""
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.batch import World
 from pipeline.loader import Loader, build_loader, make_layout
+from pipeline.read import ReadStats, retried
 from shards.cli import check_outside
 from shards.errors import InputError
 from shards.lock import Lease
 from shards.manifest import read_manifest
 from shards.reader import check_file
-from shards.schema import MANIFEST_NAME, Manifest
+from shards.schema import MANIFEST_NAME, Manifest, ShardInfo
 from train.config import TrainConfig, loader_config
 from train.device import Precision, choose_device, choose_precision, pin_threads
 from train.fingerprint import JUDGED_ON, SETS, alike, differences, fingerprint
@@ -86,7 +90,8 @@ def build_setting(config: TrainConfig, ranks: Ranks) -> Setting:
     pin_threads(config.threads, ranks)
     check_parts(config.batch_size, ranks.size, config.accumulate)
     manifest = read_manifest(config.shards)
-    _check_places(config, files=ranks.first)  # on one rank: a file system is asked thousands of times
+    if ranks.first:  # alone: a file system is asked thousands of times
+        _check_places(config)
     if config.validate_every and not manifest.rows("val"):
         raise InputError(
             f"{config.shards} has no val split to validate on; ingest with --val-fraction, or add --validate-every 0"
@@ -103,18 +108,28 @@ def build_setting(config: TrainConfig, ranks: Ranks) -> Setting:
     )
 
 
-def _check_places(config: TrainConfig, *, files: bool) -> None:
-    """InputError where a run would write into a data set; with `files` for a shard that is missing or cut short, too,
-    as half a copy is: the loader would find it hours later."""
+def _check_places(config: TrainConfig) -> None:
+    """InputError where a new run would write into a data set, or a shard is missing or cut short, as half a copy is:
+    the loader would find it hours later."""
+    new = not RunFolder(root=config.out).config.exists()  # one that lies there already may be gone on with
     splits = ("train", "val") if config.validate_every else ("train",)
     for root in (config.shards, *config.data.more_shards):
-        check_outside(config.out, root, "--out")
+        if new:
+            check_outside(config.out, root, "--out")
         if config.data.stage_dir:
             check_outside(config.data.stage_dir, root, "--data.stage-dir")
-        found = read_manifest(root).splits if files else {}
-        for info in (info for split in splits for info in found.get(split, ())):
-            for kind in ("tar", "idx", "parquet"):
-                check_file(root / f"{info.name}.{kind}", getattr(info, kind))
+        found = read_manifest(root).splits
+        with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+            list(pool.map(partial(_check_shard, root), [info for split in splits for info in found.get(split, ())]))
+
+
+_ASKED_AT_ONCE = 16
+"""Shards: a file system may take 50 ms to say how large a file is, and a set has thousands."""
+
+
+def _check_shard(root: Path, info: ShardInfo) -> None:
+    for kind in ("tar", "idx", "parquet"):
+        retried(partial(check_file, root / f"{info.name}.{kind}", getattr(info, kind)), ReadStats())
 
 
 def build_job(setting: Setting, checkpoint: dict[str, Any] | None, lease: Lease | None) -> Job:
