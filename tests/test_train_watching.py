@@ -376,7 +376,9 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys) -> None:
     told = capsys.readouterr().err
     assert stop.value.code == 2 and "no rows yet" in told and told.count("\n") == 1
     (run / "best.pt").touch()
+    (tmp_path / "manifest.json").touch()  # that of a data set
     for main, arguments in (
+        (lay_out, ("--json", "../ingest.json")),
         (lay_out, ("--png", "best.pt")),
         (lay_out, ("--json", "config.json")),
         (draw, ("--out", "best.pt")),

@@ -120,15 +120,15 @@ class RunFolder:
 
 def check_result(path: Path, ending: str, flag: str) -> None:
     """Before work whose result goes to `path`: InputError where its name does not end so, or is that of a file which a
-    run or a data set cannot do without; OSError where it cannot be written."""
+    run cannot do without, or it lies among a data set's; OSError where it cannot be written."""
     if path.suffix.lower() != ending:
         raise InputError(f"{flag} {path} does not end in {ending}; give such a name")
-    if path.name in _KEPT and path.exists():
-        raise InputError(f"{flag} {path} would write over a file of a run or a data set; choose another name")
+    if (path.name in _KEPT and path.exists()) or (path.parent / MANIFEST_NAME).exists():
+        raise InputError(f"{flag} {path} would write over a file of a run or into a data set; choose another name")
     check_writable(path)
 
 
-_KEPT = {"config.json", "versions.json", MANIFEST_NAME}
+_KEPT = {"config.json", "versions.json"}
 NAME = "lock"
 WAIT_S = 90.0
 """A heartbeat that has stopped is believed to have after 60 s; what a save takes at the end of a run."""
