@@ -188,6 +188,7 @@ def test_sigkill_loses_no_sample(server: Server, alone: Path, shards_dir: Path, 
     life.send(life.ranks(), signal.SIGKILL)
     assert life.join()[0] == [-signal.SIGKILL]
     go_on(shards_dir, out)
+    assert [row["step"] for row in rows(out)] == list(range(1, 61))
     for name in ("loss", "val_loss", "order_digest"):
         assert column(out, name) == column(alone, name), name
 
