@@ -125,7 +125,7 @@ def _finished(pending: Pending[Result]) -> Iterator[Result]:
 def _deaths_told() -> Iterator[None]:
     try:
         yield
-    except BrokenProcessPool:
+    except (BrokenProcessPool, BrokenPipeError):  # the latter of one that ends before it was told what it is for
         raise InputError(
             "a worker process was killed (out of memory?); run the command again, or with fewer --workers"
         ) from None

@@ -3,6 +3,7 @@
 The numbers are the rows of the fault table (I1, I3, I4, I5, I11, I13, I14).
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, assert_refused, made_up_images, run_module, state, write_csv, write_h5
 
+from shards.errors import InputError
 from shards.processes import Processes
 from shards.verify import verify
 
@@ -316,7 +318,6 @@ def test_a_holder_that_was_killed_is_dead_before_its_parent_asks(tmp_path: Path)
 
 
 def test_a_silent_holder_elsewhere_is_dead_after_a_while(tmp_path: Path) -> None:
-    from shards.errors import InputError
     from shards.lock import DEAD_AFTER_S, exclusive
 
     lock = tmp_path / "set" / ".ingest" / "lock"
@@ -328,6 +329,18 @@ def test_a_silent_holder_elsewhere_is_dead_after_a_while(tmp_path: Path) -> None
     os.utime(lock, (long_ago, long_ago))
     with exclusive(lock, "taken"):
         assert json.loads(lock.read_bytes())["pid"] == os.getpid()
+
+
+def test_a_worker_that_ends_at_its_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as a disk that is full, to whoever writes there meanwhile."""
+
+    def broken(*_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with Processes(1) as processes:
+        monkeypatch.setattr(processes._executor, "submit", broken)
+        with pytest.raises(InputError, match="a worker process was killed"):
+            list(processes.map(len, ["x"]))
 
 
 def test_a_worker_is_born_deaf_to_interrupts() -> None:
