@@ -199,7 +199,7 @@ def test_a_signal_before_the_first_step(
     go.touch()
     codes, errors = life.join()
     assert codes == [0], errors
-    assert (out / "requeue").read_text() == "1\n"
+    assert (out / "requeue").read_text() == "1\n" and list_checkpoints(out / "checkpoints")[0][0] == 1
     finish(server, shards_dir, out, whole)
 
 
