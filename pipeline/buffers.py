@@ -40,7 +40,10 @@ class Buffers:
         try:
             self._memory = np.empty(memory // PAGE * PAGE, dtype=np.uint8)
         except MemoryError:
-            raise InputError(f"memory_mb {memory >> 20} is more than this machine has; lower it") from None
+            raise InputError(
+                f"{memory >> 20:,} MiB for encoded blocks are more than this machine has; lower memory_mb or use fewer "
+                "streams"
+            ) from None
 
     def fits(self, size: int) -> bool:
         """Whether a hole is large enough for a buffer."""

@@ -257,7 +257,7 @@ def test_copying_ends_where_no_loader_can_be_made(copy: Path, tmp_path: Path, mo
         copies(self)
 
     def refuse(limit: int) -> None:
-        raise InputError(f"memory_mb {limit >> 20} is more than this machine has")
+        raise InputError(f"{limit >> 20} MiB for encoded blocks are more than this machine has")
 
     monkeypatch.setattr(Stage, "_copy_in_turn", wait)
     monkeypatch.setattr(blocks, "Buffers", refuse)
