@@ -152,7 +152,7 @@ def main_guard(prog: str) -> Iterator[None]:
     except BrokenPipeError:  # a reader such as `head` has gone
         _drop_output()
         raise SystemExit(1) from None
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         if (line := _blame(error)) is None:
             raise
         sys.stderr.write(f"{prog}: {line}\n")
@@ -160,8 +160,11 @@ def main_guard(prog: str) -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def _blame(error: OSError) -> str | None:
+def _blame(error: OSError | RuntimeError) -> str | None:
     """What an error of the system says for people, or None where it may be a bug."""
+    if isinstance(error, RuntimeError):  # what Path.resolve raises of such a link before Python 3.13
+        loop = "Symlink loop" in str(error)
+        return "a link leads to itself (" + " ".join(str(error).split()) + "); give another path" if loop else None
     if error.filename is not None and error.errno in _PATH | _DISK:
         named = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
         return f"cannot read or write {' '.join(named.split())} ({error.strerror}); mend that, or give another path"

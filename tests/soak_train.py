@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -62,8 +63,12 @@ class Server:
         return self._ask({"start": list(map(str, arguments)), "ranks": ranks, **more})["pids"]
 
     def wait(self, pids: list[int]) -> tuple[list[int], str]:
-        """Exit codes, and all that was written to stderr."""
+        """Exit codes, and all that was written to stderr. What does not end is killed, for a test that hangs says
+        nothing."""
+        patience = threading.Timer(600, _kill, [pids])
+        patience.start()
         answer = self._ask({"wait": pids})
+        patience.cancel()
         return answer["codes"], "".join(answer["stderr"])
 
     def run(self, arguments: Sequence[str], *, ranks: int = 1, **more: object) -> tuple[list[int], str]:
@@ -73,9 +78,7 @@ class Server:
     def close(self) -> None:
         """End the process, and the runs that a test which failed has left behind, stopped ones among them."""
         assert self._process.stdin is not None
-        for pid in children(self.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _kill(children(self.pid))
         self._process.stdin.close()
         self._process.wait(600)
 
@@ -84,6 +87,12 @@ class Server:
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
+
+
+def _kill(pids: Sequence[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def arguments(shards: Path, out: Path, *more: str) -> list[str]:

@@ -152,6 +152,13 @@ def test_a_bug_keeps_its_traceback() -> None:
         assert found.value is error
 
 
+def test_a_link_that_leads_to_itself_is_a_line(tmp_path: Path, shards_dir: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    done = run_module("shards", "export", shards_dir, "--where", "Cardiomegaly == 1", "--out", loop)
+    assert_refused(done, "link", "give another path")
+
+
 @pytest.mark.parametrize("command", ["stats --json {}/train-000000.tar", "preview --out {}/p.png"])
 def test_a_result_into_the_set_itself(shards_dir: Path, command: str) -> None:
     name, *flags = command.format(shards_dir).split()
