@@ -274,18 +274,6 @@ def test_a_file_cut_while_it_is_read_gives_no_black_films(tmp_path: Path, chunks
             list(found)
 
 
-def test_a_file_cut_while_it_is_read_past_the_page_cache_is_called_so(tmp_path: Path) -> None:
-    path = tmp_path / "a.h5"
-    with h5py.File(path, "w") as file:
-        file.create_dataset("cxr", data=np.full((100, 64, 64), 7, np.uint8))
-    with H5Source(path) as source:
-        os.truncate(path, path.stat().st_size // 2)
-        with pytest.raises(InputError, match="changed while it was read"):
-            list(source.read_direct([(90, 100)], ahead=1))
-    with pytest.raises(InputError, match=r"truncated|cannot be"):
-        H5Source(path)
-
-
 def test_chunks_are_read_once(tmp_path: Path, images: np.ndarray) -> None:
     """Ranges never cut a chunk, and chunks larger than a read are decompressed once."""
     from ingest.config import SourceConfig
