@@ -55,7 +55,8 @@ def _describe_split(manifest: Manifest, split: str) -> str:
     shards = manifest.splits[split]
     megabytes = sum(info.tar.bytes for info in shards) / 1e6
     first, end = manifest.groups.get(split, (0, 0))
-    patients = f", {end - first:,} patients" if split in manifest.groups else ""
+    # No count: a patient whose films were all rejected has a number, too.
+    patients = f", patients {first}..{end - 1}" if split in manifest.groups else ""
     return f"{split:<12} {manifest.rows(split):,} samples{patients}, {megabytes:,.1f} MB in {len(shards):,} tars"
 
 
