@@ -35,10 +35,11 @@ class Buffers:
         """Bytes that should be out at once."""
         self.used = self.total = 0
         """Bytes that are out, and the most memory that they took, with the holes between them."""
-        self._holes = [(0, memory // PAGE * PAGE)]
         self._top = self._apart = 0
+        size = memory // PAGE * PAGE
+        self._holes = [(0, size)]
         try:
-            self._memory = np.empty(memory // PAGE * PAGE, dtype=np.uint8)
+            self._memory = np.empty(size, dtype=np.uint8)
         except MemoryError:
             raise InputError(
                 f"{memory >> 20:,} MiB for encoded blocks are more than this machine has; lower memory_mb or use fewer "
@@ -47,21 +48,27 @@ class Buffers:
 
     def fits(self, size: int) -> bool:
         """Whether a hole is large enough for a buffer."""
-        return any(end - begin >= size for begin, end in self._holes)
+        return self._find(size) is not None
 
     def take(self, size: int) -> NDArray[np.uint8]:
         """A buffer of at least `size` bytes; one of its own where no hole is large enough."""
         size = -(-size // PAGE) * PAGE
         self.used += size
-        for number, (begin, end) in enumerate(self._holes):
-            if end - begin >= size:
-                self._holes[number : number + 1] = [(begin + size, end)] if end - begin > size else []
-                self._top = max(self._top, begin + size)
-                self.total = max(self.total, self._top + self._apart)
-                return self._memory[begin : begin + size]
-        self._apart += size
+        number = self._find(size)
+        if number is None:
+            self._apart += size
+            buffer = np.empty(size, dtype=np.uint8)
+        else:
+            begin, end = self._holes[number]
+            self._holes[number : number + 1] = [(begin + size, end)] if end - begin > size else []
+            self._top = max(self._top, begin + size)
+            buffer = self._memory[begin : begin + size]
         self.total = max(self.total, self._top + self._apart)
-        return np.empty(size, dtype=np.uint8)
+        return buffer
+
+    def _find(self, size: int) -> int | None:
+        """Number of the first hole that is large enough."""
+        return next((number for number, (begin, end) in enumerate(self._holes) if end - begin >= size), None)
 
     def give(self, buffer: NDArray[np.uint8]) -> None:
         """Take a buffer back."""
