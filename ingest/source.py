@@ -55,10 +55,12 @@ class H5Source:
 
     def check_unchanged(self) -> None:
         """InputError where the file was written to since it was opened: HDF5 reads zeros where one ends too early."""
-        if self._size_and_time() != self._stamp:
-            raise self._changed()
+        if changed := self._changed():
+            raise changed
 
-    def _changed(self) -> InputError:
+    def _changed(self) -> InputError | None:
+        if self._size_and_time() == self._stamp:
+            return None
         return InputError(f"{self._name} changed while it was read; leave the file alone and ingest again")
 
     def _size_and_time(self) -> tuple[int, int]:
@@ -98,9 +100,9 @@ class H5Source:
         return np.ndarray((end - first, self.height, self.width), self.dtype, target, start - begin)
 
     def _unreadable(self, first: int, end: int, error: Exception) -> InputError:
-        if self._size_and_time() != self._stamp:
-            return self._changed()
-        return InputError(f"rows {first} to {end} of {self._name} cannot be read ({reason(error)}); restore the file")
+        return self._changed() or InputError(
+            f"rows {first} to {end} of {self._name} cannot be read ({reason(error)}); restore the file"
+        )
 
     def films(
         self, images: NDArray, first: int, value_range: tuple[float, float] | None = None
