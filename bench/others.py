@@ -112,7 +112,9 @@ def dali_reader(job: Job) -> Iterator[Iterator[torch.Tensor]]:
     """fn.readers.webdataset -> decode of the crop only -> cubic resize -> flip, normalise; the end is our graph's."""
     graph = _reader_graph(job)
     graph.build()
-    yield iter(lambda: torch.from_dlpack(graph.run()[0].as_tensor()).permute(0, 3, 1, 2), None)
+    # Bound to the stream that takes its batches, as ours is: otherwise the host waits for each of them.
+    stream = torch.cuda.current_stream() if job.device == "cuda" else None
+    yield iter(lambda: torch.from_dlpack(graph.run(stream)[0].as_tensor()).permute(0, 3, 1, 2), None)
 
 
 def _reader_graph(job: Job) -> Any:

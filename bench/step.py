@@ -41,7 +41,7 @@ def run_step(config: StepBenchConfig) -> dict[str, Any]:
         settings = train_config(config, Path(scratch) / "run", compiled=False)  # the loop is timed on the eager step
         say(f"building {settings.preset}, reading a batch")
         setup, batch = prepare(settings)
-        from bench.limits import best_batch, peak, search_batch, sized
+        from bench.limits import best_batch, give_back, peak, search_batch, sized
         from bench.trainers import Ours
 
         device = setup.precision.device
@@ -56,6 +56,7 @@ def run_step(config: StepBenchConfig) -> dict[str, Any]:
         best = best_batch(tried) if tried else None
         sizes = dict.fromkeys([config.batch_size, best or config.batch_size])
         cases = [found for size in sizes for found in measure_size(setup, batch, size, top, config)]
+        give_back(device)
         say("the loop around the step:")
         taken = take_turns(settings, (BARE, RESIDENT), rounds=2 * config.rounds, seconds=config.seconds)
     said = {

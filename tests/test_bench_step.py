@@ -165,6 +165,9 @@ def test_the_search_ends_where_growth_or_memory_does(monkeypatch: pytest.MonkeyP
         def run(self, steps: int) -> None:
             clock.now += steps * self._seconds
 
+    given_back: list[torch.device] = []  # also of the size that had no memory: DALI, which comes next, would have none
+    monkeypatch.setattr("bench.limits.give_back", given_back.append)
+
     def search(first: int, largest: int, full: int) -> list[dict]:
         return search_batch(lambda size: Trainer(size, full), CPU, first=first, largest=largest, seconds=10)
 
@@ -174,6 +177,7 @@ def test_the_search_ends_where_growth_or_memory_does(monkeypatch: pytest.MonkeyP
     assert search(8, 16, 32)[-1]["ended"] == "--largest-batch 16"
     tried = search(32, 4096, 4096)
     assert [found["batch_size"] for found in tried] == [32, 64, 128] and "out of memory" in tried[-1]["ended"]
+    assert len(given_back) == 4 + 2 + 4
     with pytest.raises(torch.OutOfMemoryError):
         search(256, 4096, 32)
 
