@@ -7,15 +7,18 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline import cpu, read
-from pipeline.batch import World
+from pipeline.batch import World, make_batch
 from pipeline.blocks import BlockReader
 from pipeline.config import LoaderConfig
+from pipeline.handles import record_type
 from pipeline.loader import build_loader
 from shards.errors import InputError
+from shards.manifest import read_manifest
 
 OURS = ("cpu", "dali")
 
@@ -179,3 +182,13 @@ def test_a_batch_that_failed_is_not_sent() -> None:
     slot._side, slot._open_tasks = FakeStream("side", []), 1  # type: ignore[assignment]
     slot.finish_task(InputError("damaged"))
     assert slot.done.is_set() and str(slot.error) == "damaged" and slot._sent is None
+
+
+def test_what_is_sent_to_a_gpu_is_pinned_first(shards_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA may hold the host up for other memory of more than 64 KB, until all that was launched before is done."""
+    pinned: list[torch.dtype] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.dtype) or tensor)
+    records = np.zeros(2, dtype=record_type(read_manifest(shards_dir)))
+    sent = make_batch(torch.empty(2, 3, 4, 4), records, 0, torch.device("meta"))
+    assert sent.tokens.is_meta and sent.labels.is_meta and pinned == [torch.int64, torch.float32]
+    assert not sent.samples.is_meta  # the host counts and names them
