@@ -1,10 +1,7 @@
 """Everything that is read before the first film: tables of all sources, what their films look like, the plan."""
 
-import contextlib
-import dataclasses
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +10,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ingest.config import IngestConfig, SourceConfig
-from ingest.films import Film, H5File, H5Films, open_films
-from ingest.images import Fault
+from ingest.films import H5File, H5Films
+from ingest.notes import order_lines, range_lines
 from ingest.plan import Plan, make_plan
 from ingest.table import SourceTable, read_table
 from shards.errors import InputError
@@ -22,7 +19,6 @@ from shards.schema import MAX_IMAGE_PIXELS, MAX_IMAGE_SIDE, MAX_LABELS
 
 _MOST_NAMED = 4
 """Files that a message names."""
-_NUMBER = re.compile(r"(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +86,7 @@ def read_inputs(config: IngestConfig) -> Inputs:
         sizes.append(size)
         files.append(found)
         of_source = f" of source {number}" if len(sources) > 1 else ""
-        notes += _range_lines(source, found, table, of_source)
+        notes += range_lines(source, found, table, of_source)
         start = sum(each.rows for each in tables[:number])
         ranges += [Range(source=number, first=first, end=end, start=start + first) for first, end in spans]
     height, width = sizes[0]
@@ -156,25 +152,6 @@ def _look(
         return (films.height, films.width), list(films.ranges(step)), films.files
 
 
-def order_lines(sources: Sequence[SourceConfig]) -> Iterator[str]:
-    """Where a shell put `films-10.h5` before `films-2.h5`: with a CSV in the order of the numbers, every later film
-    would get another one's report.
-    """
-    for source in sources:
-        counted = sorted(source.h5, key=_by_number)
-        numbered = len({_NUMBER.sub("", str(path)) for path in source.h5}) == 1
-        found = [(path, other) for path, other in zip(source.h5, counted, strict=True) if path != other]
-        if numbered and found:
-            before, after = (path.name for path in found[0])
-            if before == after:  # they lie in folders with numbers
-                before, after = map(str, found[0])
-            yield f"HDF5 files are read as given, {before} before {after}: see that the CSV's rows are in that order"
-
-
-def _by_number(path: Path) -> list[str | int]:
-    return [int(part) if part.isdecimal() else part for part in _NUMBER.split(str(path))]
-
-
 def _files(paths: Sequence[Path]) -> str:
     """Files for a message; of many the first and the last tell whether the shell took more or fewer than was meant."""
     if len(paths) <= _MOST_NAMED:
@@ -190,38 +167,6 @@ def _check_names(folder: Path, names: list[str]) -> None:
             f"none of {len(tried):,} rows looked at names an image file in {folder}; "
             "is it the folder that the paths in --path-column are relative to, and the right column?"
         )
-
-
-def _range_lines(source: SourceConfig, files: tuple[H5File, ...], table: SourceTable, whose: str) -> Iterator[str]:
-    """What --value-range, given or not, does not do to 8 films, spread evenly: what a user has to hear at once.
-
-    InputError where they all need one: later it would be another ingest's setting.
-    """
-    rows = range(0, table.rows, -(-table.rows // 8) or 1)
-    if source.value_range is not None:
-        with contextlib.suppress(InputError):  # HDF5 that cannot be read without
-            plain = _films_at(dataclasses.replace(source, value_range=None), files, table, rows)
-            both = zip(plain, _films_at(source, files, table, rows), strict=True)
-            found = [pair for pair in both if not all(isinstance(film, Fault) for film in pair)]
-            if found and all(np.array_equal(*pair) for pair in found):
-                yield (
-                    f"--value-range changes none of {len(found)} films looked at{whose}: those of 8 bits take one "
-                    "within 0 255, DICOM has its own"
-                )
-    elif source.images is not None:
-        lacking = sum(film is Fault.NO_RANGE for film in _films_at(source, files, table, rows))
-        if lacking and lacking == len(rows):
-            raise InputError(
-                f"each of {len(rows)} films looked at has more than 8 bits and no value in the upper half of 16; say "
-                "with --value-range LO HI which values are black and white (0 4095 for 12 bits)"
-            )
-        if lacking:
-            yield f"{lacking} of {len(rows)} films looked at{whose} will be rejected: {Fault.NO_RANGE.reason}"
-
-
-def _films_at(source: SourceConfig, files: tuple[H5File, ...], table: SourceTable, rows: Sequence[int]) -> list[Film]:
-    with open_films(source, files, table.names) as films:
-        return [film for row in rows for film in films.read(row, row + 1)]
 
 
 def _stack_labels(tables: Sequence[SourceTable], names: tuple[str, ...]) -> NDArray[np.float32]:

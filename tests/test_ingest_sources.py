@@ -21,7 +21,8 @@ from ingest.config import IngestConfig, SourceConfig, read_sources
 from ingest.encode import blank
 from ingest.films import FolderFilms, H5File, H5Films
 from ingest.images import Fault, read_film
-from ingest.inputs import order_lines, read_inputs
+from ingest.inputs import read_inputs
+from ingest.notes import order_lines
 from ingest.plan import Plan
 from ingest.reports import cut_section
 from ingest.run import ingest
@@ -371,13 +372,13 @@ class TestImageFolder:
         for number, name in enumerate(names):
             Image.fromarray(images[number].astype(np.uint16) * 16).save(tmp_path / name)
         config = IngestConfig(to_shards=tmp_path / "out", images=tmp_path, csv=(table,))
-        with pytest.raises(InputError, match="each of 7 films looked at has more than 8 bits"):
+        with pytest.raises(InputError, match="each of 20 films looked at has more than 8 bits"):
             ingest(config)
         assert not (tmp_path / "out").exists()
         assert read_inputs(replace(config, value_range=(0.0, 4095.0))).notes == ()
         Image.fromarray(images[0]).save(tmp_path / names[0])  # some of them are rejected then, and counted
         (note,) = read_inputs(config).notes
-        assert "6 of 7 films looked at will be rejected" in note and "--value-range" in note
+        assert "19 of 20 films looked at will be rejected" in note and "--value-range" in note
 
     @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
     def test_a_range_is_of_8_bits_too_where_they_can_hold_it(
@@ -399,10 +400,36 @@ class TestImageFolder:
             assert np.array_equal(samples(config.to_shards)[key(3)]["pixels"], expected)
             for value_range in ((0.0, 4095.0), (-1.0, 200.0)):
                 config = replace(source, value_range=value_range, to_shards=tmp_path / "none")
-                assert "--value-range changes none of 7 films looked at" in read_inputs(config).notes[0]
+                assert "--value-range changes none of 20 films looked at" in read_inputs(config).notes[0]
                 assert any("--value-range changes none" in line for line in dry_run(config))
                 found = next(_films(config).read(3, 4))
                 assert np.array_equal(found, images[3])
+
+    def test_a_range_of_other_films_that_washes_out_those_beside_them_is_told(
+        self, tmp_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Floats of 0 to 1, or 12 bits, beside films that need no range."""
+        names = [f"{number}.tif" for number in range(20)]
+        table = write_csv(tmp_path / "a.csv", ["Path", "impression"], [[name, "x"] for name in names])
+        config = IngestConfig(to_shards=tmp_path / "out", images=tmp_path, csv=(table,))
+        for kind, value_range in (
+            (lambda film: film, (0.0, 1.0)),
+            (lambda film: film * np.uint16(257), (0.0, 4095.0)),
+        ):
+            for name, film in zip(names, images, strict=False):
+                Image.fromarray(kind(film)).save(tmp_path / name)
+            for number in (13, 14):
+                Image.fromarray((images[number] / 255.0 * value_range[1]).astype(np.float32)).save(
+                    tmp_path / names[number]
+                )
+            (note,) = read_inputs(replace(config, value_range=value_range)).notes
+            assert "--value-range makes 18 of 20 films looked at black and white" in note and "--sources" in note
+            (note,) = read_inputs(config).notes
+            assert "2 of 20 films looked at will be rejected" in note
+        with monkeypatch.context() as patched:
+            patched.setattr("ingest.notes._LOOK_S", 0.0)  # films so large that each takes a second
+            (note,) = read_inputs(replace(config, value_range=value_range)).notes
+            assert "makes 3 of 3 films looked at" in note
 
     def test_films_that_cannot_be_had_are_none_that_a_range_does_not_change(
         self, tmp_path: Path, images: np.ndarray
