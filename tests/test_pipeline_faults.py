@@ -422,7 +422,7 @@ def expected_places(root: Path, bad: dict[Place, str], end: int) -> dict[int, Pl
 def deliver(
     config: LoaderConfig, ranks: int, *, position: int = 0, end: int = 160, known: tuple = ()
 ) -> dict[int, Place]:
-    """Position -> (shard, row) over all ranks; tokens, labels and flips have to be those of the delivered row."""
+    """Position -> (shard, row) over all ranks; tokens and labels have to be those of the delivered row."""
     places = {}
     tables = [table(config.shards, shard) for shard in range(len(read_manifest(config.shards).splits["train"]))]
     for rank in range(ranks):
@@ -464,9 +464,11 @@ def test_bad_samples_are_listed_and_stay_bad(copy: Path, shards_dir: Path, bad: 
 
 
 @pytest.mark.usefixtures("bad")
-def test_images_of_replaced_samples_are_those_of_their_rows(copy: Path, shards_dir: Path) -> None:
-    """Without augmentation an image depends on its row alone: each is the one that an undamaged set gives."""
-    plain = {"scale": (1.0, 1.0), "flip": 0.0}
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_images_of_replaced_samples_are_those_of_their_rows(copy: Path, shards_dir: Path, flip: float) -> None:
+    """Without chance an image depends on its row alone, whose report may name a side and so forbid the flip: each is
+    the one that an undamaged set gives."""
+    plain = {"scale": (1.0, 1.0), "flip": flip, "flip_guard": True}
     whole = {}
     with build_loader(settings(shards_dir, **plain), World()) as loader:
         for batch in (next(loader) for _ in range(20)):

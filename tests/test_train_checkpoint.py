@@ -175,6 +175,25 @@ def test_the_writer_keeps_newest_and_best(shelf: Shelf, tmp_path: Path) -> None:
     assert writer.figures().keys() == {"save_s", "save_wait_s"} and not writer.figures()
 
 
+def test_the_metrics_are_on_disk_before_the_checkpoint(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power loss must not leave a run beyond rows that it has lost."""
+    synced, fsync = list[str](), os.fsync
+
+    def note(handle: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    metrics = tmp_path.resolve() / "metrics.jsonl"
+    metrics.touch()
+    monkeypatch.setattr(os, "fsync", note)
+    writer = CheckpointWriter(shelf, retries=0, warn=pytest.fail, before=metrics)
+    writer.write(payload(1), is_best=False)
+    writer.close()
+    assert synced[0] == str(metrics)
+
+
 def test_without_hard_links_the_best_is_written_twice(
     shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

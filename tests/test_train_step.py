@@ -21,7 +21,7 @@ from train.config import OptimConfig, TrainConfig
 from train.device import Precision, choose_precision
 from train.model import ModelConfig, build_model
 from train.objective import Contrastive
-from train.optim import build_average, build_optimizer, update_average
+from train.optim import MAX_LOGIT_SCALE, build_average, build_optimizer, update_average
 from train.ranks import Ranks
 from train.state import Learner, Progress, capture, restore
 from train.step import Step, compiled_graphs, nothing_batch
@@ -173,6 +173,13 @@ def test_parts_draw_the_same_chances_again() -> None:
     torch.manual_seed(7)
     step(batch, 0.0)
     assert_alike(seen, expected)
+
+
+def test_an_update_leaves_the_temperature_in_its_bounds() -> None:
+    """Whichever way AdamW's first update goes, it is as long as the learning rate: far beyond one end or the other."""
+    model = small_model()
+    make_step(model)(share(), 100.0)
+    assert model.logit_scale.item() in (0.0, pytest.approx(MAX_LOGIT_SCALE))
 
 
 def test_activation_checkpointing_changes_no_gradient(plain: tuple[float, Gradients]) -> None:
