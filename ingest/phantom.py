@@ -74,7 +74,7 @@ def make_phantom(config: PhantomConfig) -> None:
         return
     check_writable(config.out, folder=True)
     _check_space(config)
-    with atomic_file(images) as h5, atomic_file(reports) as file, h5py.File(h5.name, "w") as films:
+    with atomic_file(images) as h5, atomic_file(reports) as file, h5py.File(h5.name, "w", locking=False) as films:
         data = films.create_dataset(DATASET, (config.samples, SIZE, SIZE), np.float32)
         data.attrs.update(_fingerprint(config))
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
@@ -93,7 +93,7 @@ def _already_there(images: Path, reports: Path, config: PhantomConfig) -> bool:
     if not images.exists() and not reports.exists():
         return False
     with contextlib.suppress(OSError, KeyError):
-        with h5py.File(images) as file:
+        with h5py.File(images, locking=False) as file:
             if dict(file[DATASET].attrs) == _fingerprint(config) and reports.exists():
                 return True
     raise InputError(

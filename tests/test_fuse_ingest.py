@@ -13,6 +13,7 @@ import pytest
 from conftest import FINDINGS, REPOSITORY, assert_refused, run_module
 from fuse_storage import Mount, mounted
 
+from ingest.phantom import PhantomConfig, make_phantom
 from ingest.source import H5Source
 from shards.verify import verify
 
@@ -58,6 +59,15 @@ def test_the_same_bytes(disk: Path, tmp_path: Path, shards_dir: Path, faults: di
         assert node.fired()[fault]
         assert [problem for _, problem in verify(node.root / "out") if problem] == []
     assert contents(disk / "out") == contents(shards_dir)
+
+
+def test_a_phantom_where_there_are_no_locks(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    with mounted(tmp_path / "disk", tmp_path / "node", locks=False) as node:
+        for _ in range(2):  # drawn, and found to be there
+            make_phantom(PhantomConfig(out=node.root, samples=2, workers=1))
+    make_phantom(PhantomConfig(out=tmp_path, samples=2, workers=1))
+    assert contents(tmp_path / "disk") == {name: (tmp_path / name).read_bytes() for name in ("cxr.h5", "reports.csv")}
 
 
 @pytest.mark.parametrize(
