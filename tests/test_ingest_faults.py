@@ -317,6 +317,42 @@ def test_a_holder_that_was_killed_is_dead_before_its_parent_asks(tmp_path: Path)
             pass
 
 
+def test_a_holder_whose_number_is_anothers_by_now_is_dead(tmp_path: Path) -> None:
+    from shards.lock import Held, exclusive
+
+    with exclusive(tmp_path / "lock", "taken"):
+        holder = json.loads((tmp_path / "lock").read_bytes())
+    (tmp_path / "lock").write_text(json.dumps(holder))
+    with pytest.raises(Held), exclusive(tmp_path / "lock", "taken"):
+        pass
+    (tmp_path / "lock").write_text(json.dumps({**holder, "started": f"{holder['started']}0"}))
+    with exclusive(tmp_path / "lock", "taken") as lease:
+        assert lease.mine()
+
+
+def test_a_dead_holders_lock_is_not_taken_from_who_took_it_over_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have found it dead; the other one is done with it before this one begins."""
+    from shards import lock
+
+    other, is_alive = lock.exclusive(tmp_path / "lock", "taken"), lock._is_alive
+    (tmp_path / "lock").write_text("nobody's")
+    os.utime(tmp_path / "lock", (1, 1))
+
+    def look(holder: dict, age: float) -> bool:
+        monkeypatch.setattr(lock, "_is_alive", is_alive)
+        found = is_alive(holder, age)
+        other.__enter__()
+        return found
+
+    monkeypatch.setattr(lock, "_is_alive", look)
+    with pytest.raises(lock.Held, match="taken"), lock.exclusive(tmp_path / "lock", "taken"):
+        pass
+    other.__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_silent_holder_elsewhere_is_dead_after_a_while(tmp_path: Path) -> None:
     from shards.lock import DEAD_AFTER_S, exclusive
 

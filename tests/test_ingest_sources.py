@@ -642,7 +642,7 @@ class TestLabelsAndSplits:
         write_h5(tmp_path / "a.h5", images[:20])
         write_csv(tmp_path / "a.csv", ["impression", "Edema", "who"], [[f"a{i}", i % 2, i] for i in range(20)])
         write_h5(tmp_path / "b.h5", images[20:30], dataset="films")
-        write_csv(tmp_path / "b.csv", ["report", "Mass", "who"], [[f"b{i}", 1, i] for i in range(10)])
+        write_csv(tmp_path / "b.csv", ["report", "Mass", "who"], [[f"b{i}" * (i != 7), 1, i] for i in range(10)])
         (tmp_path / "films").mkdir()
         for i in range(6):
             Image.fromarray(images[30 + i]).save(tmp_path / "films" / f"{i}.png")
@@ -655,17 +655,18 @@ class TestLabelsAndSplits:
         )
         found = run(tmp_path / "out", sources=tmp_path / "sources.toml", encoding="png")
         assert {row["key"] for row in found.values() if row["split"] == "val"} == {key(i, 2) for i in range(6)}
-        assert len(found) == 36 and found[key(3, 1)]["text"] == "b3"
+        assert len(found) == 35 and found[key(3, 1)]["text"] == "b3"
+        assert (tmp_path / "out" / "rejects.csv").read_text() == "source,row,reason\n1,7,report is empty\n"
         assert (found[key(4, 2)]["pixels"] == images[34]).all() and (found[key(9, 1)]["pixels"] == images[29]).all()
         assert found[key(3)]["label:Edema"] == 1 and found[key(3)]["label:Mass"] is None
         manifest = read_manifest(tmp_path / "out")
         assert [(each.kind, each.rows, each.samples) for each in manifest.sources] == [
             ("hdf5", 20, 20),
-            ("hdf5", 10, 10),
+            ("hdf5", 10, 9),
             ("images", 6, 6),
         ]
         # Patient 3 of one source is not patient 3 of another.
-        assert len({row["group"] for row in found.values()}) == 36
+        assert len({row["group"] for row in found.values()}) == 35
 
     def test_patients_of_several_sources(self, tmp_path: Path, images: np.ndarray) -> None:
         """Equal ids are one person where the sources say so: in one split, one group."""

@@ -1,5 +1,6 @@
 """Damage of every kind to a data set: `verify` finds all of it, opening a shard what shows without reading it all."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -54,6 +55,16 @@ def test_consistent_lies_are_found(copy: Path) -> None:
     assert any("test-000000" in problem for problem in problems(copy))
 
 
+@pytest.mark.parametrize("suffix", ["tar", "idx", "parquet"])
+def test_a_digest_that_is_not_its_files_is_found(copy: Path, suffix: str) -> None:
+    """The files are right, but whoever goes by the manifest, as a copier to a node does, takes none of them."""
+    digest = getattr(read_manifest(copy).splits["train"][0], suffix).xxh3
+    manifest = copy / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(digest, digest[::-1]))
+    [found] = problems(copy)
+    assert f"train-000000.{suffix} changed after ingest" in found
+
+
 def test_stray_and_missing_files_are_found(copy: Path) -> None:
     (copy / "train-000099.tar").write_bytes(b"")
     (copy / "train-000000.idx").unlink()
@@ -69,6 +80,18 @@ def test_opening_notices_a_changed_size(copy: Path, suffix: str) -> None:
     manifest = read_manifest(copy)
     with pytest.raises(InputError, match=r"train-000000.*changed after ingest"):
         ShardReader(copy, manifest, manifest.splits["train"][0])
+
+
+def test_reading_notices_a_patient_of_another_split(shards_dir: Path) -> None:
+    """By the manifest's ranges, so that no loader trains on a patient of val."""
+    manifest = read_manifest(shards_dir)
+    first, end = manifest.groups["train"]
+    narrower = dataclasses.replace(manifest, groups={**manifest.groups, "train": (first + 1, end)})
+    with pytest.raises(InputError, match="holds a group of another split"):
+        for info in narrower.splits["train"]:
+            with ShardReader(shards_dir, narrower, info) as reader:
+                for block in range(reader.blocks):
+                    reader.read_rows(block)
 
 
 def test_opening_notices_another_footer(copy: Path) -> None:

@@ -10,11 +10,12 @@ import torch
 from shards.errors import InputError
 from train.checkpoint import list_checkpoints, read_checkpoint
 from train.commandline import from_fields, parse_config
-from train.config import TrainConfig, loader_config
+from train.config import OptimConfig, TrainConfig, loader_config
 from train.device import Precision
 from train.main import main
 from train.model import build_model
 from train.objective import Contrastive, validation_loss
+from train.optim import learning_rate, momentum
 from train.ranks import Ranks
 from train.step import Step, check_parts
 
@@ -84,6 +85,20 @@ def test_a_plateau_lowers_the_rate_after_each_validation_but_the_first(rich: Pat
     assert [rates[step] for step in (1, 2, 6, 7, 9, 10, 12)] == [5e-4, 1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 2.5e-4]
 
 
+def test_every_step_gets_its_own_rate_momentum_and_decay(
+    shards_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The schedules count steps from 0, the average's ramp from 1."""
+    noted: list[tuple] = []
+    monkeypatch.setattr("train.step.set_rates", lambda _, *rates: noted.append(rates))
+    monkeypatch.setattr("train.loop.update_average", lambda _, __, *how: noted.append(how))
+    train(shards_dir, tmp_path, "--optim.schedule", "one-cycle", "--ema", "0.9", "--stop-at", "3")
+    config = OptimConfig(schedule="one-cycle", warmup=2, lr=1e-3)
+    for step in range(3):
+        rates = learning_rate(config, step, 12), momentum(config, step, 12)
+        assert noted[2 * step : 2 * step + 2] == [rates, (0.9, step + 1)]
+
+
 def test_the_average_is_what_is_validated(rich: Path, shards_dir: Path) -> None:
     payload = newest(rich)
     config = from_fields(TrainConfig, {**payload["config"], "shards": str(shards_dir), "out": ""})
@@ -114,7 +129,7 @@ def test_a_run_that_no_longer_improves_ends(
     shards_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Losses of the validations at steps 1 to 7; 1.95 is not lower by 0.1, so that patience ends at step 5."""
-    losses = iter([3.0, 2.0, 2.5, 1.95, float("nan"), 1.0, 1.0])
+    losses = iter([3.0, 2.0, 1.95, float("nan"), 2.5, 1.0, 1.0])
     monkeypatch.setattr(Contrastive, "validate", lambda *_: next(losses))
     options = ("--validate-every", "1", "--patience", "3", "--min-delta", "0.1")
     train(shards_dir, tmp_path, *options, "--stop-at", "4")
@@ -122,7 +137,8 @@ def test_a_run_that_no_longer_improves_ends(
     assert max(column(tmp_path, "loss")) == newest(tmp_path)["step"] == 5
     assert not (tmp_path / "requeue").exists() and (tmp_path / "curves.png").exists()
     best = read_checkpoint(tmp_path / "best.pt")
-    assert (best["step"], best["best_loss"]) == (4, 1.95)  # the best is the lowest, by however little
+    # The lowest, by however little, and not what comes after it or after the run was stopped.
+    assert (best["step"], best["best_loss"]) == (3, 1.95)
     assert "no lower validation loss in 3 validations" in capsys.readouterr().out
     train(shards_dir, tmp_path, *options, "--resume", "auto")  # and is not taken up again
     assert max(column(tmp_path, "loss")) == 5

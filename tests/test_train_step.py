@@ -53,10 +53,16 @@ def share(rank: int = 0, size: int = 1, lengths: list[int] = LENGTHS) -> Batch:
     )
 
 
-def make_step(model: nn.Module, optim: OptimConfig | None = None, ranks: Ranks | None = None, **more) -> Step:
+def make_step(
+    model: nn.Module,
+    optim: OptimConfig | None = None,
+    ranks: Ranks | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    **more,
+) -> Step:
     """A step that trains a model on the CPU."""
     optimizer, ranks = build_optimizer(model, optim or OptimConfig()), ranks or Ranks()
-    learner = Learner(model=model, optimizer=optimizer, scaler=CPU.scaler())
+    learner = Learner(model=model, optimizer=optimizer, scaler=scaler or CPU.scaler())
     return Step(learner, Contrastive(ranks, label_smoothing=0.1), CPU, ranks, **more)
 
 
@@ -118,6 +124,17 @@ def test_parts_have_the_gradients_of_the_whole(plain: tuple[float, Gradients], p
     loss, found = gradients(Ranks(), parts)
     assert loss == pytest.approx(plain[0], rel=1e-5)
     assert_alike(found, plain[1])
+
+
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu", init_scale=1024.0)])
+def test_gradients_are_clipped_as_a_whole(plain: tuple[float, Gradients], scaler: torch.amp.GradScaler | None) -> None:
+    """To a quarter of their norm, which is told as it was; a scaler has nothing to say in it."""
+    norm = torch.stack([gradient.norm() for gradient in plain[1].values()]).norm().item()
+    model = small_model()
+    step = make_step(model, scaler=scaler, clip=norm / 4)
+    found = spy(step, model)
+    assert step(share(), 1e-3).metrics["grad_norm"].item() == pytest.approx(norm, rel=1e-4)
+    assert_alike(found, {name: gradient / 4 for name, gradient in plain[1].items()})
 
 
 def on_two_ranks(rank: int, store: Path, results: multiprocessing.SimpleQueue) -> None:
