@@ -481,6 +481,9 @@ class TestImageFolder:
             assert not isinstance(found, Fault) and blank(found) is Fault.NONE
         Image.new("L", size).save(tmp_path / "a.png")
         assert blank(read_film(tmp_path / "a.png", 320)) is Fault.ALL_ZERO  # type: ignore[arg-type]
+        label = np.zeros((320, 320), np.uint8)
+        label[20:30, 40:80] = 200  # black on all sides, as no padding is
+        assert blank(label) is Fault.NONE
 
     def test_ingest_and_rejects(self, folder: Path, tmp_path: Path) -> None:
         outside = tmp_path / "secret.png"

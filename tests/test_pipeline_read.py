@@ -167,6 +167,18 @@ def test_an_error_that_stays_ends_the_run_and_names_the_shard(
         run(shards_dir)
 
 
+def test_an_error_that_stays_was_tried_after_every_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    pauses, mended, stats = list[float](), list[int](), read.ReadStats()
+    monkeypatch.setattr(read.time, "sleep", pauses.append)
+    with pytest.raises(OSError, match="Input/output"):
+        read.retried(fail, stats, mended.append)
+    assert tuple(pauses) == read.BACKOFF_S
+    assert stats.retries == len(pauses) and mended == [errno.EIO] * len(pauses)
+
+
 def test_an_error_that_will_not_pass_is_not_retried(shards_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flaky = Flaky(1, errno.EACCES)
     monkeypatch.setattr(read.os, "preadv", flaky)

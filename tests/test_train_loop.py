@@ -28,6 +28,7 @@ EVERYTHING = (
     *("--optim.optimizer", "sgd", "--optim.schedule", "plateau", "--optim.plateau-patience", "0"),
     *("--min-delta", "10", "--ema", "0.8", "--accumulate", "4", "--label-smoothing", "0.1"),
     *("--activation-checkpointing", "--optim.clip", "0.5"),
+    *("--model.text-head", "mlp", "--model.head-width", "32", "--model.head-dropout", "0.2"),
 )
 
 
