@@ -24,9 +24,11 @@ import numpy as np
 from ingest.config import IngestConfig
 from ingest.encode import blank
 from ingest.films import open_films
+from ingest.fingerprint import fingerprint
 from ingest.images import Fault
 from ingest.inputs import Inputs, read_inputs
 from ingest.report import warnings
+from ingest.workdir import goes_on
 from shards.encodings import Loss, Pixels, decode, encode, loss, psnr
 from shards.errors import InputError
 from shards.schema import NO_GROUP, SAMPLE_OVERHEAD, ImageSpec
@@ -46,7 +48,11 @@ _TIMED = 32
 
 def dry_run(config: IngestConfig) -> Iterator[str]:
     """Lines that say which rows would go where, and what time and disk they would take. InputError as the ingest's."""
+    begun = fingerprint(config)
     inputs = read_inputs(config)
+    config, tried = settle(config, inputs)
+    if goes_on(config, begun):
+        yield f"{config.to_shards} holds this same ingest, unfinished, and it would go on; what follows is of all"
     yield from inputs.notes
     several = f" of {len(inputs.sources)} sources" if len(inputs.sources) > 1 else ""
     yield f"{inputs.rows:,} rows{several}, films of {inputs.height} x {inputs.width}"
@@ -60,8 +66,7 @@ def dry_run(config: IngestConfig) -> Iterator[str]:
     usual = np.isnan(inputs.labels) | np.isin(inputs.labels, (1, 0, -1))
     graded = [name for name, column in zip(inputs.label_names, usual.T, strict=True) if not column.all()]
     yield from warnings(inputs.plan.namesakes, inputs.plan.unnamed, graded)
-    config, lines = settle(config, inputs)
-    yield from lines
+    yield from tried
     seconds, size, measured = _try_films(config, inputs)
     if not measured:
         yield f"none of the first {_TIMED} films of each source can be read"

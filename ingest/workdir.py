@@ -40,7 +40,7 @@ def open_work(config: IngestConfig, begun: dict[str, Any]) -> Iterator[Path]:
 
     `begun`: its fingerprint, of which settings may have been chosen since.
     """
-    out, inputs = config.to_shards, begun | json.loads(json.dumps(settings(config)))
+    out, inputs = config.to_shards, _chosen(config, begun)
     work = out / WORK_NAME
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,10 @@ def open_work(config: IngestConfig, begun: dict[str, Any]) -> Iterator[Path]:
         work.mkdir(exist_ok=True)
         with exclusive(work / _LOCK, f"another ingest is writing to {out}"):
             _check_folder(out)  # that other one may have ended since
-            _check_same(out, work, inputs)
+            if _has_films(out, work):
+                _check_same(out, work, inputs)
+            else:
+                _clear(work)
             remove_temporary(out, work)
             write_json(work / _INPUTS, inputs)
             try:
@@ -57,6 +60,23 @@ def open_work(config: IngestConfig, begun: dict[str, Any]) -> Iterator[Path]:
                 remove_temporary(out, work)  # of workers that were killed because another one failed
     except OSError as error:
         raise _cannot_write(out, error) from None
+
+
+def _chosen(config: IngestConfig, begun: dict[str, Any]) -> dict[str, Any]:
+    return begun | json.loads(json.dumps(settings(config)))
+
+
+def goes_on(config: IngestConfig, begun: dict[str, Any]) -> bool:
+    """Whether OUT holds this same ingest, unfinished; for `begun` see `open_work`. Nothing is touched.
+
+    InputError where it holds another.
+    """
+    out = config.to_shards
+    work = out / WORK_NAME
+    if not work.is_dir() or not _has_films(out, work):
+        return False
+    _check_same(out, work, _chosen(config, begun))
+    return True
 
 
 def finished_set(config: IngestConfig) -> Manifest | None:
@@ -128,14 +148,19 @@ def _cannot_write(out: Path, error: OSError) -> InputError:
     )
 
 
+def _clear(work: Path) -> None:
+    """Remove what an ingest left that was refused before a film was encoded."""
+    for path in work.iterdir():
+        if path.name != _LOCK:
+            path.unlink(missing_ok=True)  # another start asks for the lock, and removes what it asked with
+
+
+def _has_films(out: Path, work: Path) -> bool:
+    """Whether an ingest got as far as its films; of a cluster's run workers may still be at them, by its settings."""
+    return os.listdir(out) != [WORK_NAME] or any(work.glob("*.spill")) or any(work.glob(f"{MARKER}*"))
+
+
 def _check_same(out: Path, work: Path, inputs: dict[str, Any]) -> None:
-    # Refused before a film was encoded; but of a cluster's run workers may still be at films, by its settings.
-    encoded = os.listdir(out) != [WORK_NAME] or any(work.glob("*.spill")) or any(work.glob(f"{MARKER}*"))
-    if not encoded:
-        for path in work.iterdir():
-            if path.name != _LOCK:
-                path.unlink(missing_ok=True)  # another start asks for the lock, and removes what it asked with
-        return
     if names := changed(_noted(work / _INPUTS), inputs):
         raise InputError(
             f"{out} holds an interrupted ingest with another {names}; "

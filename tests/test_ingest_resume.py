@@ -1,11 +1,13 @@
 """What a rerun believes of what an interrupted ingest left: digests, not names and sizes (I2); the same films (I12)."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from PIL import Image
 
 from ingest.config import IngestConfig
 from ingest.run import ingest
+from ingest.trial import dry_run
 from shards.errors import InputError
 
 INJECTED = Path(__file__).parent / "injected"
@@ -28,6 +31,10 @@ def config(folder: Path, out: Path) -> IngestConfig:
 
 def content(root: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in root.iterdir() if path.is_file()}
+
+
+def everything(root: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def killed(folder: Path, out: Path, step: int) -> None:
@@ -112,6 +119,26 @@ def test_only_the_damaged_spill_is_made_again(left: tuple[Path, Path, dict[str, 
     before = [path.stat().st_mtime_ns for path in spills]
     killed(folder, again, 9)  # after the spill, before the end
     assert [path.stat().st_mtime_ns == time for path, time in zip(spills, before, strict=True)] == [True, False]
+
+
+def test_dry_run_says_whether_the_ingest_would_go_on(left: tuple[Path, Path, dict[str, bytes]], tmp_path: Path) -> None:
+    """By the encoding that `auto` takes, too, which is another one here."""
+    folder, out, _ = left
+    again = shutil.copytree(out, tmp_path / "again")
+    before, same = everything(again), config(folder, again)
+    assert f"{again} holds this same ingest, unfinished" in next(dry_run(same))
+    assert not any("unfinished" in line for line in dry_run(config(folder, tmp_path / "new")))
+    others = {"--seed": {"seed": 1}, "--val-fraction": {"val_fraction": 0.5}, "--encoding": {"encoding": "auto"}}
+    for flag, other in others.items():
+        with pytest.raises(InputError, match=f"holds an interrupted ingest with another {flag};") as refused:
+            list(dry_run(replace(same, **other)))
+        assert everything(again) == before
+        copy = shutil.copytree(again, tmp_path / flag)
+        with pytest.raises(InputError, match=re.escape(str(refused.value).replace(str(again), str(copy)))):
+            ingest(replace(same, to_shards=copy, **other))
+    (tmp_path / "refused" / ".ingest").mkdir(parents=True)
+    (tmp_path / "refused" / ".ingest" / "inputs.json").write_text("{}")  # of one that was refused before a film
+    assert not any("unfinished" in line for line in dry_run(config(folder, tmp_path / "refused")))
 
 
 def test_a_film_that_changes_is_noticed(tmp_path: Path) -> None:
