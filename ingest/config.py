@@ -75,12 +75,9 @@ class SourceConfig:
         if self.split and self.split_column:
             raise InputError("--split and --split-column contradict each other; give one")
         self._check_kind()
-        if self.group_column in (*self.label_columns, self.label_list_column or ""):
+        self._check_empty()
+        if self.group_column is not None and self.group_column in (*self.label_columns, self.label_list_column):
             raise InputError(f"--group-column {self.group_column!r} is a label column too, which would show who it is")
-        if self.section is not None and not self.section.strip():
-            raise InputError("--section is empty; name the section that is the text, or leave it out")
-        if not self.label_list_separator:
-            raise InputError("--label-list-separator is empty; it is what joins the findings of a row")
         if self.group_regex is not None:
             self._check_regex()
         if self.group_namespace is not None and self.group_column is None:
@@ -91,6 +88,13 @@ class SourceConfig:
             raise InputError(f"--image-size {self.image_size} is not positive")
         if len(set(self.label_columns)) != len(self.label_columns):
             raise InputError(f"--label-columns {' '.join(self.label_columns)} names a column twice")
+
+    def _check_empty(self) -> None:
+        """A shell puts nothing in the place of a variable that it does not know: nobody means that."""
+        for name, value in dataclasses.asdict(self).items():
+            spaced = name == "label_list_separator"  # which a space may be
+            if isinstance(value, str) and name != "missing_text" and not (value if spaced else value.strip()):
+                raise InputError(f"--{name.replace('_', '-')} is empty; give it a value, or leave it out")
 
     def _check_kind(self) -> None:
         """A setting that says nothing about this kind of films was meant to do something."""

@@ -279,7 +279,8 @@ class TestMistakes:
         refused("column 'Path' holds names of files", "--text-folder", more=("--text-column", "Path"), table=files)
         refused("label column 'Path'", "row 0", more=("--label-columns", "Path"))
         refused("--val-fraction", "1.5", more=("--val-fraction", "1.5"))
-        refused("--section is empty", more=("--section", ""))
+        for flag, blank in (("section", " "), ("split-column", ""), ("text-template", ""), ("label-list-column", "")):
+            refused(f"--{flag} is empty", more=(f"--{flag}", blank))
         refused("--workers 3000000000", "4,096", more=("--workers", "3000000000"))
         refused("--frob", more=("--frob", "1"))
         text = tmp_path / "text.h5"
