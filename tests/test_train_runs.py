@@ -134,6 +134,8 @@ def test_a_run_leaves_what_it_promises(pair: Path, shards_dir: Path) -> None:
     assert list(validated) == [20, 40, 60]
     assert [step for step, _ in list_checkpoints(pair / "checkpoints")] == [60, 40]
     assert read_checkpoint(pair / "best.pt")["step"] == min(validated, key=lambda step: validated[step])
+    chances = read_checkpoint(pair / "best.pt")["rng"]  # were they one, both ranks would drop the same hidden values
+    assert len(chances) == 2 and not chances[0].equal(chances[1])
     assert (pair / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (pair / "config.json").exists()
     assert json.loads((pair / "versions.json").read_text())["shards"] == read_manifest(shards_dir).digest
