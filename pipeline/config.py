@@ -4,10 +4,13 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pipeline.batch import World
 from pipeline.effects import EffectsConfig
 from shards.errors import InputError
+
+if TYPE_CHECKING:  # settings need no torch
+    from pipeline.batch import World
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -167,12 +170,12 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def thread_count(config: LoaderConfig, world: World) -> int:
+def thread_count(config: LoaderConfig, world: "World") -> int:
     """Threads (or worker processes) for decoding on this rank, at least 1."""
     return config.threads or max(1, available_cpus() // (world.local_size or world.size))
 
 
-def stream_count(config: LoaderConfig, world: World) -> int:
+def stream_count(config: LoaderConfig, world: "World") -> int:
     """Streams of the training order. InputError, with the arithmetic, where batch, ranks and streams do not fit."""
     ranks = world.size
     streams = config.streams or -(-DEFAULT_STREAMS // ranks) * ranks

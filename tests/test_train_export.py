@@ -14,11 +14,12 @@ from test_train_weights import CLIP_SMALL, CONTEXT, SIZE, VOCAB
 
 from pipeline.config import DataConfig
 from shards.errors import InputError
+from train.architecture import ModelConfig
 from train.checkpoint import read_checkpoint, write_checkpoint
 from train.commandline import to_fields
 from train.config import TrainConfig
 from train.export import ExportConfig, export, main
-from train.model import ClipModel, ModelConfig, build_model
+from train.model import ClipModel, build_model
 from train.presets import CHEXZERO_MEAN, CHEXZERO_STD
 from train.state import LEFT_OUT
 from train.weights import load_pretrained

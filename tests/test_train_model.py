@@ -10,8 +10,9 @@ from torch import nn
 
 from pipeline.config import CLIP_MEAN, CLIP_STD
 from shards.errors import InputError
+from train.architecture import ModelConfig
 from train.config import TrainConfig
-from train.model import ClipModel, ModelConfig, build_model
+from train.model import ClipModel, build_model
 from train.presets import PRESETS
 
 VOCAB, CONTEXT, START, END = 49408, 77, 49406, 49407

@@ -4,6 +4,7 @@ order whatever the batch, the loss as it is defined."""
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from pipeline.config import LoaderConfig
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
 from train import objective
+from train.architecture import ModelConfig
 from train.device import Precision
-from train.model import ModelConfig, build_model
+from train.model import build_model
 from train.objective import Contrastive, contrastive_loss, cut_tokens, embed_split, shuffle_reports, validation_loss
 from train.ranks import Ranks
 
@@ -168,6 +170,17 @@ def test_every_row_once_in_row_order(model: torch.nn.Module, shards_dir: Path) -
     np.testing.assert_array_equal(embedded.labels.numpy(), np.concatenate(expected))
     assert len(embedded) == manifest.rows("train") == len(embedded.texts)
     torch.testing.assert_close(embedded.images.norm(dim=1), torch.ones(len(embedded)))
+
+
+def test_rows_of_two_ranks_stand_in_row_order_again() -> None:
+    """Rank 1 has one less, and pads its share."""
+    rows, two = torch.arange(1.0, 8.0)[:, None], torch.zeros(8, 1)
+    two[:7] = rows
+    ranks = SimpleNamespace(
+        size=2, gather_objects=lambda widths: [widths, widths], gather=lambda _: [two[::2], two[1::2]]
+    )
+    for found in objective._gather_rows([rows[::2]] * 3, 7, CPU.device, ranks):  # type: ignore[arg-type]
+        assert found.equal(rows)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])

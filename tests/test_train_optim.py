@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from shards.errors import InputError
+from train.architecture import ModelConfig
 from train.config import OptimConfig
-from train.model import ModelConfig, build_model
+from train.model import build_model
 from train.optim import (
     MAX_LOGIT_SCALE,
     build_average,

@@ -12,11 +12,12 @@ from torch import nn
 from pipeline.batch import Batch, World
 from pipeline.config import LoaderConfig
 from pipeline.loader import build_loader
+from train.architecture import ModelConfig
 from train.checkpoint import list_checkpoints
 from train.config import OptimConfig
 from train.device import Precision
 from train.main import main
-from train.model import ModelConfig, build_model
+from train.model import build_model
 from train.objective import Output, Tensors
 from train.optim import build_optimizer
 from train.ranks import Ranks

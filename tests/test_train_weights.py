@@ -25,11 +25,12 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import save_file
 
 from shards.errors import InputError
+from train.architecture import ModelConfig
 from train.checkpoint import write_checkpoint
 from train.config import TrainConfig
 from train.evaluate import main as evaluate
 from train.main import main
-from train.model import ClipModel, ModelConfig, build_model
+from train.model import ClipModel, build_model
 from train.presets import PRESETS
 from train.pretrained import read_tensors
 from train.weights import fetch_all, files_of, find_weights, load_pretrained, parse_hub, show

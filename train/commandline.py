@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import tomllib
 import types
 import typing
@@ -28,6 +29,11 @@ MAX_BYTES = 1 << 20
 BACKENDS = ("auto", "cpu", "dali")
 SETTINGS = {"threads": int, "memory_mb": int, "read_threads": int, "ahead": int, "own_jpeg": bool}
 """What a --loader-config may set of `pipeline.config.DataConfig`: name -> type. A whole number is at least 1."""
+
+
+def started_ranks() -> int:
+    """Processes that torchrun started for this run; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def parse_config(prog: str, argv: Sequence[str] | None = None) -> TrainConfig:

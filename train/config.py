@@ -7,7 +7,7 @@ from typing import Literal
 
 from pipeline.config import DataConfig, LoaderConfig
 from shards.errors import InputError
-from train.model import ModelConfig
+from train.architecture import ModelConfig
 from train.tracking import WatchConfig
 
 MAX_THREADS = 1024

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from shards.atomic import TEMPORARY_PREFIX, sync_folder, write_atomic, write_json
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
+from train.architecture import ModelConfig
 from train.commandline import to_fields
 from train.config import TrainConfig
 from train.ensemble import Member, Weights, build_member, find_checkpoints, read_member
-from train.model import ClipModel, ModelConfig
+from train.model import ClipModel
 from train.nonfinite import all_finite
 from train.towers import CausalTextTower, Headed
 

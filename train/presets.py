@@ -10,8 +10,8 @@ from collections.abc import Callable
 import tyro
 
 from pipeline.config import DataConfig
+from train.architecture import ModelConfig
 from train.config import OptimConfig, TrainConfig
-from train.model import ModelConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CHEXZERO_MEAN, CHEXZERO_STD = (101.48761 / 255,) * 3, (83.43944 / 255,) * 3

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from pipeline.batch import World
 from shards.errors import InputError
 from shards.processes import die_with_parent
+from train.commandline import started_ranks
 
 Result = TypeVar("Result")
 
@@ -81,7 +82,7 @@ class Ranks:
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
     """Join the processes that torchrun started (they find each other by its environment), or be alone without it."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = started_ranks()
     if size == 1:
         yield Ranks()
         return

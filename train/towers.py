@@ -6,7 +6,6 @@ their names.
 
 from collections import OrderedDict
 from functools import partial
-from typing import Literal
 
 import timm
 import torch.nn.functional as F
@@ -16,8 +15,8 @@ from torch import Tensor, arange, cat, nn
 from torch.utils.checkpoint import checkpoint
 
 from shards.errors import InputError
+from train.architecture import Head, groups
 
-Head = Literal["none", "linear", "mlp"]
 _PLACES = 7
 
 
@@ -132,11 +131,6 @@ class TinyImageTower(nn.Module):
         where = F.adaptive_avg_pool2d(coarse(grid), _PLACES).flatten(1)  # (B, c * 7 * 7)
         what = [pooled for x in (small, grid) for pooled in (x.mean((2, 3)), x.amax((2, 3)))]
         return self.project(cat([where, *what], dim=1))
-
-
-def groups(width: int) -> int:
-    """Groups of about 16 channels; they have to divide the width."""
-    return max(1, width // 16)
 
 
 class _Down(nn.Sequential):

@@ -10,6 +10,7 @@ is asked, `HF_TOKEN` by whom, as in every program that uses `huggingface_hub`.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -17,9 +18,10 @@ from shards.cli import main_guard, parse, say
 from shards.digest import file_digest
 from shards.errors import InputError
 from train.config import TrainConfig
-from train.model import ClipModel
 from train.presets import PRESETS
-from train.pretrained import Tensors, load_tower, read_tensors
+
+if TYPE_CHECKING:  # `show` and the help need no torch
+    from train.model import ClipModel
 
 SCHEME, NONE = "hub:", "none"
 NAMES = (
@@ -86,11 +88,13 @@ def find_weights(source: str, *, option: str, preset: str) -> Path:
     return found
 
 
-def load_pretrained(model: ClipModel, config: TrainConfig) -> list[str]:
+def load_pretrained(model: "ClipModel", config: TrainConfig) -> list[str]:
     """Give each tower the weights that its setting names; a line on each, for people. For a run's beginning only.
 
     InputError where a file is missing, is refused, or does not fit: no weight has changed in a tower then.
     """
+    from train.pretrained import Tensors, load_tower, read_tensors
+
     told, read = [], dict[Path, Tensors]()
     for name, option, source in (
         ("image", "--vision-weights", config.vision_weights),
@@ -174,6 +178,8 @@ def show(what: str) -> None:
 
 def fetch_all(what: str) -> None:
     """Download what is missing, and read each file once, as training will."""
+    from train.pretrained import read_tensors
+
     files = files_of(what)
     if not files:
         show(what)
