@@ -4,6 +4,7 @@ Samples keep their order, which is a shuffle, their split, key and patient's num
 beside DIR2, verified there, and renamed: DIR2 is complete or not there at all, and a killed export is simply run again.
 """
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from tyro.conf import Positional
 from shards.atomic import TEMPORARY_PREFIX, atomic_file, sync_folder
 from shards.cli import check_outside, say
 from shards.errors import InputError
+from shards.lock import exclusive
 from shards.manifest import read_manifest, write_manifest
 from shards.query import Query, parse_query
 from shards.scan import read_image, read_samples, scan
@@ -83,8 +85,7 @@ def run(config: ExportConfig) -> None:
     chosen = choose(config.root, manifest, query)
     if not chosen.samples:
         raise InputError(f"no sample of {config.root} is meant by --where {config.where!r}")
-    folder = _begin(config.out, chosen)
-    try:
+    with _place(config.out, chosen) as folder:
         if config.to == "shards":
             _write_rejects(config.root, manifest, query, folder)
             write_shards(config.root, manifest, chosen, folder, config.shard_mb * 1e6)
@@ -92,9 +93,6 @@ def run(config: ExportConfig) -> None:
         else:
             write_files(config.root, manifest, chosen, folder)
         folder.rename(config.out.resolve())
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     sync_folder(config.out.resolve().parent)
     sizes = ", ".join(f"{split} {len(rows):,}" for split, rows in chosen.rows.items())
     total = manifest.samples
@@ -205,23 +203,32 @@ def _check_out(root: Path, out: Path) -> None:
         raise InputError(f"{out} is there already and not an empty folder; choose another")
 
 
-def _begin(out: Path, chosen: Chosen) -> Path:
-    """The folder to write in, empty, with room for what was chosen."""
+@contextlib.contextmanager
+def _place(out: Path, chosen: Chosen) -> Iterator[Path]:
+    """The folder to write in, empty, with room for what was chosen, and nobody else's; removed after an error."""
     place = out.resolve()
     folder = place.with_name(f"{TEMPORARY_PREFIX}{place.name}")
-    try:
-        shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"cannot make a folder in {folder.parent} ({error.strerror}); give another --out") from None
-    need, free = chosen.image_bytes + chosen.samples * SAMPLE_OVERHEAD, shutil.disk_usage(folder).free
-    if need > free:
-        folder.rmdir()
-        raise InputError(
-            f"{folder.parent} has {free / 1e6:,.0f} MB free, {chosen.samples:,} samples need {need / 1e6:,.0f} MB: "
-            "make room, or choose fewer"
-        )
-    return folder
+    with contextlib.ExitStack() as stack:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(exclusive(Path(f"{folder}.lock"), f"another export is writing to {out}"))
+            shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
+            folder.mkdir()
+        except OSError as error:
+            raise InputError(
+                f"cannot make a folder in {folder.parent} ({error.strerror}); give another --out"
+            ) from None
+        try:
+            need, free = chosen.image_bytes + chosen.samples * SAMPLE_OVERHEAD, shutil.disk_usage(folder).free
+            if need > free:
+                raise InputError(
+                    f"{folder.parent} has {free / 1e6:,.0f} MB free, {chosen.samples:,} samples need "
+                    f"{need / 1e6:,.0f} MB: make room, or choose fewer"
+                )
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def _verify(folder: Path) -> None:

@@ -24,6 +24,7 @@ from shards.encodings import encode
 from shards.errors import InputError
 from shards.export import ExportConfig
 from shards.export import run as export
+from shards.lock import exclusive
 from shards.manifest import read_manifest, write_manifest
 from shards.preview import PreviewConfig, choose_rows, lacks_letters, load_font, read_films, wrap
 from shards.query import parse_query
@@ -560,8 +561,11 @@ def test_export_refuses_and_leaves_nothing(copy: Path, tmp_path: Path) -> None:
     (copy / "train-000001.tar").write_bytes(content)
     refused("row > 1", out, "train-000001, sample 00-0000000020")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
-    # What a killed export left is no obstacle.
+    # What a killed export left is no obstacle; what one at work has written so far is left to it.
     (tmp_path / ".tmp-out").mkdir()
     (tmp_path / ".tmp-out" / "train-000000.tar").write_bytes(b"")
+    with exclusive(tmp_path / ".tmp-out.lock", "taken"):
+        refused("row < 9", out, "another export is writing to", "process")
+        assert (tmp_path / ".tmp-out" / "train-000000.tar").exists()
     assert run_module("shards", "export", copy, "--where", "row < 9", "--out", out).returncode == 0
     assert problems(out) == [] and sorted(path.name for path in tmp_path.iterdir()) == ["out", "set"]
