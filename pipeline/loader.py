@@ -23,7 +23,7 @@ from pipeline.buffers import memory_for
 from pipeline.config import LoaderConfig, stream_count
 from pipeline.encoded import EncodedBatches
 from pipeline.handles import OpenShards, ShardSet
-from pipeline.mixture import MixedOrder, check_alike, deal_streams, set_seed
+from pipeline.mixture import MixedOrder, check_alike, check_distinct, deal_streams, set_seed
 from pipeline.order import Order, RowOrder, ShuffledOrder
 from pipeline.quarantine import Quarantine, ShardNames
 from pipeline.selection import Layout, Selection, select_rows
@@ -136,6 +136,7 @@ def build_loader(
         raise InputError(f"position {position} is not a multiple of the batch size {config.batch_size}")
     more = config.more_shards if config.mode == "train" else ()
     manifests = [read_manifest(Path(root)) for root in (config.shards, *more)]
+    check_distinct([str(root) for root in (config.shards, *more)], manifests)
     manifest = manifests[0]
     order = make_order(config, manifests, streams)
     name = resolve_backend(config, world)

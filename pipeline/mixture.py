@@ -59,6 +59,15 @@ def check_alike(first: Manifest, other: Manifest, name: str) -> None:
             raise InputError(f"{name} differs from --shards in its {what} ({two}, not {one}); ingest it alike")
 
 
+def check_distinct(names: Sequence[str], manifests: Sequence[Manifest]) -> None:
+    """InputError where a set is named twice, if by another path or as a copy: its samples would come twice."""
+    first: dict[str, str] = {}
+    for name, manifest in zip(names, manifests, strict=True):
+        if (same := first.get(manifest.digest)) is not None:
+            raise InputError(f"{name} is the same data set as {same}; name each once, with --data.mix for its share")
+        first[manifest.digest] = name
+
+
 class MixedOrder:
     """The training order of one set or several. Safe to share between threads."""
 

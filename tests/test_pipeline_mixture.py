@@ -318,6 +318,16 @@ def test_sets_that_differ_are_refused(shards_dir: Path, other: Path, tmp_path: P
         build_loader(config(shards_dir, more_shards=(copy,)), World())
 
 
+def test_a_set_that_is_named_twice_is_refused(shards_dir: Path, other: Path, tmp_path: Path) -> None:
+    """Its samples would come twice as often, and nothing would say so."""
+    (tmp_path / "link").symlink_to(shards_dir)
+    copy = Path(shutil.copytree(other, tmp_path / "copy"))
+    for more in ((shards_dir,), (tmp_path / "link",), (other, copy)):
+        with pytest.raises(InputError, match=f"^{more[-1]} is the same data set as ") as caught:
+            build_loader(config(shards_dir, more_shards=more), World())
+        assert str(other if copy in more else shards_dir) in str(caught.value)
+
+
 def test_a_run_on_two_sets_resumes_on_the_same_two_and_is_evaluated(
     shards_dir: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
