@@ -47,8 +47,17 @@ class Stage:
     def __init__(
         self, root: Path, folder: Path, manifest: Manifest, shards: tuple[ShardInfo, ...], limit: int | None = None
     ) -> None:
-        """`root`: the shared folder; `folder`: one on the node; `limit`: most bytes of this set's copies there."""
+        """`root`: the shared folder; `folder`: one on the node; `limit`: most bytes of this set's copies there.
+
+        InputError where `folder` is a file or lies in one, which is a slip; all else may pass, and the thread says it.
+        """
         self.root = Path(folder) / f"shardclip-{manifest.digest}"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"stage_dir {folder} is no folder, nor can it be made; give another") from None
+        except OSError:
+            pass
         self._shared, self._shards, self._limit = Path(root), shards, limit
         self._stats = ReadStats()
         self._there: set[int] = set()

@@ -215,7 +215,8 @@ def _started(pid: object) -> str | None:
     that still hangs in a write may end that.
     """
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        line = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace")  # its name may be cut in a letter
+        state, *fields = line.rpartition(")")[2].split()
         return None if state in "ZX" and int(fields[16]) <= 1 else fields[18]
     except (OSError, IndexError, ValueError):
         return None
@@ -223,4 +224,4 @@ def _started(pid: object) -> str | None:
 
 def _boot_id() -> str:
     """Changes at every start of the machine, so that a process number of an earlier one is not believed."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()

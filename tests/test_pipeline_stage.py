@@ -198,6 +198,17 @@ def test_another_process_that_wants_the_lock_does_not_end_the_copying(
         assert digest(loader) == expected
 
 
+def test_a_holder_lives_whatever_it_is_called() -> None:
+    """The kernel cuts names after 15 bytes, in the middle of a letter if need be."""
+    comm = Path("/proc/self/comm")
+    name, since = comm.read_bytes().strip(), lock._started(os.getpid())
+    comm.write_bytes(b"\xc3(\xff")
+    try:
+        assert since is not None and lock._started(os.getpid()) == since
+    finally:
+        comm.write_bytes(name)
+
+
 def test_a_damaged_shard_is_not_copied(copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It is named while copying, and training finds what it reads of it."""
     content = bytearray((copy / "train-000001.tar").read_bytes())
@@ -225,11 +236,19 @@ def test_the_limit_holds(copy: Path, tmp_path: Path, expected: int, caplog: pyte
     assert "the limit of 0.001 GB is reached" in caplog.text
 
 
-@pytest.mark.parametrize("node", ["/proc/nowhere", "/dev/null/x"])
+@pytest.mark.parametrize("node", ["x", "x/y", "x/y/z"])
+def test_a_folder_that_is_a_file_is_refused(copy: Path, tmp_path: Path, node: str) -> None:
+    """A slip of the user's, who waits for copies that never come, where all else goes on in a run of days."""
+    (tmp_path / "x").write_text("precious")
+    with pytest.raises(InputError, match=f"^stage_dir {tmp_path / node} is no folder"):
+        build_loader(settings(copy, tmp_path / node), World())
+    assert (tmp_path / "x").read_text() == "precious"
+
+
 def test_a_folder_that_cannot_be_written_is_done_without(
-    copy: Path, expected: int, node: str, caplog: pytest.LogCaptureFixture
+    copy: Path, expected: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with build_loader(settings(copy, Path(node)), World()) as loader:
+    with build_loader(settings(copy, Path("/proc/nowhere")), World()) as loader:
         wait(lambda: "no more copies" in caplog.text)
         assert digest(loader) == expected
 
