@@ -154,7 +154,7 @@ class BlockReader:
         self._starved = True
         self._wake_another()
         patience = stall.Patience(
-            self.loader.shards.info(slot.visit.shard).name, self.loader.shards.busy, self._stall_abort_s
+            f"shard {self.loader.shards.info(slot.visit.shard).name}", self.loader.shards.busy, self._stall_abort_s
         )
         while slot.result is None and not self._closed:
             self._arrived.wait(stall.TICK_S)

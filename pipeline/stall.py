@@ -1,6 +1,6 @@
 """What to say, and when to give up, while a read does not come back.
 
-A thread in a read that hangs cannot be stopped, so the one who waits for it keeps the time: a line after
+A thread in a read that hangs cannot be stopped, so another one, which waits for it, keeps the time: a line after
 STALL_REPORT_S, another each time the wait has doubled, an error after the limit. Time in which the whole process stood
 still (SIGSTOP, a suspended job) does not count: each look at the clock adds a few ticks at most.
 """
@@ -46,11 +46,11 @@ class Busy:
 
 
 class Patience:
-    """One wait for a shard's block."""
+    """One wait, for a shard's block above all."""
 
-    def __init__(self, shard: str, busy: Busy, limit_s: float) -> None:
-        """`limit_s`: seconds after which `look` raises; 0: never."""
-        self._shard, self._busy, self._limit = shard, busy, limit_s
+    def __init__(self, what: str, busy: Busy, limit_s: float) -> None:
+        """`what` is waited for; `limit_s`: seconds after which `look` raises; 0: never."""
+        self._what, self._busy, self._limit = what, busy, limit_s
         self._waited, self._next_report = 0.0, STALL_REPORT_S
         self._last = time.monotonic()
 
@@ -61,18 +61,38 @@ class Patience:
         self._last = now
         if self._limit and self._waited >= self._limit:
             raise InputError(
-                f"shard {self._shard} did not come within {self._limit:g} s{self._reason()}; check the file system, "
+                f"{self._what} did not come within {self._limit:g} s{self._reason()}; check the file system, "
                 "or allow more (stall_abort_s)"
             )
         if self._waited >= self._next_report:
-            log.warning("waiting for shard %s since %.0f s%s", self._shard, self._waited, self._reason())
+            log.warning("waiting for %s since %.0f s%s", self._what, self._waited, self._reason())
             self._next_report *= 2
 
     def end(self) -> None:
         """The block is there."""
         if self._next_report > STALL_REPORT_S:  # there was a line
-            log.warning("shard %s came after %.0f s", self._shard, self._waited)
+            log.warning("%s came after %.0f s", self._what, self._waited)
 
     def _reason(self) -> str:
         longest = self._busy.longest()
         return f" (a thread is {longest})" if longest else ""
+
+
+@contextlib.contextmanager
+def told(what: str, busy: Busy) -> Iterator[None]:
+    """Say what is waited for where the block takes long; it may take for ever."""
+    over = threading.Event()
+
+    def watch() -> None:
+        patience = Patience(what, busy, 0)
+        while not over.wait(TICK_S):
+            patience.look()
+        patience.end()
+
+    watcher = threading.Thread(target=watch, name="shardclip-told", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()

@@ -320,7 +320,7 @@ def test_time_in_which_the_process_stood_still_does_not_count(monkeypatch: pytes
     """SIGSTOP, then SIGCONT an hour later: the clock has moved, nobody has waited."""
     now = [100.0]
     monkeypatch.setattr(stall.time, "monotonic", lambda: now[0])
-    patience = stall.Patience("train-000000", stall.Busy(), 30)
+    patience = stall.Patience("shard train-000000", stall.Busy(), 30)
     now[0] += 3600
     patience.look()
     for _ in range(27):

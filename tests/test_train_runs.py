@@ -335,6 +335,28 @@ def test_a_slow_file_system_is_asked_for_several_shards_at_once(
     assert "train-000000.tar is gone" in refused(capsys, "--shards", str(shards_dir), "--out", str(tmp_path / "run"))
 
 
+def test_a_file_system_that_hangs_at_the_start_is_named(
+    shards_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All ranks wait for it, and nothing else would say so."""
+
+    def hanging(path: Path, _: object) -> None:
+        deadline = time.monotonic() + 300
+        while "waiting for" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+        raise InputError(f"{path.name} is gone")
+
+    monkeypatch.setattr("train.job.check_file", hanging)
+    monkeypatch.setattr("pipeline.stall.TICK_S", 0.01)
+    monkeypatch.setattr("pipeline.stall.STALL_REPORT_S", 0.02)
+    assert "is gone" in refused(capsys, "--shards", str(shards_dir), "--out", str(tmp_path / "run"))
+    assert f"waiting for the files of the shards since 0 s (a thread is at {shards_dir}" in caplog.text
+
+
 def test_a_mistake_on_two_ranks_is_said_once(shards_dir: Path, tmp_path: Path) -> None:
     code, errors = train(2, shards_dir, tmp_path / "run", "--batch-size", "9")
     said = [line for line in errors.splitlines() if line.startswith("train.main: ")]

@@ -12,6 +12,7 @@ import torch
 from pipeline.batch import World
 from pipeline.loader import Loader, build_loader, make_layout
 from pipeline.read import ReadStats, retried
+from pipeline.stall import Busy, told
 from shards.cli import check_outside
 from shards.errors import InputError
 from shards.lock import Lease
@@ -89,9 +90,12 @@ def build_setting(config: TrainConfig, ranks: Ranks) -> Setting:
     precision = choose_precision(config.precision, choose_device(config.device, ranks))
     pin_threads(config.threads, ranks)
     check_parts(config.batch_size, ranks.size, config.accumulate)
-    manifest = read_manifest(config.shards)
-    if ranks.first:  # alone: a file system is asked thousands of times
-        _check_places(config)
+    busy = Busy()
+    with told("the files of the shards", busy):  # a file system may hang, and all ranks with it
+        with busy.doing(f"at {config.shards / MANIFEST_NAME}"):
+            manifest = read_manifest(config.shards)
+        if ranks.first:  # alone: a file system is asked thousands of times
+            _check_places(config, busy)
     if config.validate_every and not manifest.rows("val"):
         raise InputError(
             f"{config.shards} has no val split to validate on; ingest with --val-fraction, or add --validate-every 0"
@@ -108,7 +112,7 @@ def build_setting(config: TrainConfig, ranks: Ranks) -> Setting:
     )
 
 
-def _check_places(config: TrainConfig) -> None:
+def _check_places(config: TrainConfig, busy: Busy) -> None:
     """InputError where a new run would write into a data set, or a shard is missing or cut short, as half a copy is:
     the loader would find it hours later."""
     new = not RunFolder(root=config.out).config.exists()  # one that lies there already may be gone on with
@@ -119,17 +123,20 @@ def _check_places(config: TrainConfig) -> None:
         if config.data.stage_dir:
             check_outside(config.data.stage_dir, root, "--data.stage-dir")
         found = read_manifest(root).splits
+        shards = [info for split in splits for info in found.get(split, ())]
         with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-            list(pool.map(partial(_check_shard, root), [info for split in splits for info in found.get(split, ())]))
+            list(pool.map(partial(_check_shard, root, busy), shards))
 
 
 _ASKED_AT_ONCE = 16
 """Shards: a file system may take 50 ms to say how large a file is, and a set has thousands."""
 
 
-def _check_shard(root: Path, info: ShardInfo) -> None:
+def _check_shard(root: Path, busy: Busy, info: ShardInfo) -> None:
     for kind in ("tar", "idx", "parquet"):
-        retried(partial(check_file, root / f"{info.name}.{kind}", getattr(info, kind)), ReadStats())
+        path = root / f"{info.name}.{kind}"
+        with busy.doing(f"at {path}"):
+            retried(partial(check_file, path, getattr(info, kind)), ReadStats())
 
 
 def build_job(setting: Setting, checkpoint: dict[str, Any] | None, lease: Lease | None) -> Job:
