@@ -254,6 +254,8 @@ for step in range(1, 101):
 display.close()
 kept.write("ended\\n")
 sys.stderr.write("the end\\n")
+kept.write("the last ")
+sys.stderr.write("word")
 """
     primary, secondary = pty.openpty()
     termios.tcsetwinsize(secondary, size)
@@ -275,7 +277,7 @@ sys.stderr.write("the end\\n")
     assert re.search(r"\r +\rwarning: a disk is full\r\n", shown), "behind the bar"
     assert re.search(r"warning: a disk is full\r\n\rstep 50/100 \|", shown), "no bar after it"
     assert re.search(r"\r +\rin pieces\r\n\rstep 50/100 \|", shown), "the bar is drawn over it"
-    assert shown.endswith("\r\nbegun, ended\r\nthe end\r\n") and "begun" not in shown[:-30]
+    assert shown.endswith("\r\nbegun, ended\r\nthe end\r\nthe last word") and "begun" not in shown[:-43]
     assert max(map(len, re.split("[\r\n]", shown))) <= (size[1] or 100)
 
 

@@ -114,7 +114,9 @@ class ProgressDisplay:
         )
         self._above = contextlib.ExitStack()
         if not self._bar.disable:
-            self._above.enter_context(contextlib.redirect_stderr(AboveBar(sys.stderr)))
+            above = AboveBar(sys.stderr)
+            self._above.enter_context(contextlib.redirect_stderr(above))
+            self._above.callback(above.finish)
 
     def advance(self) -> None:
         """One more step is done."""
@@ -162,10 +164,19 @@ class AboveBar(DummyTqdmFile):
     as `print` and Python's own words on a thread that failed come in pieces. Those words, `logging` and `warnings` all
     look for sys.stderr, so nothing narrower than that has them all."""
 
+    _buf: list[str]
+
     def write(self, text: str) -> None:
         """Keep what is no whole line; of two threads nothing is lost."""
         with tqdm.get_lock():
             super().write(text)
+
+    def finish(self) -> None:
+        """The bar is gone: whoever still holds this writes as without it, and what was kept is written."""
+        with tqdm.get_lock():
+            kept, self._buf = self._buf, []
+            self._wrapped.write("".join(kept))
+            self.wrapper_setattr("write", self._wrapped.write)
 
 
 def _terminal_size() -> dict[str, Any]:
