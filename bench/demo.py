@@ -114,14 +114,14 @@ def _clear(out: Path) -> None:
 
 def collect(places: Places, seconds: dict[str, float]) -> dict[str, Any]:
     """Everything that came of the demo, with the machine it ran on."""
-    rows = [json.loads(line) for line in (places.run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (places.run / "metrics.jsonl").read_text("utf-8").splitlines()]
     return {
         "bench": "demo",
         "environment": environment(),
         "seconds": seconds,
         "validation": [{"step": row["step"], "loss": row["val_loss"]} for row in rows if "val_loss" in row],
-        "evaluation": json.loads((places.run / "evaluation-test.json").read_text()),
-        "loader": json.loads(places.bench.read_text())["cases"],
+        "evaluation": json.loads((places.run / "evaluation-test.json").read_bytes()),
+        "loader": json.loads(places.bench.read_bytes())["cases"],
     }
 
 

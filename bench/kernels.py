@@ -142,7 +142,7 @@ def _times() -> dict[str, int]:
     found: dict[str, int] = {}
     for thread in threading.enumerate():
         try:
-            spent = int(Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text().split()[0])
+            spent = int(Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text("utf-8").split()[0])
         except (OSError, ValueError):
             continue
         name = thread.name.removeprefix("shardclip-").split("-")[0] if "shardclip" in thread.name else "main"

@@ -210,5 +210,5 @@ def available_memory(device: torch.device) -> float:
     """Bytes that are free: the GPU's, or what the kernel says this machine can still give."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
     return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

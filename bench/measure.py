@@ -17,6 +17,7 @@ from bench.case import FLOOR, UINT8_FILE, Task
 from bench.machine import look
 from bench.processes import footprint, forks_die_too, usage
 from bench.storage import counts
+from shards.atomic import write_json
 from shards.cli import main_guard
 from shards.processes import die_with_parent
 
@@ -229,7 +230,7 @@ def main() -> None:
             sys.path.append(task.peers_path)  # after everything that is installed here
         if counts() is not None:
             forget_rows()
-        Path(sys.argv[2]).write_text(json.dumps(_ACTIONS[task.action](task)))
+        write_json(Path(sys.argv[2]), _ACTIONS[task.action](task))
 
 
 if __name__ == "__main__":

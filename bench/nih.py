@@ -71,7 +71,7 @@ def run_nih(config: NihConfig) -> dict[str, Any]:
     commands = nih_commands(config)
     seconds = run_commands(commands, what="bench.nih")
     manifest = read_manifest(config.out / "shards")
-    rows = [json.loads(line) for line in (config.out / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (config.out / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
     record = {
         "bench": "nih",
         "environment": environment(),

@@ -171,7 +171,7 @@ def tree(pid: int) -> Iterator[int]:
     yield pid
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
-            found = path.read_text().split()
+            found = path.read_text("utf-8").split()
         except OSError:
             continue
         for child in found:
@@ -213,7 +213,7 @@ def _pss(pid: int) -> int:
 def _field(file: Path, name: str) -> int:
     """The number of a line; 0 for a process that has gone."""
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text("utf-8").splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith(name)), 0)

@@ -14,6 +14,7 @@ from typing import Any
 
 from bench import tables
 from bench.kinds import Case, Result, Row, Table, ingest_cases, machine, measured_cases, text
+from shards.atomic import encode_json
 
 BUNDLE = "bundle"
 """A file of files, each verbatim under its name."""
@@ -109,7 +110,7 @@ def bundle(paths: Iterable[Path]) -> bytes:
     for path in paths:
         raw = json.loads(path.read_bytes())
         found |= raw["results"] if raw.get("bench") == BUNDLE else {path.name: raw}
-    return (json.dumps({"bench": BUNDLE, "results": found}, indent=1) + "\n").encode()
+    return encode_json({"bench": BUNDLE, "results": found})
 
 
 KINDS = {

@@ -208,7 +208,7 @@ def take_turns(config: TrainConfig, names: Sequence[str], *, rounds: int, second
     """Build the run that `config` asks for and measure each of the turns once a round."""
     config = replace(config, steps=_FOREVER, validate_every=0, save_every=_FOREVER, stop_at=None, resume="never")
     job = build_job(build_setting(config, Ranks()), None, None)
-    with job.loader, open(os.devnull, "w") as nowhere:
+    with job.loader, open(os.devnull, "w", encoding="utf-8") as nowhere:
         prepare_folder(job)
         loader = TurnLoader(job, names, rounds=rounds, seconds=seconds)
         # The loop's own lines count steps without end; away from a terminal it shows no bar.

@@ -164,7 +164,7 @@ def _usage() -> NDArray[np.float64]:
 
 def _proc(name: str) -> str:
     try:
-        return Path("/proc/thread-self", name).read_text()
+        return Path("/proc/thread-self", name).read_text("utf-8")
     except OSError:  # a kernel without them
         return ""
 

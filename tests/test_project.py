@@ -64,6 +64,21 @@ def test_packages_import_only_what_the_map_allows(package: str) -> None:
                 assert allowed, f"{path.relative_to(REPOSITORY)} imports {module}"
 
 
+def test_text_is_read_and_written_in_utf8() -> None:
+    """Whatever the locale of a batch job is: Python takes its encoding where none is named."""
+    modes = {"open": 1, "fdopen": 1, "read_text": 0, "write_text": 1}
+    for path in (each for package in OURS for each in (REPOSITORY / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", None) or getattr(node.func, "id", "")
+            if name not in modes or (name == "open" and isinstance(node.func, ast.Attribute)):
+                continue
+            binary = name.endswith("open") and any("b" in str(getattr(each, "value", "")) for each in node.args[1:])
+            said = len(node.args) > modes[name] if name.endswith("text") else binary
+            assert said or any(each.arg == "encoding" for each in node.keywords), f"{path}:{node.lineno}"
+
+
 def test_shards_need_neither_torch_nor_dali() -> None:
     modules = sorted(f"shards.{path.stem}" for path in (REPOSITORY / "shards").glob("[a-z]*.py"))
     code = f"import sys, {', '.join(modules)}; print([m for m in sys.modules if m in ('torch', 'nvidia', 'open_clip')])"
