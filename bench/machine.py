@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.case import PEERS, Task
 from bench.processes import bench_guard
-from shards.cli import parse, say
+from shards.cli import check_own, parse, say
 from shards.errors import InputError
 
 COMMIT = "SHARDCLIP_COMMIT"
@@ -53,7 +53,7 @@ def file_system(path: Path) -> dict[str, str]:
     wanted = os.stat(path).st_dev
     number = f"{os.major(wanted)}:{os.minor(wanted)}"
     best = ("", "unknown", "")
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in Path("/proc/self/mountinfo").read_text("utf-8", errors="replace").splitlines():
         own, _, rest = line.partition(" - ")
         fields, kind = own.split(), rest.split()
         inside = Path(path).resolve().is_relative_to(fields[4])
@@ -70,7 +70,7 @@ def one_line(found: dict[str, Any]) -> str:
 
 
 def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.machine()
@@ -159,6 +159,7 @@ def bench_main(
         from shards.atomic import check_writable, write_json
 
         if config.json:
+            check_own(config.json, {"bench"}, "--json")
             check_writable(config.json)
         result = run(config)
         for table in tables_of(result):  # all that the report's page would show of it

@@ -19,7 +19,7 @@ from bench.page import BAD, GOOD, UNKNOWN, Section, to_html, to_markdown
 from bench.processes import bench_guard
 from bench.shapes import KINDS, MALFORMED, UnreadableError, bundle, distinct, read_results
 from bench.standards import judged
-from shards.cli import parse, say
+from shards.cli import check_own, parse, say
 from shards.errors import InputError
 
 PROG = "python -m bench.report"
@@ -194,6 +194,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         for path in filter(None, (config.html, config.markdown, config.bundle)):
             check_writable(path)
+        if config.bundle:
+            check_own(config.bundle, {"bench"}, "--bundle")
         report = make_report(config.files, config.min_effect)
         parts = list(sections(report))
         if config.html:

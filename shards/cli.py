@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import json
 import os
 import re
 import signal
@@ -62,6 +63,23 @@ def check_outside(path: Path, root: Path, flag: str) -> None:
     """InputError where a result would go into a data set: over one of its files, or beside them."""
     if path.resolve().is_relative_to(root.resolve()):
         raise InputError(f"{flag} {path} lies in the data set {root}; give a place outside of it")
+
+
+def check_own(path: Path, keys: set[str], flag: str) -> None:
+    """InputError where JSON would be written over a file that is no earlier result of its kind, which has these keys.
+    Over an empty one it may."""
+    if not path.is_file() or not (size := path.stat().st_size):
+        return
+    try:
+        found = json.loads(path.read_bytes()) if size <= _RESULT_BYTES else None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not keys <= found.keys():
+        raise InputError(f"{flag} {path} is there and is no such result; choose another name, or remove it")
+
+
+_RESULT_BYTES = 256 << 20
+"""More than any result has."""
 
 
 def parse(
@@ -179,7 +197,7 @@ def _open_closed_streams() -> None:
         if getattr(sys, name) is None:
             handle = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: that of the stream
             os.set_inheritable(handle, True)
-            setattr(sys, name, open(handle, mode))
+            setattr(sys, name, open(handle, mode, encoding="utf-8"))
 
 
 def _drop_output() -> None:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from shards.atomic import check_writable, write_atomic, write_json
-from shards.cli import check_outside, say
+from shards.cli import check_outside, check_own, say
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.scan import read_samples, scan
@@ -66,6 +66,8 @@ def run(config: StatsConfig) -> None:
     for flag, path in config.files.items():
         check_outside(path, config.root, flag)
         check_writable(path)
+    if config.json is not None:
+        check_own(config.json, {"splits", "shared_films"}, "--json")
     tallies = new_tallies(manifest, {split: manifest.rows(split) for split in manifest.splits})
     with tqdm(total=manifest.samples, unit="film", disable=None, leave=False) as progress:
         for rows in add_tables(config.root, manifest, tallies):

@@ -12,7 +12,7 @@ from conftest import REPOSITORY, assert_refused, run_module
 
 from ingest.config import IngestConfig, SourceConfig
 from shards.atomic import check_writable, write_atomic, write_json
-from shards.cli import main_guard, parse, say
+from shards.cli import check_own, main_guard, parse, say
 from shards.errors import InputError
 from shards.export import ExportConfig
 
@@ -190,6 +190,33 @@ def test_json_keeps_letters_and_whatever_a_file_may_be_called(tmp_path: Path) ->
     written = (tmp_path / "a.json").read_bytes()
     assert json.loads(written) == content
     assert "Herzgröße" in written.decode() and "心" in written.decode() and written.count(b"\n") == 9
+
+
+def test_json_is_not_written_over_what_is_no_such_result(tmp_path: Path) -> None:
+    """A slip with --json would cost an evaluation, say, that took an hour."""
+    path = tmp_path / "x.json"
+    check_own(path, {"runs"}, "--json")
+    path.touch()
+    check_own(path, {"runs"}, "--json")  # as mktemp leaves it
+    write_json(path, {"runs": [], "figures": {}})
+    check_own(path, {"runs"}, "--json")
+    for content in (b'{"mean_auroc": 0.5}', b'["runs"]', b"{", b"\xff", b"[" * 10**5):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"^--json {path} is there and is no such result"):
+            check_own(path, {"runs"}, "--json")
+
+
+def test_every_command_asks_before_it_writes_json(shards_dir: Path, tmp_path: Path) -> None:
+    (path := tmp_path / "x.json").write_text('{"mean_auroc": 0.5}')
+    (other := tmp_path / "other.json").write_text('{"bench": "x"}')
+    for *command, flag in (
+        ("shards", "stats", shards_dir, "--json"),
+        ("bench.scale", "--json"),
+        ("bench.report", other, "--bundle"),
+        ("train.compare", tmp_path, "--json"),
+    ):
+        assert_refused(run_module(*command, flag, path), f"{flag} {path} is there and is no such result")
+    assert path.read_text() == '{"mean_auroc": 0.5}'
 
 
 def test_check_writable_leaves_nothing(tmp_path: Path) -> None:

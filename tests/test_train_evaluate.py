@@ -17,12 +17,13 @@ from pipeline.config import DataConfig, LoaderConfig
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
+from train.architecture import ModelConfig
 from train.checkpoint import read_checkpoint, write_checkpoint
 from train.commandline import to_fields
 from train.config import TrainConfig, loader_config
 from train.ensemble import average, find_checkpoints, model_of, read_member
 from train.evaluate import EvaluateConfig, evaluate, main
-from train.model import ModelConfig, build_model
+from train.model import build_model
 from train.retrieval import read_identity
 from train.scorecard import table
 from train.scores import aurocs, choose_threshold
@@ -407,10 +408,13 @@ def test_mistakes_are_one_line(run: Path, shards_dir: Path, tmp_path: Path, caps
     films.write_text("theirs")
     assert "would write over" in refused(*good, "--json", str(tmp_path / "films.json"))
     assert films.read_text() == "theirs"
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"bench": "loader"}')
     for path, words in (
         (films, "does not end in .json"),
         (shards_dir / "manifest.json", "lies in the data set"),
         (tmp_path / "config.json", "would write over a file of a run"),
+        (mine, "is no such result"),
     ):
         path.touch()
         assert words in refused(*good, "--json", str(path))

@@ -232,9 +232,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = parse(CompareConfig, argv, prog=PROG)
         if not config.runs:
             raise InputError("no run is named; give folders of runs (train.main --out)")
-        for path, flag in ((config.png, "--png"), (config.json, "--json")):
+        for path, flag, keys in ((config.png, "--png", None), (config.json, "--json", {"runs", "figures"})):
             if path:
-                check_result(path, f".{flag[2:]}", flag)
+                check_result(path, f".{flag[2:]}", flag, keys)
         record = compare(config.runs)
         say("\n".join(table(record)))
         if config.json:

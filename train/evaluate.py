@@ -111,7 +111,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     path = config.json or result_path(files, split, manifest, of=config.top or len(files))
     if config.json:
         check_outside(path, config.shards, "--json")
-    check_result(path, ".json", "--json")
+    check_result(path, ".json", "--json", {"mean_auroc"})
     if (beside := path.with_suffix(".csv")).exists() and not path.exists():
         raise InputError(f"--json {path} would write over {beside}, which is no evaluation's; choose another name")
     splits = ("val", split) if choosing and manifest.labels else (split,)

@@ -17,6 +17,7 @@ from typing import Any
 
 from shards import lock
 from shards.atomic import check_writable, remove_temporary, write_json
+from shards.cli import check_own
 from shards.errors import InputError
 from shards.schema import MANIFEST_NAME
 from train.commandline import to_fields
@@ -118,13 +119,16 @@ class RunFolder:
             raise InputError(f"cannot write to the run's folder {self.root} ({error.strerror})") from None
 
 
-def check_result(path: Path, ending: str, flag: str) -> None:
+def check_result(path: Path, ending: str, flag: str, keys: set[str] | None = None) -> None:
     """Before work whose result goes to `path`: InputError where its name does not end so, or is that of a file which a
-    run cannot do without, or it lies among a data set's; OSError where it cannot be written."""
+    run cannot do without, or it lies among a data set's, or there is other JSON than that which has `keys`; OSError
+    where it cannot be written."""
     if path.suffix.lower() != ending:
         raise InputError(f"{flag} {path} does not end in {ending}; give such a name")
     if (path.name in _KEPT and path.exists()) or (path.parent / MANIFEST_NAME).exists():
         raise InputError(f"{flag} {path} would write over a file of a run or into a data set; choose another name")
+    if keys is not None:
+        check_own(path, keys, flag)
     check_writable(path)
 
 
