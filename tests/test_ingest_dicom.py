@@ -283,6 +283,18 @@ class TestDamage:
         reason, kilobytes, *_ = run.stdout.split()
         assert reason == "UNREADABLE" and int(kilobytes) < 200_000, run.stderr
 
+    @pytest.mark.parametrize(("form", "syntax"), [("JPEG", "50"), ("JPEG2000", "90")])
+    def test_a_frame_of_another_size_is_not_decoded(
+        self, tmp_path: Path, stored: np.ndarray, monkeypatch: pytest.MonkeyPatch, form: str, syntax: str
+    ) -> None:
+        """However few its bytes: of black JPEG 2000 makes next to nothing."""
+        decoded, buffer = list[object](), io.BytesIO()
+        monkeypatch.setattr("pydicom.pixels.pixel_array", lambda *_, **__: decoded.append(None))
+        Image.new("L", (640, 480)).save(buffer, form)
+        data = dataset((stored // 16).astype(np.uint8), 8, f"1.2.840.10008.1.2.4.{syntax}")
+        data.PixelData = pydicom.encaps.encapsulate([buffer.getvalue()])
+        assert read_film(save(data, tmp_path / "a.dcm"), 320) is Fault.UNREADABLE and not decoded
+
     def test_reasons(self, tmp_path: Path, stored: np.ndarray) -> None:
         cases: dict[str, tuple[Callable[[Any], None], Fault]] = {
             "frames": (lambda data: setattr(data, "NumberOfFrames", 2), Fault.FRAMES),

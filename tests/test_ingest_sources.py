@@ -23,7 +23,7 @@ from ingest.films import FolderFilms, H5File, H5Films
 from ingest.images import Fault, read_film
 from ingest.inputs import read_inputs
 from ingest.notes import order_lines
-from ingest.plan import Plan
+from ingest.plan import Plan, _by_fraction
 from ingest.reports import cut_section
 from ingest.run import ingest
 from ingest.source import H5Source
@@ -639,6 +639,11 @@ class TestLabelsAndSplits:
         with pytest.raises(InputError, match="is not done with row 0 after seconds; write it without"):
             ingest(IngestConfig(to_shards=tmp_path / "x", h5=(h5,), csv=(table,), **slow))
         assert not (tmp_path / "x").exists()
+
+    def test_a_patient_belongs_where_the_middle_of_its_films_falls(self, tmp_path: Path) -> None:
+        """Of five patients of four films the middles lie at 0.1, 0.3, 0.5, 0.7 and 0.9."""
+        config = IngestConfig(to_shards=tmp_path, h5=(tmp_path,), csv=(tmp_path,), test_fraction=0.35, val_fraction=0.2)
+        assert sorted(_by_fraction(np.full(5, 4), config)) == [0, 0, 1, 2, 2]
 
     def test_several_sources(self, tmp_path: Path, images: np.ndarray) -> None:
         """Two sources with columns of their own and a third that is the validation set: one manifest, keys apart."""

@@ -102,6 +102,7 @@ def test_intervals_are_over_patients_not_films() -> None:
 def test_intervals_at_the_edges() -> None:
     labels = np.array([0, 1] * 10, dtype=np.float32)
     assert intervals(labels, labels, np.arange(20))[0] == [1, 1]
+    assert interval(np.append(np.arange(201.0), np.nan)) == [5, 195]
     nobody = np.zeros(20, dtype=np.float32)
     assert intervals(labels, nobody, np.arange(20)) == [None, None]
     both = intervals(np.stack([labels, labels], 1), np.stack([labels, nobody], 1), np.arange(20))
