@@ -67,9 +67,11 @@ def dry_run(config: IngestConfig) -> Iterator[str]:
     graded = [name for name, column in zip(inputs.label_names, usual.T, strict=True) if not column.all()]
     yield from warnings(inputs.plan.namesakes, inputs.plan.unnamed, graded)
     yield from tried
-    seconds, size, measured = _try_films(config, inputs)
+    seconds, size, measured, faults = _try_films(config, inputs)
+    for fault, count in faults.most_common():
+        yield f"{count} of {measured + faults.total()} films tried will be rejected: {fault.reason}"
     if not measured:
-        yield f"none of the first {_TIMED} films of each source can be read"
+        yield f"none of the first {_TIMED} films of each source can be read and shows anything"
         return
     kept = inputs.rows - len(inputs.plan.reasons)
     final = kept * (size + SAMPLE_OVERHEAD)
@@ -84,17 +86,21 @@ def dry_run(config: IngestConfig) -> Iterator[str]:
     yield f"{free / 1e6:,.0f} MB are free there{enough}; nothing was written"
 
 
-def _try_films(config: IngestConfig, inputs: Inputs) -> tuple[float, float, int]:
-    """Seconds and bytes a film, and how many films they are the mean of."""
+def _try_films(config: IngestConfig, inputs: Inputs) -> tuple[float, float, int, Counter[Fault]]:
+    """Seconds and bytes a film, how many films they are the mean of, and what is wrong with the others tried."""
     spec = ImageSpec(height=inputs.height, width=inputs.width, codec=config.encoding, quality=config.quality)
     started = time.perf_counter()
-    sizes: list[int] = []
-    for number, table in enumerate(inputs.tables):
-        with open_films(inputs.sources[number], inputs.files[number], table.names) as films:
-            read = films.read(0, min(_TIMED, table.rows, *(file.rows for file in inputs.files[number][:1])))
-            sizes += [len(encode(film, spec)) for film in read if not isinstance(film, Fault)]
+    sizes, faults = list[int](), Counter[Fault]()
+    for number, (source, table) in enumerate(zip(inputs.sources, inputs.tables, strict=True)):
+        with open_films(source, inputs.files[number], table.names) as films:
+            for film in films.read(0, min(_TIMED, table.rows, *(file.rows for file in inputs.files[number][:1]))):
+                fault = film if isinstance(film, Fault) else Fault.NONE if source.allow_blank else blank(film)
+                if isinstance(film, Fault) or fault:
+                    faults[fault] += 1
+                else:
+                    sizes.append(len(encode(film, spec)))
     count = len(sizes)
-    return (time.perf_counter() - started) / max(count, 1), sum(sizes) / max(count, 1), count
+    return (time.perf_counter() - started) / max(count, 1), sum(sizes) / max(count, 1), count, faults
 
 
 def _existing(path: Path) -> Path:

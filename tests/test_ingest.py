@@ -184,7 +184,11 @@ def test_rejects(tmp_path: Path) -> None:
     texts[5], texts[9], texts[11] = "  ", "No impression", ""
     h5 = write_h5(tmp_path / "a.h5", images)
     table = write_csv(tmp_path / "a.csv", ["impression"], [[text] for text in texts])
-    done = run_module("ingest", "--to-shards", tmp_path / "out", "--h5", h5, "--csv", table, "--workers", "1")
+    command = "ingest", "--to-shards", tmp_path / "out", "--h5", h5, "--csv", table, "--workers", "1"
+    tried = run_module(*command, "--dry-run").stdout
+    assert "2 of 32 films tried will be rejected: film is all zero\n1 of 32 films tried" in tried
+    assert "films tried" not in run_module(*command, "--dry-run", "--allow-blank").stdout
+    done = run_module(*command)
     assert done.returncode == 0, done.stderr
     assert "35 samples" in done.stdout and "PSNR" in done.stdout
     assert (tmp_path / "out" / "rejects.csv").read_text() == (
