@@ -168,8 +168,8 @@ def _take_over(lease: Lease, taken: str, age_of: Callable[[int], float]) -> bool
     holder = _read_holder(content)
     if _is_alive(holder, age):
         raise Held(
-            f"{taken}: process {holder.get('pid')} on {holder.get('host')}, last seen {age:.0f} s ago; wait for it, or "
-            "choose another folder"
+            f"{taken}: process {holder.get('pid')} on {holder.get('host')}, last seen {max(0.0, age):.0f} s ago; "
+            "wait for it, or choose another folder"
         )
     with exclusive(path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{xxh3_128_hexdigest(content)}"), taken):
         return _says(path, content) and _replace(lease)

@@ -359,7 +359,8 @@ def test_a_silent_holder_elsewhere_is_dead_after_a_while(tmp_path: Path) -> None
     lock = tmp_path / "set" / ".ingest" / "lock"
     lock.parent.mkdir(parents=True)
     lock.write_text(json.dumps({"host": "another-node", "boot": "x", "pid": 1}))
-    with pytest.raises(InputError, match="another-node"), exclusive(lock, "taken"):
+    os.utime(lock, (time.time() + 20,) * 2)  # its last heartbeat came after ours was made
+    with pytest.raises(InputError, match="another-node, last seen 0 s ago"), exclusive(lock, "taken"):
         pass
     long_ago = time.time() - DEAD_AFTER_S - 1
     os.utime(lock, (long_ago, long_ago))
