@@ -48,8 +48,7 @@ class Loop:
         self._recorder = Recorder(job.ranks, scaled=job.learner.scaler.is_enabled())
         self._loss = math.nan
         """The newest since the last row that is a number."""
-        self._saved_step = self.progress.step
-        self._meter = Meter()
+        self._saved_step, self._meter = self.progress.step, Meter()
         self._log: MetricsLog | None = None
         self._writer: CheckpointWriter | None = None
         if job.ranks.first:
@@ -69,9 +68,8 @@ class Loop:
 
     def train(self) -> None:
         """Step until the last one or a stop."""
-        stopping = False
-        while not (self.finished or stopping):
-            stopping = self._one_step()
+        while not self.finished and not self._one_step():
+            continue
 
     def close(self) -> None:
         """Wait for the last checkpoint and close the files."""
@@ -175,12 +173,11 @@ class Loop:
     def _row(self, output: Output, lr: float) -> Row:
         scaler = self._job.learner.scaler
         step_ms, wait_ms = (value / self._ranks.size for value in self._ranks.sums(self._meter.read()))
-        metrics = {name: value.item() for name, value in output.metrics.items()}
         return {
             "step": self.progress.step,
             "loss": self._loss,
             "lr": lr,
-            **{name: value for name, value in metrics.items() if math.isfinite(value)},
+            **{name: value for name, told in output.metrics.items() if math.isfinite(value := told.item())},
             "images_per_s": round(self._config.batch_size / step_ms * 1e3, 1),
             "loader_wait_ms": round(wait_ms, 3),
             "step_ms": round(step_ms, 3),
