@@ -67,7 +67,7 @@ def make_plan(config: IngestConfig, tables: Sequence[SourceTable]) -> Plan:
             "look at --text-column, --text-folder, --section"
         )
     codes, known = _codes(tables)
-    splits = _split(codes, _fixed(tables), rows, config)
+    splits = _split(codes, tables, rows, config)
     _check_shared_files(tables, splits, len(kept))
     order = {
         split: splits[split][permutation(len(splits[split]), config.seed, _SHUFFLE_STREAM, SPLITS.index(split))]
@@ -120,11 +120,11 @@ def _fixed(tables: Sequence[SourceTable]) -> NDArray[np.int64]:
 
 
 def _split(
-    codes: NDArray[np.int64], fixed: NDArray[np.int64], rows: NDArray[np.int64], config: IngestConfig
+    codes: NDArray[np.int64], tables: Sequence[SourceTable], rows: NDArray[np.int64], config: IngestConfig
 ) -> dict[str, NDArray[np.int64]]:
     """Split -> rows in source order."""
     present, members = np.unique(codes[rows], return_inverse=True)
-    split_of = _fixed_groups(len(present), members, fixed[rows])
+    split_of = _fixed_groups(len(present), members, tables, rows)
     free = np.flatnonzero(split_of < 0)
     sizes = np.bincount(members, minlength=len(present))
     split_of[free] = _by_fraction(sizes[free], config)
@@ -139,16 +139,21 @@ def _split(
     return splits
 
 
-def _fixed_groups(groups: int, members: NDArray[np.int64], fixed: NDArray[np.int64]) -> NDArray[np.int64]:
+def _fixed_groups(
+    groups: int, members: NDArray[np.int64], tables: Sequence[SourceTable], rows: NDArray[np.int64]
+) -> NDArray[np.int64]:
     """(groups,) the split that a group's rows name, -1 where none does. InputError for a group in two splits."""
     split_of = np.full(groups, -1, dtype=np.int64)
+    fixed = _fixed(tables)[rows]
     named = fixed >= 0
     split_of[members[named]] = fixed[named]
     torn = np.flatnonzero(named & (split_of[members] != fixed))
     if len(torn):
-        count = len(np.unique(members[torn]))
+        group = members[torn[0]]
+        other = np.flatnonzero((members == group) & (fixed == split_of[group]))[0]
         raise InputError(
-            f"{count:,} groups have rows in two splits, which leaks patients; mend --split-column or --split"
+            f"{len(np.unique(members[torn])):,} groups have rows in two splits ({_place(rows[torn[0]], tables)} and "
+            f"{_place(rows[other], tables)}, for example), which leaks patients; mend --split-column or --split"
         )
     return split_of
 

@@ -188,7 +188,9 @@ def page(report: Report) -> Iterator[str]:
     """The page, line by line."""
     yield f"{report.samples:,} of {report.rows:,} rows became samples"
     for number, source in enumerate(report.sources):
-        yield f"  source {number} ({source.kind}): {source.samples:,} of {source.rows:,}"
+        several = sum(source.rejected.values()) > source.rows - source.samples
+        more = "; some of the others have several reasons" if several else ""
+        yield f"  source {number} ({source.kind}): {source.samples:,} of {source.rows:,}{more}"
         yield from (f"    rejected {count:,}: {why}" for why, count in source.rejected.items())
     yield from warnings(report.namesakes, report.unnamed, report.graded)
     yield ""

@@ -42,7 +42,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
 
 
 def test_rows_and_rejects(report: tuple[Path, dict, str]) -> None:
-    _, found, said = report
+    root, found, said = report
     first, second = found["sources"]
     assert (first["rows"], first["samples"]) == (COUNT, COUNT - 4)
     assert first["rejected"] == {
@@ -53,6 +53,9 @@ def test_rows_and_rejects(report: tuple[Path, dict, str]) -> None:
     }
     assert second == {"kind": "hdf5", "rows": 20, "samples": 20, "rejected": {}}
     assert "rejected 4 rows (some have several reasons); film is all zero: 2" in said
+    lines = (root / "report.txt").read_text().splitlines()
+    assert f"  source 0 (hdf5): {COUNT - 4} of {COUNT}; some of the others have several reasons" in lines
+    assert "  source 1 (hdf5): 20 of 20" in lines
 
 
 def test_films(report: tuple[Path, dict, str]) -> None:
