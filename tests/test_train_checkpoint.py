@@ -170,6 +170,7 @@ def test_the_writer_keeps_newest_and_best(shelf: Shelf, tmp_path: Path) -> None:
         writer.write(payload(step), is_best=step == 2)
     writer.close()
     assert steps(tmp_path) == [4, 3]
+    assert [read_checkpoint(path)["step"] for _, path in list_checkpoints(tmp_path / "checkpoints")] == [4, 3]
     assert read_checkpoint(tmp_path / "best.pt")["step"] == 2
     assert not list(tmp_path.rglob(".tmp-*"))
     assert writer.figures().keys() == {"save_s", "save_wait_s"} and not writer.figures()

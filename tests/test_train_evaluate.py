@@ -28,7 +28,7 @@ from train.retrieval import read_identity
 from train.scorecard import table
 from train.scores import aurocs, choose_threshold
 from train.state import LEFT_OUT
-from train.zeroshot import embed_prompts, predict, probabilities, tokenize
+from train.zeroshot import Prompt, Wording, embed_prompts, predict, probabilities, tokenize
 
 WIDTHS = (16, 16, 16, 16)
 
@@ -436,7 +436,14 @@ def test_mistakes_are_one_line(run: Path, shards_dir: Path, tmp_path: Path, caps
     assert "loss on val" in refused(*good, "--top", "1", "--where", "split == 'test'")
 
 
-def test_prompt_vectors_have_unit_length(shards_dir: Path) -> None:
-    model = build_model(ModelConfig(widths=WIDTHS), vocab_size=49408, context=77)
-    for vector in embed_prompts(model, "Support Devices", read_manifest(shards_dir), torch.device("cpu")):
-        assert vector.norm().item() == pytest.approx(1.0)
+def test_prompt_vectors_are_the_mean_of_their_phrasings(shards_dir: Path) -> None:
+    """Of their unit vectors, and of unit length again."""
+    model = build_model(ModelConfig(widths=WIDTHS), vocab_size=49408, context=77).eval()
+    manifest, texts = read_manifest(shards_dir), ("edema", "fluid in the lungs", "congestion")
+    wording = Wording(own={"Edema": Prompt(positive=texts, negative=("clear lungs",))})
+    vectors = embed_prompts(model, "Edema", manifest, torch.device("cpu"), wording)
+    with torch.inference_mode():
+        each = model.encode_text(tokenize(texts, manifest))
+    mean = (each / each.norm(dim=1, keepdim=True)).mean(dim=0)
+    torch.testing.assert_close(vectors[0], mean / mean.norm())
+    assert vectors[1].norm().item() == pytest.approx(1.0)
