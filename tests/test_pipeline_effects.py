@@ -134,6 +134,7 @@ def test_numbers_are_distributed_as_asked() -> None:
     numbers = draw(STRONG, 3, np.arange(COUNT))
     jittered, blurred = numbers[:, BRIGHTNESS] != 1, numbers[:, SIGMA] > 0
     assert abs(jittered.mean() - 0.8) < 0.015 and abs(blurred.mean() - 0.5) < 0.015
+    assert abs((jittered & blurred).mean() - 0.4) < 0.015  # neither tells of the other
     uniforms = [
         (numbers[:, ANGLE] + 15) / 30,
         (numbers[jittered, BRIGHTNESS] - 0.6) / 0.8,

@@ -139,7 +139,7 @@ def test_a_run_that_no_longer_improves_ends(
     assert not (tmp_path / "requeue").exists() and (tmp_path / "curves.png").exists()
     best = read_checkpoint(tmp_path / "best.pt")
     # The lowest, by however little, and not what comes after it or after the run was stopped.
-    assert (best["step"], best["best_loss"]) == (3, 1.95)
+    assert (best["step"], best["best_step"], best["best_loss"]) == (3, 3, 1.95)
     assert "no lower validation loss in 3 validations" in capsys.readouterr().out
     train(shards_dir, tmp_path, *options, "--resume", "auto")  # and is not taken up again
     assert max(column(tmp_path, "loss")) == 5
