@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
-from tqdm import tqdm
 
 from ingest.phantom_body import Body
 from ingest.phantom_canvas import SIZE, Array, Field, Frame, Lines
@@ -32,6 +31,7 @@ from shards.atomic import atomic_file, check_writable
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from shards.processes import Processes
+from shards.progress import progress
 
 PROG = "python -m ingest.phantom"
 DATASET = "cxr"
@@ -80,11 +80,11 @@ def make_phantom(config: PhantomConfig) -> None:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
         table = csv.writer(text, lineterminator="\n")
         table.writerow(COLUMNS)
-        with tqdm(total=config.samples, unit="film", desc="phantom", mininterval=1.0, disable=None) as bar:
+        with progress("phantom", config.samples, "film", keep=True) as advance:
             for start, (drawn, rows) in zip(range(0, config.samples, _CHUNK), _draw_all(config), strict=True):
                 data[start : start + _CHUNK] = drawn
                 table.writerows(rows)
-                bar.update(len(rows))
+                advance(len(rows))
         text.detach()
 
 

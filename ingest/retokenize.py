@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 from tyro.conf import Positional
 from xxhash import xxh3_128_hexdigest
 
@@ -25,6 +24,7 @@ from shards.atomic import write_atomic
 from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from shards.manifest import read_manifest, write_manifest
+from shards.progress import Advance, progress
 from shards.reader import ShardReader, check_file
 from shards.schema import FileInfo, Manifest, ShardInfo, TokenizerSpec, table_schema
 from shards.verify import RETOKENIZE_NAME
@@ -76,9 +76,9 @@ def _retokenize(root: Path, manifest: Manifest, tokenizer: Tokenizer, swap: Swap
     write_atomic(swap.work / _PLAN, _plan(manifest, tokenizer.spec))
     splits: dict[str, tuple[ShardInfo, ...]] = {}
     samples, truncated = manifest.samples, 0
-    with tqdm(total=samples, unit="report", disable=None, leave=False) as progress:
+    with progress("retokenize", samples, "report") as advance:
         for split, infos in manifest.splits.items():
-            shards = [_new_shard(root, manifest, info, tokenizer, swap, progress) for info in infos]
+            shards = [_new_shard(root, manifest, info, tokenizer, swap, advance) for info in infos]
             splits[split] = tuple(shard.info for shard in shards)
             truncated += sum(shard.truncated for shard in shards)
     write_manifest(swap.new, replace(manifest, tokenizer=tokenizer.spec, splits=splits))
@@ -90,17 +90,17 @@ def _retokenize(root: Path, manifest: Manifest, tokenizer: Tokenizer, swap: Swap
 
 
 def _new_shard(
-    root: Path, manifest: Manifest, info: ShardInfo, tokenizer: Tokenizer, swap: Swap, progress: tqdm
+    root: Path, manifest: Manifest, info: ShardInfo, tokenizer: Tokenizer, swap: Swap, advance: Advance
 ) -> NewShard:
     """Write a shard's new Parquet file and a note that it is finished; one that has both is kept."""
     note = swap.work / f"{info.name}.json"
     finished = _read_note(note, swap.new, info)
     if finished:
-        progress.update(info.rows)
+        advance(info.rows)
         return finished
     with ShardReader(root, manifest, info) as reader:
         table = reader.read_table()
-    table, truncated = _with_tokens(table, manifest, tokenizer, progress)
+    table, truncated = _with_tokens(table, manifest, tokenizer, advance)
     content = encode_table(table, manifest.block_rows)
     write_atomic(swap.new / f"{info.name}.parquet", content)
     footer = content[-footer_size(content) :]
@@ -114,14 +114,14 @@ def _new_shard(
     return NewShard(info=new, truncated=truncated)
 
 
-def _with_tokens(table: pa.Table, manifest: Manifest, tokenizer: Tokenizer, progress: tqdm) -> tuple[pa.Table, int]:
+def _with_tokens(table: pa.Table, manifest: Manifest, tokenizer: Tokenizer, advance: Advance) -> tuple[pa.Table, int]:
     """A shard's table with other tokens, in the columns of the format; and how many reports were cut."""
     context = tokenizer.spec.context
     tokens = np.empty((table.num_rows, context), dtype=np.uint16)
     counts, truncated = np.empty(table.num_rows, dtype=np.uint16), np.empty(table.num_rows, dtype=bool)
     for row, text in enumerate(table["text"]):
         tokens[row], counts[row], truncated[row] = tokenizer(text.as_py())
-        progress.update()
+        advance(1)
     columns = {
         "tokens": pa.FixedSizeListArray.from_arrays(pa.array(tokens.reshape(-1)), context),
         "token_count": pa.array(counts),

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 from xxhash import xxh3_128_hexdigest
 
 from ingest.assemble import AssembleTask, assemble_shard, shard_tasks
@@ -35,6 +34,7 @@ from shards.cli import say
 from shards.errors import InputError
 from shards.manifest import signed, write_manifest
 from shards.processes import Processes
+from shards.progress import progress
 from shards.schema import (
     REJECTS_NAME,
     SCHEMA_VERSION,
@@ -125,9 +125,9 @@ def _encode(config: IngestConfig, inputs: Inputs, work: Path, pool: "Pool") -> T
     )
     with ThreadPoolExecutor(1) as thread:
         tokenizer = thread.submit(write_rows, work, reports)
-        with tqdm(total=inputs.rows, unit="film", desc="encode", disable=None, mininterval=0.5) as progress:
+        with progress("encode", inputs.rows, "film", keep=True) as advance:
             for done in pool.map_unordered(encode_range, tasks):
-                progress.update(done)
+                advance(done)
         return tokenizer.result()
 
 
@@ -188,12 +188,12 @@ def _assemble(
     """Phase two: the manifest with its shards. Each table is read again, and counted, while others are written."""
     found: dict[str, list[ShardInfo]] = {split: [] for split in draft.splits}
     samples = sum(source.samples for source in draft.sources)
-    with tqdm(total=samples, unit="film", desc="assemble", disable=None, mininterval=0.5) as progress:
+    with progress("assemble", samples, "film", keep=True) as advance:
         for info in pool.map_unordered(assemble_shard, tasks):
             split = info.name.split("-")[0]
             found[split].append(info)
             for rows in add_tables(out, dataclasses.replace(draft, splits={split: (info,)}), tallies):
-                progress.update(rows)
+                advance(rows)
     splits = {split: tuple(sorted(infos, key=lambda info: info.name)) for split, infos in found.items()}
     return dataclasses.replace(draft, splits=splits)
 

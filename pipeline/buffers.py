@@ -97,8 +97,8 @@ def memory_for(sets: Sequence[ShardSet], live: Sequence[tuple[int, int]], thread
     never less than what is left and a block take, without which InputError.
 
     All of it is reckoned from means, so it bounds what is read ahead, not what is needed now: a visit that the consumer
-    waits for lies apart where no hole takes it. Little above the least that is half as much again (5.1 MiB seen of 3.5),
-    at the very most a block for each stream; `Buffers.total` counts it.
+    waits for lies apart where no hole takes it. Little above the least that is half as much again (5.1 MiB seen of
+    3.5), at the very most a block for each stream; `Buffers.total` counts it.
 
     `live`: streams that each set has on this rank, and the rows that are left of their visits, see `Order.live`. Of a
     part that is used in part half is left besides. Then there are the streams' next visits, some for each thread, or

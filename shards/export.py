@@ -13,7 +13,6 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 from tyro.conf import Positional
 
 from shards.atomic import TEMPORARY_PREFIX, atomic_file, sync_folder
@@ -21,6 +20,7 @@ from shards.cli import check_outside, say
 from shards.errors import InputError
 from shards.lock import exclusive
 from shards.manifest import read_manifest, write_manifest
+from shards.progress import progress
 from shards.query import Query, parse_query
 from shards.scan import read_image, read_samples, scan
 from shards.schema import (
@@ -128,13 +128,13 @@ def write_shards(root: Path, manifest: Manifest, chosen: Chosen, folder: Path, s
         splits={},
     )
     splits: dict[str, tuple[ShardInfo, ...]] = {}
-    with tqdm(total=chosen.samples, unit="film", disable=None, leave=False) as progress:
+    with progress("export", chosen.samples, "film") as advance:
         for split, rows in chosen.rows.items():
             for number, part in enumerate(np.array_split(rows, shard_count(len(rows), mean_bytes, shard_bytes))):
                 with ShardWriter.of(subset, folder, shard_name(split, number)) as writer:
                     for sample in _samples(root, manifest, split, part):
                         writer.add(sample)
-                        progress.update()
+                        advance(1)
                 splits[split] = (*splits.get(split, ()), writer.info)
     write_manifest(folder, replace(subset, splits=splits))
 
@@ -158,7 +158,7 @@ def _samples(root: Path, manifest: Manifest, split: str, rows: NDArray[np.int64]
 
 def write_files(root: Path, manifest: Manifest, chosen: Chosen, folder: Path) -> None:
     """Write the chosen samples as files, with the contents that the members of the tar have."""
-    with tqdm(total=chosen.samples, unit="film", disable=None, leave=False) as progress:
+    with progress("export", chosen.samples, "film") as advance:
         for split, rows in chosen.rows.items():
             (folder / split).mkdir()
             for sample in _samples(root, manifest, split, rows):
@@ -167,7 +167,7 @@ def write_files(root: Path, manifest: Manifest, chosen: Chosen, folder: Path) ->
                 stem.with_suffix(f".{manifest.image.extension}").write_bytes(sample.image)
                 stem.with_suffix(".txt").write_bytes(text_bytes(sample.text))
                 stem.with_suffix(".json").write_bytes(sample_json(labels, sample.row, sample.source))
-                progress.update()
+                advance(1)
 
 
 def _write_rejects(root: Path, manifest: Manifest, query: Query, folder: Path) -> None:

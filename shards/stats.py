@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 from tyro.conf import Positional
 
 from shards.atomic import check_writable, write_atomic, write_json
 from shards.cli import check_outside, check_own, say
 from shards.errors import InputError
 from shards.manifest import read_manifest
+from shards.progress import progress
 from shards.scan import read_samples, scan
 from shards.schema import LABEL_PREFIX, SPLITS, Manifest
 from shards.tally import BATCH, LABEL_VALUES, TALLY_COLUMNS, SplitStats, Tally
@@ -69,9 +69,9 @@ def run(config: StatsConfig) -> None:
     if config.json is not None:
         check_own(config.json, {"splits", "shared_films"}, "--json")
     tallies = new_tallies(manifest, {split: manifest.rows(split) for split in manifest.splits})
-    with tqdm(total=manifest.samples, unit="film", disable=None, leave=False) as progress:
+    with progress("stats", manifest.samples, "film") as advance:
         for rows in add_tables(config.root, manifest, tallies):
-            progress.update(rows)
+            advance(rows)
     stats = make_stats(manifest, tallies)
     for line in page(stats):
         say(line)

@@ -27,6 +27,7 @@ from shards.cli import say
 from shards.errors import InputError
 from shards.manifest import read_manifest
 from shards.processes import Processes
+from shards.progress import progress
 from shards.schema import NO_GROUP, Manifest, ShardInfo, sample_key
 from shards.tally import room
 
@@ -82,12 +83,12 @@ def run(config: VerifyConfig) -> None:
     decoded = sum(count if config.decode == "all" else min(count, config.decode) for count in rows.values())
     cpus = len(os.sched_getaffinity(0)) if samples + 6 * decoded >= _WORTH_PROCESSES else 1
     problems = []
-    with tqdm(total=samples, unit="film", disable=None, leave=False) as progress:
+    with progress("verify", samples, "film") as advance:
         for name, problem in verify(config.root, workers=config.workers or cpus, decode=config.decode):
-            progress.update(rows.get(name, 0))
+            advance(rows.get(name, 0))
             if problem:
                 problems.append(problem)
-                progress.write(problem, file=sys.stdout)
+                tqdm.write(problem, file=sys.stdout)
     if problems:
         raise InputError(f"{len(problems)} problems in {config.root}, the first: {problems[0]}")
     several = len(manifest.sources) > 1  # whose patients are taken for different people

@@ -6,15 +6,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY, assert_refused, run_module
 
 from ingest.config import IngestConfig, SourceConfig
+from ingest.run import ingest
+from shards import verify
 from shards.atomic import check_writable, write_atomic, write_json
 from shards.cli import check_own, main_guard, parse, say
 from shards.errors import InputError
 from shards.export import ExportConfig
+from shards.progress import progress
+from shards.verify import VerifyConfig
 
 _MOUNTS = """
 mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && mount -t tmpfs -o size=1m none "$1" && shift && exec "$@"
@@ -174,6 +179,28 @@ def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
             with pytest.raises(OSError, match="it is a device or a pipe"):
                 write(path)
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_log_has_a_line_a_minute(
+    shards_dir: Path,
+    source: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where stderr is no terminal; an ingest says both its phases."""
+    now = iter(range(0, 10**6, 15))
+    monkeypatch.setattr("shards.progress.time", SimpleNamespace(monotonic=lambda: next(now)))
+    with progress("embed", 1000, "film") as advance:
+        for _ in range(9):
+            advance(100)
+    said = ["embed: 400 of 1,000 films, 7 a second, 1:30 left", "embed: 800 of 1,000 films, 7 a second, 0:30 left"]
+    assert capsys.readouterr().err.splitlines() == said
+    monkeypatch.setattr("shards.progress.LINE_S", 0)
+    verify.run(VerifyConfig(root=shards_dir))
+    assert capsys.readouterr().err.startswith("verify: ")
+    ingest(IngestConfig(to_shards=tmp_path / "set", h5=source[:1], csv=source[1:]))
+    assert {line.split(":")[0] for line in capsys.readouterr().err.splitlines()} == {"encode", "assemble"}
 
 
 def test_nothing_said_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

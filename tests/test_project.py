@@ -86,6 +86,14 @@ def test_shards_need_neither_torch_nor_dali() -> None:
     assert done.stdout == "[]\n", done.stderr
 
 
+def test_what_reads_no_tensor_imports_no_torch() -> None:
+    """Importing torch and timm takes 6 s, on a parallel file system a minute."""
+    modules = "train.main, train.commandline, train.weights, train.compare, train.curves, train.lead_time, bench.report"
+    code = f"import sys, {modules}; print([m for m in ('torch', 'timm', 'open_clip') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_ingest_workers_stay_light() -> None:
     """What a worker process of the ingest imports holds neither torch (700 MB) nor open_clip."""
     code = "import sys, ingest.encode, ingest.assemble; print('torch' in sys.modules, 'open_clip' in sys.modules)"

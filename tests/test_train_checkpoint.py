@@ -26,7 +26,8 @@ from train.config import OptimConfig, TrainConfig
 from train.optim import build_optimizer
 from train.ranks import Ranks
 from train.resume import check_optimizer, check_progress, check_weights
-from train.saving import CheckpointWriter, LeaseLost, Shelf
+from train.rundir import LeaseLost
+from train.saving import CheckpointWriter, Shelf
 from train.state import Learner, Progress, capture, restore
 
 

@@ -23,8 +23,8 @@ from soak_train import SMALL, Life, Server, arguments, differing, outcome, soak_
 from shards import lock
 from shards.errors import InputError
 from train.checkpoint import list_checkpoints
-from train.rundir import NAME, check_lease, leased
-from train.saving import GRACE_S, LeaseLost
+from train.rundir import NAME, LeaseLost, check_lease, leased
+from train.saving import GRACE_S
 
 SOAK = bool(os.environ.get("SHARDCLIP_SOAK"))
 """Every durable step and system call instead of a dozen: hours."""

@@ -20,6 +20,7 @@ from conftest import REPOSITORY
 from shards.atomic import write_json
 from shards.cli import say
 from shards.errors import InputError
+from shards.progress import clock
 from train.commandline import preset, to_fields
 from train.compare import asked, compare, table
 from train.compare import draw as draw_all
@@ -27,7 +28,7 @@ from train.compare import main as lay_out
 from train.config import TrainConfig
 from train.curves import draw_loss, new_figure, trend
 from train.curves import main as draw
-from train.metrics import MetricsLog, ProgressDisplay, clock
+from train.metrics import MetricsLog, ProgressDisplay
 from train.ranks import StopRequest
 from train.rows import read_rows, trim
 from train.rundir import RunFolder, versions

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tyro
@@ -19,8 +19,10 @@ from shards.cli import main_guard, parse, say
 from shards.errors import InputError
 from train.rows import Row, films_since, is_number, read_rows
 from train.rundir import RunFolder, check_result
-from train.scorecard import LabelScores
 from train.scores import Floats
+
+if TYPE_CHECKING:  # it needs torch, and curves of a run do not
+    from train.scorecard import LabelScores
 
 PROG = "train.curves"
 _SMOOTH = 50
@@ -161,11 +163,11 @@ _PANEL = 2.6
 """Inches."""
 
 
-def draw_roc(labels: dict[str, LabelScores], probabilities: Floats, truth: Floats, title: str) -> bytes:
+def draw_roc(labels: "dict[str, LabelScores]", probabilities: Floats, truth: Floats, title: str) -> bytes:
     """True against false positive rate of K labels; probabilities, truth (N, K)."""
     from sklearn.metrics import roc_curve
 
-    def panel(axes: Any, positive: Floats, score: Floats, found: LabelScores) -> None:
+    def panel(axes: Any, positive: Floats, score: Floats, found: "LabelScores") -> None:
         fall_out, recall, _ = roc_curve(positive, score)
         axes.plot([0, 1], [0, 1], color="0.75", linewidth=0.8)
         axes.plot(fall_out, recall)
@@ -176,11 +178,11 @@ def draw_roc(labels: dict[str, LabelScores], probabilities: Floats, truth: Float
     return _draw(labels, probabilities, truth, panel, (title, "1 - specificity", "sensitivity"))
 
 
-def draw_precision_recall(labels: dict[str, LabelScores], probabilities: Floats, truth: Floats, title: str) -> bytes:
+def draw_precision_recall(labels: "dict[str, LabelScores]", probabilities: Floats, truth: Floats, title: str) -> bytes:
     """Precision against recall of K labels, above the precision of guessing; probabilities, truth (N, K)."""
     from sklearn.metrics import precision_recall_curve
 
-    def panel(axes: Any, positive: Floats, score: Floats, found: LabelScores) -> None:
+    def panel(axes: Any, positive: Floats, score: Floats, found: "LabelScores") -> None:
         precision, recall, _ = precision_recall_curve(positive, score)
         axes.axhline(positive.mean(), color="0.75", linewidth=0.8)
         axes.step(recall, precision, where="post")  # recall falls along the arrays: the steps of average precision
@@ -194,10 +196,10 @@ def draw_precision_recall(labels: dict[str, LabelScores], probabilities: Floats,
 
 
 def _draw(
-    labels: dict[str, LabelScores],
+    labels: "dict[str, LabelScores]",
     probabilities: Floats,
     truth: Floats,
-    panel: Callable[[Any, Floats, Floats, LabelScores], None],
+    panel: "Callable[[Any, Floats, Floats, LabelScores], None]",
     words: tuple[str, str, str],
 ) -> bytes:
     """The PNG. A label that lacks positives or negatives has an empty panel that says so."""
@@ -224,7 +226,7 @@ def _draw(
     return to_png(figure)
 
 
-def _note(axes: Any, found: LabelScores, metric: str, name: str, height: float) -> None:
+def _note(axes: Any, found: "LabelScores", metric: str, name: str, height: float) -> None:
     value, between = getattr(found, metric), found.intervals[metric]
     span = f" ({between[0]:.2f}-{between[1]:.2f})" if between else ""
     axes.text(0.97, height, f"{name} {value:.2f}{span}", ha="right", fontsize=8, transform=axes.transAxes)

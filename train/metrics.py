@@ -3,19 +3,18 @@ it is: a bar on a terminal, a line now and then elsewhere.
 """
 
 import contextlib
-import os
 import resource
 import sys
 import time
 from array import array
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
 from shards.cli import say
+from shards.progress import clock, terminal_size
 from train.config import TrainConfig
 from train.rows import JsonLines, Row
 from train.rundir import RunFolder
@@ -110,7 +109,7 @@ class ProgressDisplay:
             disable=not sys.stderr.isatty(),
             bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc}",
             file=sys.stderr,
-            **_terminal_size(),
+            **terminal_size(),
         )
         self._above = contextlib.ExitStack()
         if not self._bar.disable:
@@ -179,16 +178,6 @@ class AboveBar(DummyTqdmFile):
             self.wrapper_setattr("write", self._wrapped.write)
 
 
-def _terminal_size() -> dict[str, Any]:
-    """tqdm's settings of the terminal's size: as it is at any moment; what it does not say of 100 x 24, as one that a
-    container, a batch job or `script` makes does not: tqdm would draw nothing there."""
-    with contextlib.suppress(OSError, ValueError):
-        columns, lines = os.get_terminal_size(sys.stderr.fileno())
-        if not (columns and lines):
-            return {"ncols": columns - 1 if columns > 1 else 100, "nrows": lines or 24}
-    return {"dynamic_ncols": True}
-
-
 def summary(row: Row) -> list[str]:
     """A row in a few words: loss, films/s, share of the step that waited for the loader, those that it has."""
     parts = [f"loss {_number(row.get('loss'))}"]
@@ -197,13 +186,6 @@ def summary(row: Row) -> list[str]:
     if row.get("step_ms"):
         parts.append(f"{100 * row['loader_wait_ms'] / row['step_ms']:.1f} % wait")
     return parts
-
-
-def clock(seconds: float) -> str:
-    """1:02:03, or 2:03 where it is less than an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _number(value: float | None) -> str:

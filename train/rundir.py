@@ -22,7 +22,6 @@ from shards.errors import InputError
 from shards.schema import MANIFEST_NAME
 from train.commandline import to_fields
 from train.config import TrainConfig
-from train.saving import LeaseLost
 
 PACKAGES = (
     *("torch", "torchvision", "open_clip_torch", "timm", "nvidia-dali-cuda120", "nvidia-dali-cuda130"),
@@ -158,6 +157,10 @@ def leased(root: Path, *, wait_s: float) -> Iterator[lock.Lease]:
         with contextlib.suppress(OSError):  # not empty
             for folder in made:
                 folder.rmdir()
+
+
+class LeaseLost(InputError):
+    """Another run has taken over the folder."""
 
 
 def check_lease(lease: lock.Lease) -> None:

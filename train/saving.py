@@ -17,15 +17,12 @@ from typing import Any
 from shards.atomic import TEMPORARY_PREFIX, sync_folder
 from shards.errors import InputError
 from train.checkpoint import DamagedCheckpoint, checkpoint_name, list_checkpoints, verify_checkpoint, write_checkpoint
+from train.rundir import LeaseLost
 
 PAUSE_S = 2.0
 """Between tries of a last save, which no later one replaces."""
 GRACE_S = 30.0
 """What torchrun leaves its processes between SIGTERM and SIGKILL unless told otherwise."""
-
-
-class LeaseLost(InputError):
-    """Another run has taken over the folder."""
 
 
 @dataclass(frozen=True, slots=True)
