@@ -80,14 +80,12 @@ class Patience:
 
 @contextlib.contextmanager
 def told(what: str, busy: Busy) -> Iterator[None]:
-    """Say what is waited for where the block takes long; it may take for ever."""
-    over = threading.Event()
+    """Say what is waited for where the block takes long; it may take for ever. That it came is said where it did."""
+    over, patience = threading.Event(), Patience(what, busy, 0)
 
     def watch() -> None:
-        patience = Patience(what, busy, 0)
         while not over.wait(TICK_S):
             patience.look()
-        patience.end()
 
     watcher = threading.Thread(target=watch, name="shardclip-told", daemon=True)
     watcher.start()
@@ -96,3 +94,4 @@ def told(what: str, busy: Busy) -> Iterator[None]:
     finally:
         over.set()
         watcher.join()
+    patience.end()

@@ -1,5 +1,6 @@
 """Whole training runs, on real processes where several ranks are needed: what was promised about resuming them."""
 
+import contextlib
 import errno
 import json
 import os
@@ -19,6 +20,7 @@ from shards.errors import InputError
 from shards.manifest import read_manifest
 from train.checkpoint import list_checkpoints, read_checkpoint
 from train.main import main
+from train.ranks import Ranks
 
 SMALL = (
     *("--steps", "60", "--batch-size", "8", "--model.widths", *("16",) * 4, "--device", "cpu", "--threads", "1"),
@@ -355,6 +357,32 @@ def test_a_file_system_that_hangs_at_the_start_is_named(
     monkeypatch.setattr("pipeline.stall.STALL_REPORT_S", 0.02)
     assert "is gone" in refused(capsys, "--shards", str(shards_dir), "--out", str(tmp_path / "run"))
     assert f"waiting for the files of the shards since 0 s (a thread is at {shards_dir}" in caplog.text
+    assert " came after " not in caplog.text, "it did not"
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [("4", "is 4 in the environment, but there is no RANK"), ("", "is ''"), ("0", "is '0'")]
+)
+def test_ranks_that_torchrun_did_not_start_are_refused(
+    size: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job's script sets WORLD_SIZE for other programs, or a shell left it empty."""
+    monkeypatch.setenv("WORLD_SIZE", size)
+    line = refused(capsys, "--shards", "s", "--out", "o")
+    assert line.startswith("train.main: WORLD_SIZE ") and words in line and "start with torchrun" in line
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_help_on_several_ranks_comes_once(
+    rank: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**said, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("train.session.joined", lambda: contextlib.nullcontext(Ranks(rank=rank, size=2)))
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert not stop.value.code and ("--shards" in capsys.readouterr().out) is (rank == 0)
 
 
 def test_a_mistake_on_two_ranks_is_said_once(shards_dir: Path, tmp_path: Path) -> None:

@@ -29,11 +29,22 @@ MAX_BYTES = 1 << 20
 BACKENDS = ("auto", "cpu", "dali")
 SETTINGS = {"threads": int, "memory_mb": int, "read_threads": int, "ahead": int, "own_jpeg": bool}
 """What a --loader-config may set of `pipeline.config.DataConfig`: name -> type. A whole number is at least 1."""
+SAID = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun says in the environment besides."""
 
 
 def started_ranks() -> int:
-    """Processes that torchrun started for this run; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes that torchrun started for this run; 1 without it. InputError where WORLD_SIZE is there and not all else
+    that torchrun says: a job's script sets it for other programs."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or int(size) < 1:
+        raise InputError(f"WORLD_SIZE is {size!r} in the environment; start with torchrun, which sets it, or unset it")
+    if int(size) > 1 and (missing := [name for name in SAID if not os.environ.get(name)]):
+        raise InputError(
+            f"WORLD_SIZE is {size} in the environment, but there is no {missing[0]}; start with torchrun, which sets "
+            "both, or unset WORLD_SIZE"
+        )
+    return int(size)
 
 
 def parse_config(prog: str, argv: Sequence[str] | None = None) -> TrainConfig:

@@ -122,7 +122,8 @@ def _check_places(config: TrainConfig, busy: Busy) -> None:
             check_outside(config.out, root, "--out")
         if config.data.stage_dir:
             check_outside(config.data.stage_dir, root, "--data.stage-dir")
-        found = read_manifest(root).splits
+        with busy.doing(f"at {root / MANIFEST_NAME}"):
+            found = read_manifest(root).splits
         shards = [info for split in splits for info in found.get(split, ())]
         with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
             list(pool.map(partial(_check_shard, root, busy), shards))

@@ -1,6 +1,7 @@
 """One process of a run, from joining the others to the last checkpoint: build, run, close."""
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator
 
 from shards.lock import Lease
@@ -22,7 +23,8 @@ def train(prog: str, parsed: Callable[[], TrainConfig]) -> None:
     and ends all ranks with exit code 2.
     """
     with lasting_output(), joined() as ranks, memory_named(LESS), StopRequest().listening() as stop:
-        config = together(ranks, prog, parsed)
+        with contextlib.nullcontext() if ranks.first else contextlib.redirect_stdout(io.StringIO()):  # help comes once
+            config = together(ranks, prog, parsed)
         setting = together(ranks, prog, lambda: build_setting(config, ranks))
         with _folder(prog, config, ranks) as lease:
             checkpoint = agree_on_checkpoint(config, setting.folder, setting.fingerprint, ranks, prog=prog)
