@@ -45,8 +45,9 @@ class _Lines:
         speed = (self._done - self._said) / (now - self._said_at)
         left = f", {clock((self._total - self._done) / speed)} left" if speed else ""
         done = f"{self._done:,} of {self._total:,} {self._unit}s"
-        sys.stderr.write(f"{self._what}: {done}, {speed:,.0f} a second{left}\n")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a log whose disk is full, or whose reader has gone, ends no work
+            sys.stderr.write(f"{self._what}: {done}, {speed:,.0f} a second{left}\n")
+            sys.stderr.flush()
         self._said, self._said_at = self._done, now
 
 

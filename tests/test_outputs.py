@@ -197,6 +197,10 @@ def test_a_log_has_a_line_a_minute(
     said = ["embed: 400 of 1,000 films, 7 a second, 1:30 left", "embed: 800 of 1,000 films, 7 a second, 0:30 left"]
     assert capsys.readouterr().err.splitlines() == said
     monkeypatch.setattr("shards.progress.LINE_S", 0)
+    with monkeypatch.context() as patched:  # a log on a full disk, which has cost nobody an ingest of hours
+        patched.setattr("sys.stderr", SimpleNamespace(isatty=lambda: False, write=lambda _: os.close(-1)))
+        with progress("embed", 2, "film") as advance:
+            advance(1)
     verify.run(VerifyConfig(root=shards_dir))
     assert capsys.readouterr().err.startswith("verify: ")
     ingest(IngestConfig(to_shards=tmp_path / "set", h5=source[:1], csv=source[1:]))
@@ -244,6 +248,7 @@ def test_every_command_asks_before_it_writes_json(shards_dir: Path, tmp_path: Pa
     ):
         assert_refused(run_module(*command, flag, path), f"{flag} {path} is there and is no such result")
     assert path.read_text() == '{"mean_auroc": 0.5}'
+    assert_refused(run_module("bench.report", path, "--bundle", other), "other.json is there and is no such result")
 
 
 def test_check_writable_leaves_nothing(tmp_path: Path) -> None:
