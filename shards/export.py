@@ -85,7 +85,7 @@ def run(config: ExportConfig) -> None:
     chosen = choose(config.root, manifest, query)
     if not chosen.samples:
         raise InputError(f"no sample of {config.root} is meant by --where {config.where!r}")
-    with _place(config.out, chosen) as folder:
+    with _place(config.root, config.out, chosen) as folder:
         if config.to == "shards":
             _write_rejects(config.root, manifest, query, folder)
             write_shards(config.root, manifest, chosen, folder, config.shard_mb * 1e6)
@@ -204,7 +204,7 @@ def _check_out(root: Path, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _place(out: Path, chosen: Chosen) -> Iterator[Path]:
+def _place(root: Path, out: Path, chosen: Chosen) -> Iterator[Path]:
     """The folder to write in, empty, with room for what was chosen, and nobody else's; removed after an error."""
     place = out.resolve()
     folder = place.with_name(f"{TEMPORARY_PREFIX}{place.name}")
@@ -212,6 +212,7 @@ def _place(out: Path, chosen: Chosen) -> Iterator[Path]:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(exclusive(Path(f"{folder}.lock"), f"another export is writing to {out}"))
+            _check_out(root, out)  # that other one may have ended since
             shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
             folder.mkdir()
         except OSError as error:

@@ -22,7 +22,7 @@ from xxhash import xxh3_128_hexdigest
 from pipeline.selection import read_keys
 from shards.encodings import encode
 from shards.errors import InputError
-from shards.export import ExportConfig
+from shards.export import ExportConfig, choose
 from shards.export import run as export
 from shards.lock import exclusive
 from shards.manifest import read_manifest, write_manifest
@@ -541,7 +541,7 @@ def test_a_set_that_may_not_be_read_is_not_called_absent(copy: Path) -> None:
     assert_refused(done, "manifest.json may not be read (Permission denied)")
 
 
-def test_export_refuses_and_leaves_nothing(copy: Path, tmp_path: Path) -> None:
+def test_export_refuses_and_leaves_nothing(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(where: str, out: Path, *words: str) -> None:
         with pytest.raises(InputError) as caught:
             export(ExportConfig(root=copy, where=where, out=out))
@@ -568,4 +568,9 @@ def test_export_refuses_and_leaves_nothing(copy: Path, tmp_path: Path) -> None:
         refused("row < 9", out, "another export is writing to", "process")
         assert (tmp_path / ".tmp-out" / "train-000000.tar").exists()
     assert run_module("shards", "export", copy, "--where", "row < 9", "--out", out).returncode == 0
+    with monkeypatch.context() as patched:  # one that ends while another chooses, whose films would be for nothing
+        kept = tmp_path / "kept"
+        out.rename(kept)
+        patched.setattr("shards.export.choose", lambda *given: kept.rename(out) and choose(*given))
+        refused("row < 9", out, "there already")
     assert problems(out) == [] and sorted(path.name for path in tmp_path.iterdir()) == ["out", "set"]
