@@ -150,6 +150,7 @@ class IngestConfig(SourceConfig):
     """Say what would happen, and write nothing."""
 
     def __post_init__(self) -> None:
+        self._check_empty()
         for name in ("val_fraction", "test_fraction", "max_rejects"):
             value = getattr(self, name)
             if not (0 <= value < 1 or (name == "max_rejects" and value == 1)):

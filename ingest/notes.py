@@ -48,13 +48,15 @@ def range_lines(source: SourceConfig, files: tuple[H5File, ...], table: SourceTa
     """
     if source.value_range is not None:
         looked = unchanged = washed = 0
-        with contextlib.suppress(InputError):  # HDF5 that cannot be read without
+        try:
             for plain, film in _films_at((dataclasses.replace(source, value_range=None), source), files, table):
                 if isinstance(film, Fault):
                     continue
                 looked += 1
                 unchanged += np.array_equal(plain, film)
                 washed += not isinstance(plain, Fault) and _is_washed(plain, film)
+        except InputError:  # HDF5 with a film that cannot be read without
+            unchanged = 0
         if looked and unchanged == looked:
             yield (
                 f"--value-range changes none of {looked} films looked at{whose}: those of 8 bits take one "

@@ -283,7 +283,7 @@ class TestMistakes:
         refused("column 'Path' holds names of files", "--text-folder", more=("--text-column", "Path"), table=files)
         refused("label column 'Path'", "row 0", more=("--label-columns", "Path"))
         refused("--val-fraction", "1.5", more=("--val-fraction", "1.5"))
-        for flag, blank in (("section", " "), ("split-column", ""), ("text-template", ""), ("label-list-column", "")):
+        for flag, blank in (("section", " "), ("split-column", ""), ("text-template", ""), ("scheduler", "")):
             refused(f"--{flag} is empty", more=(f"--{flag}", blank))
         refused("--workers 3000000000", "4,096", more=("--workers", "3000000000"))
         refused("--frob", more=("--frob", "1"))

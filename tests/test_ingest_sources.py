@@ -445,6 +445,19 @@ class TestImageFolder:
         Image.fromarray(images[0]).save(tmp_path / "5.png")
         assert "changes none of 1 films looked at" in read_inputs(config).notes[0]
 
+    def test_a_range_that_one_film_cannot_do_without_changes_something(
+        self, tmp_path: Path, images: np.ndarray, table: Path
+    ) -> None:
+        """Whoever left it out would be refused, although those before are the same without it."""
+        films = images[:40].astype(np.float32)
+        config = IngestConfig(
+            to_shards=tmp_path, h5=(write_h5(tmp_path / "a.h5", films),), csv=(table,), value_range=(0.0, 255.0)
+        )
+        assert "--value-range changes none of 40 films" in read_inputs(config).notes[0]
+        films[-1, 0, 0] = 256
+        write_h5(tmp_path / "a.h5", films)
+        assert read_inputs(config).notes == ()
+
     def test_a_film_that_may_not_be_read_is_called_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Root may read everything."""
 
