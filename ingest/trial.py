@@ -52,7 +52,8 @@ def dry_run(config: IngestConfig) -> Iterator[str]:
     inputs = read_inputs(config)
     config, tried = settle(config, inputs)
     if goes_on(config, begun):
-        yield f"{config.to_shards} holds this same ingest, unfinished, and it would go on; what follows is of all"
+        where = f"{config.to_shards} holds this same ingest, unfinished"
+        yield f"{where}, and it would go on, if it is not at work just now; what follows is of all"
     yield from inputs.notes
     several = f" of {len(inputs.sources)} sources" if len(inputs.sources) > 1 else ""
     yield f"{inputs.rows:,} rows{several}, films of {inputs.height} x {inputs.width}"
