@@ -136,7 +136,8 @@ def build_loader(
         raise InputError(f"position {position} is not a multiple of the batch size {config.batch_size}")
     more = config.more_shards if config.mode == "train" else ()
     manifests = [read_manifest(Path(root)) for root in (config.shards, *more)]
-    check_distinct([str(root) for root in (config.shards, *more)], manifests)
+    if not position:  # a run that began so before it was refused goes on
+        check_distinct([str(root) for root in (config.shards, *more)], manifests)
     manifest = manifests[0]
     order = make_order(config, manifests, streams)
     name = resolve_backend(config, world)

@@ -89,7 +89,7 @@ def parse(
 
     Every field is a flag of the same name with dashes, nested dataclasses give `--optim.lr`. A mistake prints one line
     on stderr and raises SystemExit(2); `--help` prints the help and raises SystemExit(0). Of a flag given twice the
-    last counts, as usual; InputError where that would drop items of a list.
+    last counts, as usual; InputError where that would drop items of a list, or a path is empty.
     """
     captured = io.StringIO()
     kwargs = {} if default is None else {"default": default}
@@ -98,6 +98,7 @@ def parse(
         with contextlib.redirect_stderr(captured):
             config = tyro.cli(config_type, args=argv, prog=prog, **kwargs)  # type: ignore[call-overload]
         _check_lists(config, argv)
+        _check_places(config, argv)
         return config
     except SystemExit as stop:
         if stop.code:
@@ -112,6 +113,18 @@ def _check_lists(config: object, argv: Sequence[str]) -> None:
     for flag, times in given.items():
         if times > 1 and isinstance(_setting(config, flag), tuple):
             raise InputError(f"{flag} is given {times} times; write {flag} once and all its values after it")
+
+
+def _check_places(config: object, argv: Sequence[str]) -> None:
+    """InputError for `--data.stage-dir "$NONE"`, which would be the folder that one happens to be in."""
+    flag = ""
+    for word in argv:
+        if word.startswith("--"):
+            flag = word.split("=")[0]
+        if word in ("", f"{flag}="):
+            found = _setting(config, flag)
+            if isinstance(found[0] if isinstance(found, tuple) and found else found, Path):
+                raise InputError(f"{flag} is empty; give it a value, or leave it out")
 
 
 def _setting(config: object, flag: str) -> object:

@@ -20,6 +20,7 @@ from shards.errors import InputError
 from shards.export import ExportConfig
 from shards.progress import progress
 from shards.verify import VerifyConfig
+from train.config import TrainConfig
 
 _MOUNTS = """
 mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && mount -t tmpfs -o size=1m none "$1" && shift && exec "$@"
@@ -115,6 +116,16 @@ def test_lists_given_twice_are_refused() -> None:
         with pytest.raises(InputError, match=f"{flags[0][:4].rstrip('=')}.* is given 2 times"):
             parse(IngestConfig, ["--to-shards", "x", *flags], prog="ingest")
     assert parse(IngestConfig, ["--to-shards", "x", "--seed", "1", "--seed", "2"], prog="ingest").seed == 2
+
+
+def test_a_path_that_a_shell_left_empty_is_refused() -> None:
+    """It would be the folder that one is in: a run's or a whole set's files there."""
+    good = ["--shards", "s", "--out", "o"]
+    for flags in (["--data.stage-dir", ""], ["--data.stage-dir="], ["--out", ""], ["--data.more-shards", "a", ""]):
+        with pytest.raises(InputError, match=f"^{flags[0].rstrip('=')} is empty"):
+            parse(TrainConfig, [*good, *flags], prog="train.main")
+    found = parse(TrainConfig, [*good, "--data.stage-dir", ".", "--data.exclude", "a="], prog="train.main")
+    assert (found.data.stage_dir, found.data.exclude) == (Path(), Path("a="))
 
 
 @pytest.mark.parametrize(
