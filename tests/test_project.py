@@ -89,7 +89,8 @@ def test_shards_need_neither_torch_nor_dali() -> None:
 def test_what_reads_no_tensor_imports_no_torch() -> None:
     """Importing torch and timm takes 6 s, on a parallel file system a minute."""
     modules = "train.main, train.commandline, train.weights, train.compare, train.curves, train.lead_time, bench.report"
-    code = f"import sys, {modules}; print([m for m in ('torch', 'timm', 'open_clip') if m in sys.modules])"
+    presets = "for name in train.presets.PRESETS: train.commandline.preset(name)"
+    code = f"import sys, {modules}\n{presets}\nprint([m for m in ('torch', 'timm', 'open_clip') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
 

@@ -8,6 +8,8 @@ from shards.errors import InputError
 
 Head = Literal["none", "linear", "mlp"]
 TOWERS = ("tiny", "clip-vit")
+_TIMMS = ("vit_base_patch16_dinov3", "vit_base_patch14_dinov2")
+"""Those of presets; to ask timm for a name imports torch, which takes seconds."""
 MOST, MOST_LAYERS = 1 << 16, 1000
 """Largest sizes, several times those of any model that was trained; a slip of the finger would fill the memory."""
 
@@ -89,7 +91,9 @@ _SIZES = (
 
 
 def _known_to_timm(name: str) -> bool:
-    import timm  # it imports torch, which takes seconds
+    if name in _TIMMS:
+        return True
+    import timm
 
     return timm.is_model(name)
 
