@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from pipeline.stage import Stage
 from shards import lock
 from shards.digest import file_digest
 from shards.errors import InputError
-from shards.manifest import read_manifest
+from shards.manifest import read_manifest, write_manifest
 from train.main import main
 
 BATCHES = 30
@@ -280,8 +281,10 @@ def test_copying_ends_where_no_loader_can_be_made(copy: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(Stage, "_copy_in_turn", wait)
     monkeypatch.setattr(blocks, "Buffers", refuse)
+    second = Path(shutil.copytree(copy, tmp_path / "second"))
+    write_manifest(second, replace(manifest := read_manifest(second), seed=manifest.seed + 1))
     with pytest.raises(InputError, match="more than this machine has"):
-        build_loader(settings(copy, tmp_path / "node", more_shards=(copy,)), World())
+        build_loader(settings(copy, tmp_path / "node", more_shards=(second,)), World())
     assert len(begun) == 2 and not any(each._thread.is_alive() for each in begun)
 
 
