@@ -98,7 +98,7 @@ def parse(
         with contextlib.redirect_stderr(captured):
             config = tyro.cli(config_type, args=argv, prog=prog, **kwargs)  # type: ignore[call-overload]
         _check_lists(config, argv)
-        _check_places(config, argv)
+        _check_paths(config, argv)
         return config
     except SystemExit as stop:
         if stop.code:
@@ -115,7 +115,7 @@ def _check_lists(config: object, argv: Sequence[str]) -> None:
             raise InputError(f"{flag} is given {times} times; write {flag} once and all its values after it")
 
 
-def _check_places(config: object, argv: Sequence[str]) -> None:
+def _check_paths(config: object, argv: Sequence[str]) -> None:
     """InputError for `--data.stage-dir "$NONE"`, which would be the folder that one happens to be in."""
     flag = ""
     for word in argv:
