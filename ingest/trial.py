@@ -95,9 +95,10 @@ def _try_films(config: IngestConfig, inputs: Inputs) -> tuple[float, float, int,
     for number, (source, table) in enumerate(zip(inputs.sources, inputs.tables, strict=True)):
         with open_films(source, inputs.files[number], table.names) as films:
             for film in films.read(0, min(_TIMED, table.rows, *(file.rows for file in inputs.files[number][:1]))):
-                fault = film if isinstance(film, Fault) else Fault.NONE if source.allow_blank else blank(film)
-                if isinstance(film, Fault) or fault:
-                    faults[fault] += 1
+                if isinstance(film, Fault):
+                    faults[film] += 1
+                elif not source.allow_blank and (shows := blank(film)):
+                    faults[shows] += 1
                 else:
                     sizes.append(len(encode(film, spec)))
     count = len(sizes)

@@ -112,7 +112,10 @@ class ShuffledOrder:
     """The training order of one split. Safe to share between threads."""
 
     def __init__(self, layout: Layout, *, seed: int, streams: int) -> None:
-        self.layout, self.samples, self.seed, self.streams = layout, layout.samples, seed, streams
+        self.layout = layout
+        self.samples = layout.samples
+        self.seed = seed
+        self.streams = streams
         self._epochs: dict[int, _Epoch] = {}
 
     def locate(self, positions: Ints) -> Places:

@@ -69,7 +69,7 @@ class Patience:
             self._next_report *= 2
 
     def end(self) -> None:
-        """The block is there."""
+        """What was waited for is there."""
         if self._next_report > STALL_REPORT_S:  # there was a line
             log.warning("%s came after %.0f s", self._what, self._waited)
 

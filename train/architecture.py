@@ -8,8 +8,8 @@ from shards.errors import InputError
 
 Head = Literal["none", "linear", "mlp"]
 TOWERS = ("tiny", "clip-vit")
-_TIMMS = ("vit_base_patch16_dinov3", "vit_base_patch14_dinov2")
-"""Those of presets; to ask timm for a name imports torch, which takes seconds."""
+DINOV3, DINOV2 = "vit_base_patch16_dinov3", "vit_base_patch14_dinov2"
+"""timm's that presets take; to ask timm for a name imports torch, which takes seconds."""
 MOST, MOST_LAYERS = 1 << 16, 1000
 """Largest sizes, several times those of any model that was trained; a slip of the finger would fill the memory."""
 
@@ -91,7 +91,7 @@ _SIZES = (
 
 
 def _known_to_timm(name: str) -> bool:
-    if name in _TIMMS:
+    if name in (DINOV3, DINOV2):
         return True
     import timm
 

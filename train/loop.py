@@ -48,7 +48,8 @@ class Loop:
         self._recorder = Recorder(job.ranks, scaled=job.learner.scaler.is_enabled())
         self._loss = math.nan
         """The newest since the last row that is a number."""
-        self._saved_step, self._meter = self.progress.step, Meter()
+        self._saved_step = self.progress.step
+        self._meter = Meter()
         self._log: MetricsLog | None = None
         self._writer: CheckpointWriter | None = None
         if job.ranks.first:
@@ -68,8 +69,9 @@ class Loop:
 
     def train(self) -> None:
         """Step until the last one or a stop."""
-        while not self.finished and not self._one_step():
-            continue
+        stopping = False
+        while not (self.finished or stopping):
+            stopping = self._one_step()
 
     def close(self) -> None:
         """Wait for the last checkpoint and close the files."""

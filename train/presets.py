@@ -10,7 +10,7 @@ from collections.abc import Callable
 import tyro
 
 from pipeline.config import DataConfig
-from train.architecture import ModelConfig
+from train.architecture import DINOV2, DINOV3, ModelConfig
 from train.config import OptimConfig, TrainConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -55,9 +55,7 @@ def cxr_dinov3_clip() -> TrainConfig:
         vision_weights=DINOV3_WEIGHTS,
         text_weights=CLIP_WEIGHTS,
         data=DataConfig(image_size=224, scale=(0.9, 1.0), flip=0.5, flip_guard=False),
-        model=ModelConfig(
-            tower="vit_base_patch16_dinov3", image_pool="token", image_head="linear", embed_dim=512, **_CLIP_TEXT
-        ),
+        model=ModelConfig(tower=DINOV3, image_pool="token", image_head="linear", embed_dim=512, **_CLIP_TEXT),
         optim=_plain_sgd(),
     )
 
@@ -84,7 +82,7 @@ def cxr_dinov3_mlp768() -> TrainConfig:
             image_size=224, scale=(1.0, 1.0), flip=0.0, flip_guard=False, mean=IMAGENET_MEAN, std=IMAGENET_STD
         ),
         model=ModelConfig(
-            tower="vit_base_patch14_dinov2",
+            tower=DINOV2,
             image_pool="token",
             image_head="mlp",
             text_head="mlp",
